@@ -1,0 +1,187 @@
+"""The command `triton-swap`. Exit codes: 0 done, 1 refused or failed with one clear line, 2 wrong usage."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from swap_agent import __version__
+from swap_agent.config import AgentConfig, RuntimeDir, default_runtime_dir
+from swap_agent.errors import InvalidUsage, TritonSwapError
+from swap_agent.policy.units import parse_device
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and run one verb."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except TritonSwapError as error:
+        print(f"triton-swap: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="triton-swap", description="Many LLMs share few GPUs behind Triton.")
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    serve = _verb(verbs, "serve", _serve, "start the swap agent and tritonserver, load all models")
+    serve.add_argument("--model-repository", type=Path, required=True, metavar="DIR", help="Triton model repository")
+    serve.add_argument("--http-port", type=_port, default=8000)
+    serve.add_argument("--grpc-port", type=_port, default=8001)
+    serve.add_argument("--metrics-port", type=_port, default=8002)
+    serve.add_argument("--tritonserver", type=Path, metavar="FILE", help="binary to run instead of the embedded one")
+    serve.add_argument("--log-verbose", action="store_true", help="Triton's own verbose log")
+    agent = _verb(verbs, "agent", _agent, "start the swap agent alone")
+    for verb in (serve, agent):
+        verb.add_argument("--device", help="cuda, or simulated devices such as cpu:2x1GiB (default: cpu:4GiB)")
+        verb.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+        verb.add_argument("--agent-port", type=_port, default=8003, help="admin API (default: %(default)s)")
+    agent.add_argument("--poison", action="store_true", help="fill returned frames with 0xFF, to find use after return")
+    agent.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
+
+    listing = _verb(verbs, "ps", _ps, "list models: state, device, memory, requests")
+    listing.add_argument("--json", action="store_true", help="devices and models as JSON")
+    load = _verb(verbs, "load", _load, "bring a model into device memory")
+    unload = _verb(verbs, "unload", _unload, "take a model out of device memory; its engine stays parked")
+    unload.add_argument("--purge", action="store_true", help="end its engine and drop its mirror, too")
+    for verb in (load, unload):
+        verb.add_argument("model", help="name in the model repository")
+        verb.add_argument("--json", action="store_true", help="the model's entries of `ps --json` afterwards")
+    trim = _verb(verbs, "trim", _trim, "release free frames to the operating system")
+    trim.add_argument("--json", action="store_true")
+    backend = _verb(verbs, "backend-dir", _backend_dir, "print the directory for tritonserver --backend-directory")
+    backend.add_argument("--json", action="store_true")
+    return parser
+
+
+def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+    verb: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text)
+    verb.set_defaults(run=run)
+    verb.add_argument(
+        "--runtime-dir",
+        type=lambda path: Path(path).absolute(),
+        default=default_runtime_dir(),
+        metavar="DIR",
+        help="where agent, engines and commands find each other (default: %(default)s)",
+    )
+    return verb
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 < port < 65536:
+        raise ValueError
+    return port
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from swap_agent.serve import ServeOptions, serve
+
+    _check_device(options.device)
+    return serve(
+        ServeOptions(
+            model_repository=options.model_repository,
+            device=options.device,
+            runtime_dir=options.runtime_dir,
+            host=options.host,
+            http_port=options.http_port,
+            grpc_port=options.grpc_port,
+            metrics_port=options.metrics_port,
+            agent_port=options.agent_port,
+            tritonserver=options.tritonserver,
+            log_verbose=options.log_verbose,
+        )
+    )
+
+
+def _check_device(text: str | None) -> str:
+    """The device to use. Raises InvalidUsage when it cannot be read or run."""
+    try:
+        kind = parse_device(text or _DEFAULT_DEVICE).kind
+    except ValueError as error:
+        raise InvalidUsage(f"--device {error}") from error
+    if kind == "cuda":
+        raise InvalidUsage("--device cuda: GPUs are not supported yet; use simulated devices, e.g. --device cpu:4GiB")
+    if text is None and Path("/dev/nvidiactl").exists():
+        print("triton-swap: this machine has a GPU, which is not supported yet; using the simulated device "
+              f"{_DEFAULT_DEVICE} in host memory", file=sys.stderr)  # fmt: skip
+    return text or _DEFAULT_DEVICE
+
+
+_DEFAULT_DEVICE = "cpu:4GiB"
+
+
+def _agent(options: argparse.Namespace) -> int:
+    logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if options.host not in ("127.0.0.1", "localhost", "::1"):
+        raise InvalidUsage(f"--host {options.host}: the admin API off loopback is not supported yet")
+    device = parse_device(_check_device(options.device))
+    runtime = RuntimeDir(options.runtime_dir)
+    asyncio.run(_run_agent(AgentConfig(runtime, device, options.host, options.agent_port, poison=options.poison)))
+    return 0
+
+
+async def _run_agent(config: AgentConfig) -> None:
+    from swap_agent.api import admin
+    from swap_agent.daemon import Agent
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    agent = Agent(config)
+    async with agent.started():
+        runner = await admin.start(agent)
+        try:
+            await stop.wait()
+        finally:
+            await runner.cleanup()
+
+
+def _ps(options: argparse.Namespace) -> int:
+    from swap_agent import commands
+
+    return commands.ps(RuntimeDir(options.runtime_dir), as_json=options.json)
+
+
+def _load(options: argparse.Namespace) -> int:
+    from swap_agent import commands
+
+    return commands.load(RuntimeDir(options.runtime_dir), options.model, as_json=options.json)
+
+
+def _unload(options: argparse.Namespace) -> int:
+    from swap_agent import commands
+
+    runtime = RuntimeDir(options.runtime_dir)
+    return commands.unload(runtime, options.model, purge=options.purge, as_json=options.json)
+
+
+def _trim(options: argparse.Namespace) -> int:
+    from swap_agent import commands
+
+    return commands.trim(RuntimeDir(options.runtime_dir), as_json=options.json)
+
+
+def _backend_dir(options: argparse.Namespace) -> int:
+    import json
+
+    from swap_agent.tritonserver import backend_directory
+
+    path = str(backend_directory())
+    print(json.dumps({"backend_directory": path}) if options.json else path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""What `GET /v1/models` and `GET /v1/devices` answer, as plain JSON values. Sizes in bytes, times in seconds."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+from swap_agent.daemon import Agent
+from swap_agent.policy.inventory import Replica
+from swap_agent.supervisor import private_bytes
+
+
+def models(agent: Agent) -> list[dict[str, Any]]:
+    """One entry per replica, by name."""
+    replicas = agent.coordinator.inventory.replicas
+    return [_model(agent, replicas[name]) for name in sorted(replicas)]
+
+
+def devices(agent: Agent) -> list[dict[str, Any]]:
+    """One entry per device."""
+    return [_device(agent, name) for name in agent.pools]
+
+
+def _model(agent: Agent, replica: Replica) -> dict[str, Any]:
+    engine = agent.engines.get(replica.name)
+    process = engine.process if engine else None
+    space = engine.rank.space if engine and engine.rank else None
+    spec = agent.specs.get(replica.name)
+    return {
+        "name": replica.name,
+        "state": replica.state.value,
+        "devices": [replica.device] if replica.device else [],
+        "device_bytes": space.device_bytes if space else 0,
+        "mirror_bytes": space.mirror_bytes if space else 0,
+        "residue_bytes": private_bytes(process.pid) if process else 0,
+        "in_flight": replica.in_flight,
+        "waiting": replica.waiting,
+        "idle_s": round(time.monotonic() - replica.idle_since_s, 3) if replica.idle and process else 0.0,
+        "engine_pid": process.pid if process else None,
+        "failure": replica.failure,
+        "request_bytes": spec.settings.request_bytes if spec else None,
+        "keep_alive_s": replica.keep_alive_s,
+        "weights_bytes": engine.rank.weights_bytes if engine and engine.rank else 0,
+        "state_bytes": engine.rank.state_bytes if engine and engine.rank else 0,
+        "kv_bytes": space.region_bytes("kv") if space else 0,
+        "swaps_in": engine.swaps_in if engine else 0,
+        "swaps_out": engine.swaps_out if engine else 0,
+        "last_swap_in": dataclasses.asdict(engine.last_swap_in) if engine and engine.last_swap_in else None,
+    }
+
+
+def _device(agent: Agent, name: str) -> dict[str, Any]:
+    pool = agent.pools[name]
+    device = pool.device
+    arrived, left = device.host_to_device, device.device_to_host
+    return {
+        "name": name,
+        "frames_total": device.total_frames,
+        "frames_free": pool.free_frames,
+        "frame_bytes": device.frame_bytes,
+        "resident_bytes": device.resident_bytes(),
+        "copied_bytes": {
+            "host_to_device": {"weights": arrived["weights", "swap_in"], "state": arrived["state", "swap_in"]},
+            "device_to_host": {
+                "weights_mirrors": left["weights", "mirror"],
+                "weights_swap_outs": left["weights", "swap_out"],
+                "state": left["state", "swap_out"],
+            },
+        },
+    }

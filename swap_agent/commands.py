@@ -1,0 +1,93 @@
+"""The verbs that talk to a running agent: `ps`, `load`, `unload`, `trim`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from swap_agent.config import RuntimeDir
+from swap_agent.errors import Unavailable
+from swap_agent.policy.units import format_bytes
+
+
+def ps(runtime: RuntimeDir, *, as_json: bool) -> int:
+    """Print devices and models."""
+    models = _call(runtime, "GET", "/v1/models")["models"]
+    devices = _call(runtime, "GET", "/v1/devices")["devices"]
+    if as_json:
+        print(json.dumps({"devices": devices, "models": models}, indent=2))
+        return 0
+    console = Console()
+    columns = ("MODEL", "STATE", "DEVICE", "ON DEVICE", "HOST MIRROR", "RESIDUE", "RUNNING", "WAITING", "IDLE", "PID")
+    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    for model in models:
+        table.add_row(
+            model["name"],
+            model["state"],
+            ",".join(model["devices"]) or "-",
+            format_bytes(model["device_bytes"]),
+            format_bytes(model["mirror_bytes"]),
+            format_bytes(model["residue_bytes"]),
+            str(model["in_flight"]),
+            str(model["waiting"]),
+            f"{model['idle_s']:.0f} s",
+            str(model["engine_pid"] or "-"),
+        )
+    console.print(table)
+    for model in models:
+        if model["failure"]:
+            console.print(f"{model['name']}: {model['failure']}", style="red", highlight=False)
+    for device in devices:
+        total, free = (device[key] * device["frame_bytes"] for key in ("frames_total", "frames_free"))
+        console.print(f"{device['name']}: {format_bytes(total)}, {format_bytes(free)} free", highlight=False)
+    return 0
+
+
+def load(runtime: RuntimeDir, model: str, *, as_json: bool) -> int:
+    """Return when the model is RESIDENT."""
+    _call(runtime, "POST", f"/v1/models/{model}/load")
+    return _show(runtime, model, as_json=as_json)
+
+
+def unload(runtime: RuntimeDir, model: str, *, purge: bool, as_json: bool) -> int:
+    """Return when the model is parked or, with `purge`, COLD."""
+    _call(runtime, "POST", f"/v1/models/{model}/unload?purge={int(purge)}")
+    return _show(runtime, model, as_json=as_json)
+
+
+def trim(runtime: RuntimeDir, *, as_json: bool) -> int:
+    """Print how many frames were released."""
+    answer = _call(runtime, "POST", "/v1/trim")
+    print(json.dumps(answer) if as_json else f"{answer['released_frames']} frames released")
+    return 0
+
+
+def _show(runtime: RuntimeDir, model: str, *, as_json: bool) -> int:
+    models = _call(runtime, "GET", "/v1/models")["models"]
+    own = [entry for entry in models if entry["name"].rpartition("/")[0] == model]
+    if as_json:
+        print(json.dumps({"models": own}, indent=2))
+    else:
+        for entry in own:
+            print(f"{entry['name']}: {entry['state']}, {format_bytes(entry['device_bytes'])} on the device")
+    return 0
+
+
+def _call(runtime: RuntimeDir, method: str, path: str) -> dict[str, Any]:
+    """One call of the admin API. Raises Unavailable with the agent's own sentence."""
+    transport = httpx.HTTPTransport(uds=str(runtime.admin_socket))
+    try:
+        with httpx.Client(transport=transport, base_url="http://agent", timeout=None) as client:
+            response = client.request(method, path)
+    except httpx.TransportError as error:
+        raise Unavailable(
+            f"no swap agent answers in {runtime.path}; start `triton-swap serve`, or name its --runtime-dir"
+        ) from error
+    answer: dict[str, Any] = response.json()
+    if response.is_error:
+        raise Unavailable(str(answer["error"]))
+    return answer

@@ -1,0 +1,486 @@
+"""The swap agent: one asyncio loop that feeds events to the policy and carries out its orders.
+
+No state is decided here. Blocking work (copies, waiting for ranks) runs in worker threads and returns as events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import fcntl
+import logging
+import os
+import resource
+import signal
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+from swap_agent.config import AgentConfig, read_settings
+from swap_agent.engine import Engine, ModelSpec
+from swap_agent.errors import (
+    InvalidModel,
+    InvalidUsage,
+    PeerGone,
+    ProtocolError,
+    TritonSwapError,
+    Unavailable,
+    Unsupported,
+)
+from swap_agent.memory.frames import FramePool
+from swap_agent.memory.simulated import SimulatedDevice
+from swap_agent.memory.space import RankSpace
+from swap_agent.policy import events as ev
+from swap_agent.policy.coordinator import Coordinator
+from swap_agent.policy.inventory import Device, Replica
+from swap_agent.policy.lifecycle import State
+from swap_agent.rank import ACK_TIMEOUT_S, RankLink, start_serving
+from swap_agent.supervisor import become_subreaper, end_leftovers, start_engine
+from swap_agent.wire import messages as wire
+from swap_agent.wire.framing import AsyncChannel, Channel, listen
+
+log = logging.getLogger(__name__)
+
+_TICK_S = 0.1
+_SPARE_FILES = 1024
+"""Open files beside the frames: descriptors on their way to ranks, connections, logs."""
+_HELLO_TIMEOUT_S = 10.0
+_PARKED = frozenset({State.SWAPPED, State.COLD, State.FAILED})
+
+HostChannel = AsyncChannel[wire.FromStub | wire.FromHost]
+
+
+class Agent:
+    """Devices, engines and the conversations with stubs, hosts and ranks."""
+
+    def __init__(self, config: AgentConfig) -> None:
+        """Raises Unsupported for a kind of device that this version cannot run."""
+        if config.device.kind != "cpu":
+            raise Unsupported(
+                "--device cuda: GPUs are not supported yet; use simulated devices, e.g. --device cpu:1GiB"
+            )
+        self.config = config
+        self.pools = {
+            f"cpu:{index}": FramePool(SimulatedDevice(f"cpu:{index}", size), poison=config.poison)
+            for index, size in enumerate(config.device.sizes_bytes)
+        }
+        for pool in self.pools.values():
+            if pool.device.total_frames == 0:
+                raise InvalidUsage(f"--device: {pool.device.name} is smaller than one frame of 2 MiB")
+        self.coordinator = Coordinator([Device(name, pool.device.total_frames) for name, pool in self.pools.items()])
+        self.engines: dict[str, Engine] = {}
+        self.specs: dict[str, ModelSpec] = {}
+        self._users: dict[str, set[HostChannel]] = {}
+        self._activation: dict[str, asyncio.Future[None]] = {}
+        self._growth: dict[str, concurrent.futures.Future[None]] = {}
+        self._host_acks: dict[tuple[str, int, type[wire.Message]], asyncio.Future[None]] = {}
+        self._changed = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._channels: set[HostChannel] = set()
+        self._numbers = 0
+        self._loop: asyncio.AbstractEventLoop
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def started(self) -> AsyncIterator[None]:
+        """Serve inside the `with` block, then end every engine. Raises InvalidUsage when another agent runs here."""
+        self._loop = asyncio.get_running_loop()
+        self._raise_file_limit()
+        runtime = self.config.runtime
+        runtime.create()
+        with _exclusive(runtime.lock):
+            become_subreaper()
+            await asyncio.to_thread(end_leftovers, runtime, self.config.drain_timeout_s + 2)
+            ranks = listen(runtime.ranks_socket)
+            threading.Thread(target=self._accept_ranks, args=(ranks,), name="ranks", daemon=True).start()
+            server = await asyncio.start_unix_server(self._converse, sock=listen(runtime.agent_socket))
+            ticking = asyncio.create_task(self._tick())
+            try:
+                yield
+            finally:
+                ticking.cancel()
+                server.close()
+                ranks.close()
+                await self._end_engines()
+                for channel in list(self._channels):
+                    await channel.closed()
+                for path in (runtime.agent_socket, runtime.ranks_socket):
+                    path.unlink(missing_ok=True)
+
+    def _raise_file_limit(self) -> None:
+        """A simulated frame is an open file, and exporting one opens another. Raises InvalidUsage when too few may be."""
+        needed = sum(pool.device.total_frames for pool in self.pools.values()) + _SPARE_FILES
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if hard != resource.RLIM_INFINITY and needed > hard:
+            raise InvalidUsage(f"--device needs {needed} open files, the limit is {hard}: raise `ulimit -Hn`")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed), hard))
+
+    async def _end_engines(self) -> None:
+        for engine in list(self.engines.values()):
+            self._stop_engine(engine, "the swap agent was stopped")
+        while self.engines:
+            await asyncio.sleep(0.02)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            self.post(ev.Tick(time.monotonic()))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # --- events in, orders out ----------------------------------------------------------------------------------------
+
+    def post(self, event: ev.Event) -> None:
+        """Let the policy decide on `event` and carry out its orders. Only on the loop's thread."""
+        for action in self.coordinator.on_event(event):
+            log.debug("%s", action)
+            self._perform(action)
+        if not isinstance(event, ev.Tick):
+            self._changed.set()
+            self._changed = asyncio.Event()
+
+    def _perform(self, action: ev.Action) -> None:
+        engine = self.engines.get(action.name)
+        match action:
+            case ev.Activated():
+                self._activation_of(action.name).set_result(None)
+                del self._activation[action.name]
+            case ev.Refuse():
+                self._activation_of(action.name).set_exception(Unavailable(action.message))
+                del self._activation[action.name]
+                if engine and engine.host:
+                    engine.host.send(wire.RefuseWaiting("UNAVAILABLE", action.message))
+            case ev.StartEngine():
+                self._start_engine(action.name, action.device)
+            case _ if engine is None:
+                pass  # it died meanwhile: its end is on the way as an event
+            case ev.StopEngine():
+                self._stop_engine(engine, f"model {action.name} was unloaded")
+            case ev.GrantFrames():
+                self._growth.pop(action.name).set_result(None)
+            case ev.RefuseFrames():
+                self._growth.pop(action.name).set_exception(Unavailable(action.message))
+            case ev.Drain():
+                self._send(engine, wire.Drain(action.epoch, action.wait))
+            case ev.SwapOut():
+                self._spawn(self._swap_out(engine, action.epoch))
+            case ev.SwapIn():
+                self._spawn(self._swap_in(engine, action.epoch))
+
+    def _activation_of(self, replica: str) -> asyncio.Future[None]:
+        """The future that the next Activated or Refuse of this replica resolves."""
+        if replica not in self._activation:
+            self._activation[replica] = self._loop.create_future()
+            self._activation[replica].add_done_callback(lambda future: future.cancelled() or future.exception())
+        return self._activation[replica]
+
+    def _send(self, engine: Engine, message: wire.Message) -> None:
+        if engine.host:
+            engine.host.send(message)
+
+    async def _swap_out(self, engine: Engine, epoch: int) -> None:
+        async def order() -> None:
+            assert engine.rank is not None
+            acked = self._host_ack(engine, epoch, wire.SwappedOut)
+            self._send(engine, wire.SwapOut(epoch))
+            await asyncio.to_thread(engine.rank.swap_out, epoch)
+            await asyncio.wait_for(acked, ACK_TIMEOUT_S)
+            engine.swaps_out += 1
+            self.post(ev.SwappedOut(time.monotonic(), engine.spec.replica, epoch))
+
+        await self._or_kill(engine, order(), "swap-out")
+
+    async def _swap_in(self, engine: Engine, epoch: int) -> None:
+        async def order() -> None:
+            assert engine.rank is not None
+            acked = self._host_ack(engine, epoch, wire.SwappedIn)
+            self._send(engine, wire.SwapIn(epoch))
+            engine.last_swap_in = await asyncio.to_thread(engine.rank.swap_in, epoch)
+            await asyncio.wait_for(acked, ACK_TIMEOUT_S)
+            engine.swaps_in += 1
+            self.post(ev.SwappedIn(time.monotonic(), engine.spec.replica, epoch))
+
+        await self._or_kill(engine, order(), "swap-in")
+
+    async def _or_kill(self, engine: Engine, order: Coroutine[Any, Any, None], what: str) -> None:
+        """An order that fails leaves an undefined engine: end it; its frames return when its processes are gone."""
+        try:
+            await order
+        except (TritonSwapError, TimeoutError) as error:
+            engine.fail(f"{engine.spec.replica}: {what} failed: {error or 'no answer from its engine in time'}")
+            self._kill(engine)
+
+    def _host_ack(self, engine: Engine, epoch: int, kind: type[wire.Message]) -> asyncio.Future[None]:
+        future: asyncio.Future[None] = self._loop.create_future()
+        self._host_acks[engine.spec.replica, epoch, kind] = future
+        return future
+
+    # --- engines ------------------------------------------------------------------------------------------------------
+
+    def _start_engine(self, replica: str, device: str) -> None:
+        self._numbers += 1
+        engine = Engine(self.specs[replica], self.pools[device], self.config.runtime.engine_socket(self._numbers))
+        self.engines[replica] = engine
+        log.info("%s: starting its engine on %s", replica, device)
+        self._spawn(self._watch(engine))
+
+    async def _watch(self, engine: Engine) -> None:
+        """Start the process and see it to its end; then nothing of it is left and its frames are free."""
+        replica = engine.spec.replica
+        try:
+            engine.process = start_engine(self.config.runtime, self.config.engine_command, replica, engine.token)
+        except OSError as error:
+            engine.fail(f"{replica}: its engine process cannot be started: {error}")
+        else:
+            await engine.process.ended()
+            await engine.process.kill()
+            if not engine.ready:
+                engine.fail(f"{replica}: its engine ended while starting; see {engine.process.log_path}")
+            engine.fail(f"{replica}: its engine died; see {engine.process.log_path}")
+        if engine.rank:
+            engine.rank.channel.close()
+            await asyncio.to_thread(engine.rank.space.lost)
+        del self.engines[replica]
+        engine.socket.unlink(missing_ok=True)
+        if growth := self._growth.pop(replica, None):
+            growth.set_exception(Unavailable(engine.failure))
+        for key in [key for key in self._host_acks if key[0] == replica]:
+            future = self._host_acks.pop(key)
+            if not future.done():
+                future.set_exception(Unavailable(engine.failure))
+                future.exception()
+        if not engine.stopping:
+            log.error("%s", engine.failure)
+        self.post(ev.EngineExited(time.monotonic(), replica, engine.failure))
+
+    def _stop_engine(self, engine: Engine, message: str) -> None:
+        engine.stopping = True
+        engine.fail(message)
+        self._send(engine, wire.Shutdown(message))
+        self._spawn(self._kill_later(engine))
+
+    async def _kill_later(self, engine: Engine) -> None:
+        delay_s = self.config.drain_timeout_s + 2 if engine.ready else 0.0
+        deadline_s = time.monotonic() + delay_s
+        while self.engines.get(engine.spec.replica) is engine and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.05)
+        if self.engines.get(engine.spec.replica) is engine:
+            self._kill(engine)
+
+    def _kill(self, engine: Engine) -> None:
+        if engine.process:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(engine.process.pid, signal.SIGKILL)
+
+    # --- memory plane -------------------------------------------------------------------------------------------------
+
+    def _accept_ranks(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                sock, _ = listener.accept()
+            except OSError:
+                return  # closed: the agent ends
+            threading.Thread(target=self._greet_rank, args=(sock,), daemon=True).start()
+
+    def _greet_rank(self, sock: socket.socket) -> None:
+        channel: Channel[wire.FromRank] = Channel(sock, wire.FromRank)
+        try:
+            hello, _ = channel.receive(_HELLO_TIMEOUT_S)
+            engine = self.engines.get(hello.replica) if isinstance(hello, wire.RankHello) else None
+            if channel.uid != os.getuid() or engine is None or not isinstance(hello, wire.RankHello):
+                raise ProtocolError("no rank of an engine of this agent")
+            if hello.token != engine.token or engine.rank:
+                raise ProtocolError(f"no rank of the running engine of {hello.replica}")
+            if hello.world_size != 1:
+                message = f"model {hello.replica}: tensor_parallel_size above 1 is not supported yet"
+                channel.send(wire.Refused("UNSUPPORTED", message))
+                raise ProtocolError(message)
+            device = engine.pool.device
+            capacity_bytes = device.total_frames * device.frame_bytes
+            engine.rank = RankLink(
+                channel,
+                RankSpace(hello.replica, engine.pool),
+                want_frames=lambda frames: self._want_frames(engine, frames),
+                on_failure=engine.fail,
+            )
+            request_bytes = engine.spec.settings.request_bytes
+            channel.send(wire.RankWelcome(device.name, device.frame_bytes, request_bytes, capacity_bytes))
+        except (PeerGone, ProtocolError, TimeoutError) as error:
+            log.warning("a connection to %s was closed: %s", self.config.runtime.ranks_socket, error)
+            channel.close()
+        else:
+            start_serving(engine.rank)
+
+    def _want_frames(self, engine: Engine, frames: int) -> None:
+        """On a rank's thread: wait until the policy grants. Raises Unavailable."""
+        granted: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def ask() -> None:
+            if self.engines.get(engine.spec.replica) is not engine:
+                granted.set_exception(Unavailable("the engine was stopped"))
+                return
+            self._growth[engine.spec.replica] = granted
+            self.post(ev.FramesWanted(time.monotonic(), engine.spec.replica, frames))
+
+        self._loop.call_soon_threadsafe(ask)
+        granted.result()
+
+    # --- control plane ------------------------------------------------------------------------------------------------
+
+    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        channel: HostChannel = AsyncChannel(reader, writer, wire.FromStub | wire.FromHost)
+        self._channels.add(channel)
+        try:
+            if channel.uid != os.getuid():
+                raise ProtocolError(f"user {channel.uid} is not the agent's")
+            first = await channel.receive()
+            if isinstance(first, wire.HostHello):
+                await self._converse_with_host(channel, first)
+            else:
+                await self._converse_with_stub(channel, first)
+        except PeerGone:
+            pass
+        except ProtocolError as error:
+            log.warning("a connection to %s was closed: %s", self.config.runtime.agent_socket, error)
+        finally:
+            channel.close()
+            self._channels.discard(channel)
+
+    async def _converse_with_host(self, channel: HostChannel, hello: wire.HostHello) -> None:
+        engine = self.engines.get(hello.replica)
+        if engine is None or hello.token != engine.token or engine.host:
+            raise ProtocolError(f"no host of the running engine of {hello.replica}")
+        engine.host = channel
+        channel.send(
+            wire.HostWelcome(
+                version_dir=engine.spec.version_dir,
+                model_json=engine.spec.model_json,
+                engine_socket=str(engine.socket),
+                ranks_socket=str(self.config.runtime.ranks_socket),
+                max_queue=self.config.max_queue,
+                queue_timeout_s=self.config.queue_timeout_s,
+                drain_timeout_s=self.config.drain_timeout_s,
+            )
+        )
+        while True:
+            message = await channel.receive()
+            now_s, replica = time.monotonic(), hello.replica
+            match message:
+                case wire.HostReady():
+                    engine.ready = True
+                    self.post(ev.EngineReady(now_s, replica))
+                case wire.HostFailed():
+                    engine.fail(message.message)
+                case wire.Report():
+                    self.post(ev.LoadReported(now_s, replica, message.in_flight, message.waiting))
+                case wire.Drained():
+                    self.post(ev.Drained(now_s, replica, message.epoch))
+                case wire.DrainRefused():
+                    self.post(ev.DrainRefused(now_s, replica, message.epoch))
+                case wire.SwappedOut() | wire.SwappedIn():
+                    future = self._host_acks.pop((replica, message.epoch, type(message)), None)
+                    if future and not future.done():
+                        future.set_result(None)
+                case wire.OrderFailed():
+                    engine.fail(f"{replica}: {message.message}")
+                    self._kill(engine)
+                case _:
+                    raise ProtocolError(f"{type(message).__name__} from an engine host")
+
+    async def _converse_with_stub(self, channel: HostChannel, first: wire.FromStub | wire.FromHost) -> None:
+        replica = ""
+        message = first
+        try:
+            while True:
+                if isinstance(message, wire.Attach):
+                    again = bool(replica)
+                    replica = f"{message.model}/{message.version}#{message.instance}"
+                    self._users.setdefault(replica, set()).add(channel)
+                    channel.send(await self._answer_attach(replica, message, again=again))
+                elif isinstance(message, wire.Detach) and replica:
+                    self._users[replica].discard(channel)
+                    if not self._users[replica]:
+                        await self.unload(replica, purge=False)
+                    channel.send(wire.Detached())
+                else:
+                    raise ProtocolError(f"{type(message).__name__} from a Triton stub")
+                message = await channel.receive()
+        finally:
+            if replica:
+                self._users[replica].discard(channel)
+
+    async def _answer_attach(self, replica: str, message: wire.Attach, *, again: bool) -> wire.Attached | wire.Refused:
+        try:
+            # A stub that lost its engine gets the current one, even when a newer copy of the model changed the spec.
+            if not again or replica not in self.specs:
+                await self._adopt(replica, message)
+            await self.load(replica)
+            engine = self.engines.get(replica)
+            if engine is None or engine.process is None:
+                raise Unavailable(f"{replica}: its engine ended right after it was loaded; try again")
+        except TritonSwapError as error:
+            return wire.Refused(error.code, str(error))  # type: ignore[arg-type]
+        return wire.Attached(replica, str(engine.socket), engine.process.pid)
+
+    async def _adopt(self, replica: str, message: wire.Attach) -> None:
+        """Make the stub's request the spec of the replica; an engine of another spec ends first."""
+        device = next(iter(self.pools.values())).device
+        device_bytes = device.total_frames * device.frame_bytes
+        settings = read_settings(message.model, message.parameters, device_bytes)
+        frames = None if settings.request_bytes is None else settings.request_bytes // device.frame_bytes
+        largest_bytes = max(pool.device.total_frames for pool in self.pools.values()) * device.frame_bytes
+        if settings.request_bytes is not None and settings.request_bytes > largest_bytes:
+            raise InvalidModel(
+                f"model {message.model}: GPU_MEMORY_REQUEST in config.pbtxt is {settings.request_bytes} bytes, but the "
+                f"largest device has {largest_bytes}; lower it or serve with a larger --device"
+            )
+        spec = ModelSpec(replica, message.version_dir, message.model_json, settings)
+        old = self.engines.get(replica)
+        if old and spec.needs_other_engine(old.spec):
+            log.info("%s: its model.json or request changed; its engine is replaced", replica)
+            await self.unload(replica, purge=True)
+        self.specs[replica] = spec
+        self.post(ev.Registered(time.monotonic(), replica, frames, settings.keep_alive_s))
+
+    # --- for stubs and the admin API ----------------------------------------------------------------------------------
+
+    def replica(self, name: str) -> Replica:
+        """The policy's record of a replica. Raises KeyError."""
+        return self.coordinator.inventory.replicas[name]
+
+    async def load(self, replica: str) -> None:
+        """Return when the replica is RESIDENT. Raises Unavailable with the reason when that fails."""
+        activated = self._activation_of(replica)
+        self.post(ev.LoadWanted(time.monotonic(), replica))
+        await asyncio.shield(activated)
+
+    async def unload(self, replica: str, *, purge: bool) -> None:
+        """Return when the replica is parked or, with `purge`, when its engine and mirror are gone."""
+        self.post(ev.UnloadWanted(time.monotonic(), replica, purge))
+        wanted = frozenset({State.COLD, State.FAILED}) if purge else _PARKED
+        while self.replica(replica).state not in wanted and not self.replica(replica).load_wanted:
+            await self._changed.wait()
+
+    def trim(self) -> int:
+        """Release free frames to the driver or operating system; returns how many."""
+        return sum(pool.trim() for pool in self.pools.values())
+
+
+@contextlib.contextmanager
+def _exclusive(lock: Path) -> Iterator[None]:
+    """Hold the agent's lock file. Raises InvalidUsage when another agent has it."""
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            message = f"another swap agent runs in {lock.parent}; stop it or choose another --runtime-dir"
+            raise InvalidUsage(message) from error
+        yield

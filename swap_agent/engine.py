@@ -1,0 +1,57 @@
+"""The agent's record of one engine: its process, its rank, its host connection, its figures."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from swap_agent.config import ModelSettings
+from swap_agent.memory.frames import FramePool
+from swap_agent.memory.space import SwapIn
+from swap_agent.rank import RankLink
+from swap_agent.supervisor import EngineProcess
+from swap_agent.wire import messages as wire
+from swap_agent.wire.framing import AsyncChannel
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a Triton instance asks for: everything that makes an engine this engine and no other."""
+
+    replica: str
+    version_dir: str
+    model_json: str
+    settings: ModelSettings
+
+    def needs_other_engine(self, other: ModelSpec) -> bool:
+        """Whether a running engine of `other` cannot serve this. KEEP_ALIVE is applied live."""
+        return (self.version_dir, self.model_json, self.settings.request_bytes) != (
+            other.version_dir,
+            other.model_json,
+            other.settings.request_bytes,
+        )
+
+
+@dataclass
+class Engine:
+    """One engine process tree, from its start to its end."""
+
+    spec: ModelSpec
+    pool: FramePool
+    socket: Path
+    token: str = field(default_factory=lambda: secrets.token_hex(16))
+    process: EngineProcess | None = None
+    host: AsyncChannel[wire.FromStub | wire.FromHost] | None = None
+    rank: RankLink | None = None
+    ready: bool = False
+    stopping: bool = False
+    failure: str = ""
+    """Why it failed, in its own words; the first reason wins."""
+    swaps_in: int = 0
+    swaps_out: int = 0
+    last_swap_in: SwapIn | None = None
+
+    def fail(self, reason: str) -> None:
+        """Remember why it ends."""
+        self.failure = self.failure or reason

@@ -1,0 +1,72 @@
+"""Every error that triton-swap raises on purpose.
+
+TritonSwapError
+├── InvalidModel       a model's configuration cannot work: the user has to change it
+├── InvalidUsage       a flag, a device, a path or a port cannot work: the user has to change it
+├── Unavailable        cannot be served now; trying later can succeed
+├── Unsupported        this version does not do it
+├── OutOfFrames        a device has not that many free frames
+├── BooksDoNotBalance  frames were lost or counted twice: a bug
+├── Refusal            another process of triton-swap said no; carries its code
+├── PeerGone           the process at the other end of a connection closed it or died
+└── ProtocolError      a peer sent what this conversation does not allow
+"""
+
+from __future__ import annotations
+
+
+class TritonSwapError(Exception):
+    """Base class; the text is one line for a person."""
+
+    code = "INTERNAL"
+    """The wire code (`wire.messages.Code`) of an answer that carries this error."""
+
+
+class InvalidModel(TritonSwapError):
+    """A model's configuration cannot work."""
+
+    code = "INVALID_ARG"
+
+
+class InvalidUsage(TritonSwapError):
+    """What was asked for on the command line or through the API cannot work."""
+
+    code = "INVALID_ARG"
+
+
+class Unavailable(TritonSwapError):
+    """Not now; trying later can succeed."""
+
+    code = "UNAVAILABLE"
+
+
+class Unsupported(TritonSwapError):
+    """This version does not do it."""
+
+    code = "UNSUPPORTED"
+
+
+class OutOfFrames(Unavailable):
+    """A device has not that many free frames."""
+
+
+class BooksDoNotBalance(TritonSwapError):
+    """Frames were lost or counted twice."""
+
+
+class Refusal(TritonSwapError):
+    """Another process of triton-swap refused; `code` and text are its own."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class PeerGone(TritonSwapError):
+    """The process at the other end closed the connection or died."""
+
+    code = "UNAVAILABLE"
+
+
+class ProtocolError(TritonSwapError):
+    """A peer sent what this conversation does not allow."""

@@ -1,0 +1,64 @@
+"""The seam between the pager and a kind of device memory: frames, and copies into and out of them.
+
+Rules that every implementation keeps (docs/memory.md): a frame's memory lives until its last mapping and descriptor is
+gone; frames change hands only through the pool; every byte that crosses between host and device is counted in a copy.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from swap_agent.wire.messages import Region
+
+Bytes = npt.NDArray[np.uint8]
+"""Host memory, shape [bytes]."""
+
+During = Literal["mirror", "swap_in", "swap_out"]
+"""What a copy is part of."""
+
+Copied = Counter[tuple[Region, During]]
+"""Bytes copied, by region and occasion."""
+
+
+class Frame(Protocol):
+    """One uniform chunk of physical device memory, owned by the agent."""
+
+    def export(self) -> int:
+        """A new descriptor of the frame, to be sent and then closed by the caller. Raises OSError."""
+
+
+class DeviceMemory(Protocol):
+    """One device. Methods may be called from several threads, never for the same frame at once."""
+
+    name: str
+    frame_bytes: int
+    total_frames: int
+    host_to_device: Copied
+    """Bytes copied into frames. Zeroing is no copy."""
+    device_to_host: Copied
+    """Bytes copied out of frames."""
+
+    def create(self) -> Frame:
+        """A new zeroed frame. Raises OutOfFrames when physical memory is short."""
+
+    def destroy(self, frame: Frame) -> None:
+        """Drop the agent's mapping and descriptor: the memory is free once no other process maps it."""
+
+    def zero(self, frame: Frame, start: int = 0) -> None:
+        """Set bytes `start`… of the frame to zero."""
+
+    def poison(self, frame: Frame) -> None:
+        """Set every byte of the frame to 0xFF: whoever reads it unfilled computes NaN, not a plausible answer."""
+
+    def copy_in(self, frame: Frame, source: Bytes, region: Region, during: During) -> None:
+        """Copy `source` (at most a frame) to the start of the frame and count its bytes."""
+
+    def copy_out(self, frame: Frame, target: Bytes, region: Region, during: During) -> None:
+        """Copy the start of the frame to `target` (at most a frame) and count its bytes."""
+
+    def resident_bytes(self) -> int:
+        """Physical memory that frames of this device occupy now, whoever maps them."""

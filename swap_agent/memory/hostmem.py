@@ -1,0 +1,38 @@
+"""Host memory in anonymous files: what simulated frames, mirrors and staging are made of."""
+
+from __future__ import annotations
+
+import os
+
+from swap_agent.errors import OutOfFrames
+from swap_agent.memory import mapping
+from swap_agent.memory.device import Bytes
+
+
+class HostMemory:
+    """A zeroed memfd of fixed size, mapped and populated: a copy to or from it takes no page fault.
+
+    Raises OutOfFrames when the machine has no memory left.
+    """
+
+    def __init__(self, name: str, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        self.fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(self.fd, size_bytes)
+            self._address = mapping.reserve(size_bytes)
+            mapping.map_file(self.fd, self._address, size_bytes)
+        except OSError as error:
+            os.close(self.fd)
+            raise OutOfFrames(f"the machine has no {size_bytes} bytes left for {name}: {error.strerror}") from error
+        self.bytes: Bytes = mapping.bytes_at(self._address, size_bytes)
+
+    def resident_bytes(self) -> int:
+        """Bytes of memory behind the file (`st_blocks` is in units of 512)."""
+        return os.fstat(self.fd).st_blocks * 512
+
+    def close(self) -> None:
+        """Drop the mapping and the descriptor; the memory is free once nobody else maps it."""
+        del self.bytes
+        mapping.unmap(self._address, self.size_bytes)
+        os.close(self.fd)

@@ -1,0 +1,81 @@
+"""mmap at chosen, huge-page-aligned addresses (mmap(2), madvise(2)), which Python's own mmap module cannot do."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+
+import numpy as np
+
+from swap_agent.memory.device import Bytes
+
+ALIGNMENT = 2 << 20
+"""Size of a huge page on x86-64 and on arm64 with 4 KiB pages."""
+
+_PROT_NONE = 0
+_MAP_FIXED = 0x10
+_MAP_NORESERVE = 0x4000
+_MADV_POPULATE_WRITE = 23
+_FAILED = ctypes.c_void_p(-1).value
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def reserve(size_bytes: int) -> int:
+    """Reserve an aligned range of addresses with nothing behind it (any access faults). Raises OSError."""
+    size_bytes = -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    address = _mmap(
+        None, size_bytes + ALIGNMENT, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1
+    )
+    aligned = -(-address // ALIGNMENT) * ALIGNMENT
+    if aligned > address:
+        unmap(address, aligned - address)
+    tail = address + size_bytes + ALIGNMENT - (aligned + size_bytes)
+    if tail:
+        unmap(aligned + size_bytes, tail)
+    return aligned
+
+
+def map_file(fd: int, address: int, size_bytes: int) -> None:
+    """Map the start of a file at `address`, shared and writable, over whatever is there. Raises OSError.
+
+    Asks for huge pages and populates: afterwards no access takes a page fault where the kernel is 5.14 or newer.
+    """
+    _mmap(address, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED, fd)
+    _libc.madvise(address, size_bytes, mmap.MADV_HUGEPAGE)  # advice: a kernel without it maps small pages
+    if _libc.madvise(address, size_bytes, _MADV_POPULATE_WRITE) != 0 and ctypes.get_errno() != 22:
+        raise _error("madvise(MADV_POPULATE_WRITE)")
+
+
+def vacate(address: int, size_bytes: int) -> None:
+    """Turn a mapped range back into a reservation; its pages are unmapped. Raises OSError."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
+    _mmap(address, size_bytes, _PROT_NONE, flags, -1)
+
+
+def unmap(address: int, size_bytes: int) -> None:
+    """Give the range of addresses itself back. Raises OSError."""
+    if _libc.munmap(address, size_bytes) != 0:
+        raise _error("munmap")
+
+
+def bytes_at(address: int, size_bytes: int) -> Bytes:
+    """The mapped bytes at `address`, shape [size_bytes]; the caller sees to it that they stay mapped."""
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size_bytes).from_address(address))
+
+
+def _mmap(address: int | None, size_bytes: int, protection: int, flags: int, fd: int) -> int:
+    result = _libc.mmap(address, size_bytes, protection, flags, fd, 0)
+    if result == _FAILED or result is None:
+        raise _error("mmap")
+    return int(result)
+
+
+def _error(call: str) -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, f"{call}: {os.strerror(number)}")

@@ -1,0 +1,55 @@
+"""Host copies of a region: the mirror of the immutable weights, the staging of the small mutable state."""
+
+from __future__ import annotations
+
+from swap_agent.memory.device import Bytes, DeviceMemory, During, Frame
+from swap_agent.memory.hostmem import HostMemory
+from swap_agent.wire.messages import Region
+
+
+class Image:
+    """Host memory that holds the first `size_bytes` of a region's frames, in order. Raises OutOfFrames."""
+
+    def __init__(self, name: str, region: Region, size_bytes: int) -> None:
+        self.region = region
+        self.size_bytes = size_bytes
+        self._memory = HostMemory(name, size_bytes) if size_bytes else None
+
+    @property
+    def bytes(self) -> Bytes:
+        """The content, shape [size_bytes]; only for a size above zero."""
+        if self._memory is None:
+            raise ValueError("an empty image has no bytes")
+        return self._memory.bytes
+
+    def save(self, device: DeviceMemory, frames: list[Frame], during: During) -> None:
+        """Copy from the frames."""
+        for index in range(self._frames(device)):
+            device.copy_out(frames[index], self._part(device, index), self.region, during)
+
+    def restore(self, device: DeviceMemory, frames: list[Frame]) -> None:
+        """Copy to the frames, and set to zero what lies beyond the image in the last of them."""
+        used = self._frames(device)
+        for index in range(used):
+            device.copy_in(frames[index], self._part(device, index), self.region, "swap_in")
+        if tail := self.size_bytes % device.frame_bytes:
+            device.zero(frames[used - 1], tail)
+        for frame in frames[used:]:
+            device.zero(frame)
+
+    def resident_bytes(self) -> int:
+        """Memory that the image occupies."""
+        return self._memory.resident_bytes() if self._memory else 0
+
+    def close(self) -> None:
+        """Free the memory."""
+        if self._memory:
+            self._memory.close()
+            self._memory = None
+
+    def _frames(self, device: DeviceMemory) -> int:
+        return -(-self.size_bytes // device.frame_bytes)
+
+    def _part(self, device: DeviceMemory, index: int) -> Bytes:
+        start = index * device.frame_bytes
+        return self.bytes[start : min(start + device.frame_bytes, self.size_bytes)]

@@ -1,0 +1,295 @@
+"""The decision tree: `Coordinator.on_event(event) -> actions`, pure and synchronous.
+
+Activations are served first come, first served. Room is made by swapping out idle models, least recently used first.
+When no idle model is left and the head of the queue has waited `TURN_S`, busy models take turns: the one that has been
+resident longest drains. A model is swapped whole. One engine starts at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from swap_agent.policy import events as ev
+from swap_agent.policy.inventory import Device, Inventory, Replica
+from swap_agent.policy.lifecycle import State
+
+TURN_S = 2.0
+"""How long a waiting model leaves busy ones in peace, and how long a busy one stays at least."""
+
+_LEAVING = frozenset({State.DRAINING, State.SWAPPING_OUT})
+
+
+class Coordinator:
+    """Owns the states of all replicas and the reservations on all devices."""
+
+    def __init__(self, devices: list[Device]) -> None:
+        self.inventory = Inventory({device.name: device for device in devices})
+        self._queue: dict[str, float] = {}
+        """Replicas that wait for activation, in order, with the time since which they wait."""
+        self._growth: dict[str, int] = {}
+        """Frames that a starting replica wants beyond its reservation."""
+        self._actions: list[ev.Action] = []
+
+    def on_event(self, event: ev.Event) -> list[ev.Action]:
+        """Take note of `event`, decide, and return the orders that follow, to be carried out in this order.
+
+        1. Take note: each event type has one handler below. Answers with an old epoch are dropped.
+        2. Follow up on wishes that had to wait: unload, purge (`_follow_wishes`).
+        3. Swap out what has been idle for its keep-alive (`_expire`).
+        4. Serve the queue, making room where needed (`_serve_queue`).
+        """
+        self._actions = []
+        if not isinstance(event, ev.Tick):
+            replica = self.inventory.replicas.get(event.name)  # type: ignore[attr-defined]
+            if replica is None:
+                replica = Replica(event.name)  # type: ignore[attr-defined]
+                if isinstance(event, ev.Registered):
+                    self.inventory.replicas[replica.name] = replica
+            _HANDLERS[type(event)](self, replica, event)
+        for replica in list(self.inventory.replicas.values()):
+            self._follow_wishes(replica, event.now_s)
+            self._expire(replica, event.now_s)
+        self._serve_queue(event.now_s)
+        self.inventory.check_integrity()
+        return self._actions
+
+    # --- 1. notes -----------------------------------------------------------------------------------------------------
+
+    def _registered(self, replica: Replica, event: ev.Registered) -> None:
+        replica.request_frames = event.request_frames
+        replica.keep_alive_s = event.keep_alive_s
+
+    def _load_wanted(self, replica: Replica, event: ev.LoadWanted) -> None:
+        replica.unload_wanted = replica.purge_wanted = False
+        replica.load_wanted = replica.state is not State.RESIDENT
+        if replica.state is State.RESIDENT:
+            replica.idle_since_s = event.now_s
+            self._actions.append(ev.Activated(replica.name))
+
+    def _unload_wanted(self, replica: Replica, event: ev.UnloadWanted) -> None:
+        replica.load_wanted = False
+        replica.unload_wanted = True
+        replica.purge_wanted |= event.purge
+
+    def _load_reported(self, replica: Replica, event: ev.LoadReported) -> None:
+        was_busy = not replica.idle
+        replica.in_flight, replica.waiting = event.in_flight, event.waiting
+        if replica.idle and was_busy:
+            replica.idle_since_s = event.now_s
+
+    def _frames_wanted(self, replica: Replica, event: ev.FramesWanted) -> None:
+        replica.footprint_frames += event.frames
+        beyond = replica.footprint_frames - replica.reserved_frames
+        if replica.state is not State.STARTING:
+            self._actions.append(ev.RefuseFrames(replica.name, f"{replica.name} is {replica.state.value}"))
+        elif beyond <= 0:
+            self._actions.append(ev.GrantFrames(replica.name, event.frames))
+        elif replica.request_frames is not None:
+            self._actions.append(ev.RefuseFrames(replica.name, f"{beyond} frames more than GPU_MEMORY_REQUEST allows"))
+        else:
+            self._growth[replica.name] = event.frames
+
+    def _engine_ready(self, replica: Replica, event: ev.EngineReady) -> None:
+        replica.move(State.RESIDENT)
+        self._settle(replica, event.now_s)
+
+    def _drained(self, replica: Replica, event: ev.Drained) -> None:
+        if event.epoch == replica.epoch and replica.state is State.DRAINING:
+            replica.move(State.SWAPPING_OUT)
+            self._actions.append(ev.SwapOut(replica.name, replica.epoch))
+
+    def _drain_refused(self, replica: Replica, event: ev.DrainRefused) -> None:
+        if event.epoch == replica.epoch and replica.state is State.DRAINING:
+            replica.move(State.RESIDENT)
+            replica.in_flight = max(replica.in_flight, 1)
+
+    def _swapped_out(self, replica: Replica, event: ev.SwappedOut) -> None:
+        if event.epoch == replica.epoch and replica.state is State.SWAPPING_OUT:
+            replica.move(State.SWAPPED)
+            replica.reserved_frames = 0
+            replica.unload_wanted = False
+
+    def _swapped_in(self, replica: Replica, event: ev.SwappedIn) -> None:
+        if event.epoch == replica.epoch and replica.state is State.SWAPPING_IN:
+            replica.move(State.RESIDENT)
+            self._settle(replica, event.now_s)
+
+    def _engine_exited(self, replica: Replica, event: ev.EngineExited) -> None:
+        replica.move(State.FAILED)
+        if replica.stopping:
+            replica.move(State.COLD)
+        else:
+            replica.failure = event.reason
+            self._actions.append(ev.Refuse(replica.name, event.reason))
+        replica.device = None
+        replica.reserved_frames = replica.footprint_frames = replica.in_flight = replica.waiting = 0
+        replica.stopping = replica.unload_wanted = replica.purge_wanted = False
+        # A load that came while the old engine was being stopped is still wanted; one that the failure answers is not.
+        replica.load_wanted = replica.load_wanted and not replica.failure
+        self._growth.pop(replica.name, None)
+
+    def _settle(self, replica: Replica, now_s: float) -> None:
+        replica.load_wanted = False
+        replica.waiting = 0  # the gate is open: the host's next report counts anew
+        replica.idle_since_s = replica.resident_since_s = now_s
+        self._actions.append(ev.Activated(replica.name))
+
+    # --- 2. and 3. wishes and timers ----------------------------------------------------------------------------------
+
+    def _follow_wishes(self, replica: Replica, now_s: float) -> None:
+        if replica.unload_wanted and replica.state is State.RESIDENT:
+            self._drain(replica, wait=True, reason="unload")
+        elif replica.unload_wanted and replica.state in (State.SWAPPED, State.COLD, State.FAILED):
+            replica.unload_wanted = False
+        if replica.purge_wanted and not replica.unload_wanted and not replica.stopping:
+            if replica.state is State.SWAPPED:
+                replica.stopping = True
+                self._actions.append(ev.StopEngine(replica.name))
+            elif replica.state in (State.COLD, State.FAILED):
+                replica.purge_wanted = False
+                if replica.state is State.FAILED:
+                    replica.move(State.COLD)
+
+    def _expire(self, replica: Replica, now_s: float) -> None:
+        if (
+            replica.state is State.RESIDENT
+            and replica.idle
+            and replica.keep_alive_s is not None
+            and now_s - replica.idle_since_s >= replica.keep_alive_s
+        ):
+            self._drain(replica, wait=False, reason="keep_alive")
+
+    def _drain(self, replica: Replica, *, wait: bool, reason: str) -> None:
+        replica.move(State.DRAINING)
+        replica.epoch += 1
+        self._actions.append(ev.Drain(replica.name, replica.epoch, wait, reason))
+
+    # --- 4. the queue -------------------------------------------------------------------------------------------------
+
+    def _serve_queue(self, now_s: float) -> None:
+        """Decide for each waiting replica, in order of arrival.
+
+        1. A starting engine that wants more frames goes first: nothing else can start before it is done.
+        2. Withdrawn wishes leave the queue, new ones enter at its end.
+        3. A replica that leaves the device keeps its place until it is SWAPPED.
+        4. A COLD or FAILED one waits for the running engine start; meanwhile others may pass.
+        5. One that no device can ever hold is refused.
+        6. One that fits is activated.
+        7. Otherwise room is made on its device, and nobody behind it may take room there.
+        """
+        blocked: set[str] = set()
+        for name, frames in list(self._growth.items()):  # 1
+            self._grow(self.inventory.replicas[name], frames, blocked, now_s)
+        for replica in self.inventory.replicas.values():  # 2
+            if replica.activation_wanted and replica.state in (State.COLD, State.FAILED, State.SWAPPED, *_LEAVING):
+                self._queue.setdefault(replica.name, now_s)
+            else:
+                self._queue.pop(replica.name, None)
+        for name, since_s in list(self._queue.items()):
+            replica = self.inventory.replicas[name]
+            if replica.state in _LEAVING or replica.stopping:  # 3
+                continue
+            if replica.state is State.SWAPPED:
+                candidates = [str(replica.device)]
+            elif any(other.state is State.STARTING for other in self.inventory.replicas.values()):  # 4
+                continue
+            else:
+                candidates = list(self.inventory.devices)
+            self._activate(replica, candidates, since_s, blocked, now_s)
+
+    def _activate(
+        self, replica: Replica, candidates: list[str], since_s: float, blocked: set[str], now_s: float
+    ) -> None:
+        need = replica.need_frames
+        able = [device for device in candidates if self.inventory.devices[device].frames >= need]
+        if not able:  # 5
+            largest = max(self.inventory.devices[device].frames for device in candidates)
+            replica.load_wanted = False
+            replica.waiting = 0
+            self._queue.pop(replica.name)
+            message = f"{replica.name} needs {need} frames; the largest device has {largest}"
+            self._actions.append(ev.Refuse(replica.name, message))
+            return
+        fitting = [device for device in able if device not in blocked and self.inventory.free_frames(device) >= need]
+        if fitting:  # 6
+            fullest_first = need > 0
+            order: Callable[[str], int] = self.inventory.free_frames
+            device = min(fitting, key=order) if fullest_first else max(fitting, key=order)
+            self._queue.pop(replica.name)
+            self._admit(replica, device, need)
+            return
+        device = max(able, key=lambda name: self._reclaimable_frames(name, now_s - since_s))  # 7
+        if device not in blocked:
+            self._make_room(device, need, since_s, now_s)
+            blocked.add(device)
+
+    def _admit(self, replica: Replica, device: str, need: int) -> None:
+        replica.reserved_frames = need
+        replica.unload_wanted = False
+        if replica.state is State.SWAPPED:
+            replica.move(State.SWAPPING_IN)
+            replica.epoch += 1
+            self._actions.append(ev.SwapIn(replica.name, replica.epoch))
+        else:
+            replica.move(State.STARTING)
+            replica.device = device
+            replica.failure = ""
+            self._actions.append(ev.StartEngine(replica.name, device))
+
+    def _grow(self, replica: Replica, frames: int, blocked: set[str], now_s: float) -> None:
+        device = str(replica.device)
+        beyond = replica.footprint_frames - replica.reserved_frames
+        if replica.footprint_frames > self.inventory.devices[device].frames:
+            del self._growth[replica.name]
+            message = (
+                f"{replica.name} needs at least {replica.footprint_frames} frames of {device}, "
+                f"which has {self.inventory.devices[device].frames}"
+            )
+            self._actions.append(ev.RefuseFrames(replica.name, message))
+        elif self.inventory.free_frames(device) >= beyond:
+            del self._growth[replica.name]
+            replica.reserved_frames += beyond
+            self._actions.append(ev.GrantFrames(replica.name, frames))
+        else:
+            self._make_room(device, beyond, now_s - TURN_S, now_s)
+            blocked.add(device)
+
+    def _make_room(self, device: str, need: int, since_s: float, now_s: float) -> None:
+        """Swap out until `need` frames of `device` will be free: idle models first, then, after TURN_S, busy ones."""
+        coming = self.inventory.free_frames(device)
+        coming += sum(replica.reserved_frames for replica in self.inventory.on(device) if replica.state in _LEAVING)
+        for victim in self._victims(device, now_s - since_s, now_s):
+            if coming >= need:
+                return
+            coming += victim.reserved_frames
+            self._drain(victim, wait=not victim.idle, reason="eviction" if victim.idle else "turn")
+
+    def _victims(self, device: str, waited_s: float, now_s: float) -> Iterator[Replica]:
+        resident = [replica for replica in self.inventory.on(device) if replica.state is State.RESIDENT]
+        yield from sorted((r for r in resident if r.idle), key=lambda r: r.idle_since_s)
+        if waited_s >= TURN_S:
+            busy = [r for r in resident if not r.idle and now_s - r.resident_since_s >= TURN_S]
+            yield from sorted(busy, key=lambda r: r.resident_since_s)
+
+    def _reclaimable_frames(self, device: str, waited_s: float) -> int:
+        """Frames of `device` that are free, leaving, or held by models that could be asked to leave now."""
+        return self.inventory.free_frames(device) + sum(
+            replica.reserved_frames
+            for replica in self.inventory.on(device)
+            if replica.state in _LEAVING or (replica.state is State.RESIDENT and (replica.idle or waited_s >= TURN_S))
+        )
+
+
+_HANDLERS: dict[type[ev.Event], Callable[..., None]] = {
+    ev.Registered: Coordinator._registered,
+    ev.LoadWanted: Coordinator._load_wanted,
+    ev.UnloadWanted: Coordinator._unload_wanted,
+    ev.LoadReported: Coordinator._load_reported,
+    ev.FramesWanted: Coordinator._frames_wanted,
+    ev.EngineReady: Coordinator._engine_ready,
+    ev.Drained: Coordinator._drained,
+    ev.DrainRefused: Coordinator._drain_refused,
+    ev.SwappedOut: Coordinator._swapped_out,
+    ev.SwappedIn: Coordinator._swapped_in,
+    ev.EngineExited: Coordinator._engine_exited,
+}

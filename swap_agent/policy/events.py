@@ -1,0 +1,181 @@
+"""What the policy hears (events) and what it orders (actions): plain values that can be logged, stored and replayed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# --- events -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something happened. `now_s` is a monotonic time in seconds; the policy has no other clock."""
+
+    now_s: float
+
+
+@dataclass(frozen=True)
+class Tick(Event):
+    """Time passed."""
+
+
+@dataclass(frozen=True)
+class Registered(Event):
+    """A replica exists, or its settings changed."""
+
+    name: str
+    request_frames: int | None
+    """GPU_MEMORY_REQUEST; None: not declared, the engine takes what it needs while it starts."""
+    keep_alive_s: float | None
+    """Idle time after which it is swapped out; None: never by the timer."""
+
+
+@dataclass(frozen=True)
+class LoadWanted(Event):
+    """Triton or an operator wants the replica RESIDENT."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class UnloadWanted(Event):
+    """Triton or an operator wants the replica parked; with `purge` its engine ends as well."""
+
+    name: str
+    purge: bool
+
+
+@dataclass(frozen=True)
+class LoadReported(Event):
+    """The engine host's own count of requests in the engine and at the gate."""
+
+    name: str
+    in_flight: int
+    waiting: int
+
+
+@dataclass(frozen=True)
+class FramesWanted(Event):
+    """A starting engine wants frames for one more region."""
+
+    name: str
+    frames: int
+
+
+@dataclass(frozen=True)
+class EngineReady(Event):
+    """The engine runs and its mirror is complete."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Drained(Event):
+    """The gate is closed and nothing is in flight."""
+
+    name: str
+    epoch: int
+
+
+@dataclass(frozen=True)
+class DrainRefused(Event):
+    """The gate is open: something is in flight."""
+
+    name: str
+    epoch: int
+
+
+@dataclass(frozen=True)
+class SwappedOut(Event):
+    """Every rank unmapped and every frame is back."""
+
+    name: str
+    epoch: int
+
+
+@dataclass(frozen=True)
+class SwappedIn(Event):
+    """Every frame is filled and mapped, and the engine runs."""
+
+    name: str
+    epoch: int
+
+
+@dataclass(frozen=True)
+class EngineExited(Event):
+    """Every process of the engine is gone and its frames are free again. `reason` is one line for a person."""
+
+    name: str
+    reason: str
+
+
+# --- actions ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Action:
+    """An order to the machinery, about one replica."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class StartEngine(Action):
+    """Start the engine on `device`; ends in EngineReady or EngineExited."""
+
+    device: str
+
+
+@dataclass(frozen=True)
+class StopEngine(Action):
+    """End the engine's processes; ends in EngineExited."""
+
+
+@dataclass(frozen=True)
+class GrantFrames(Action):
+    """Give a starting engine the frames it wanted."""
+
+    frames: int
+
+
+@dataclass(frozen=True)
+class RefuseFrames(Action):
+    """A starting engine cannot have the frames it wanted."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class Drain(Action):
+    """Close the gate; ends in Drained or, unless `wait`, in DrainRefused."""
+
+    epoch: int
+    wait: bool
+    reason: str
+    """Why: `unload`, `keep_alive`, `eviction` or `turn`."""
+
+
+@dataclass(frozen=True)
+class SwapOut(Action):
+    """Unmap and take the frames back; ends in SwappedOut."""
+
+    epoch: int
+
+
+@dataclass(frozen=True)
+class SwapIn(Action):
+    """Grant, fill and map frames; ends in SwappedIn."""
+
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Activated(Action):
+    """The replica is RESIDENT: whoever waited for that may go on."""
+
+
+@dataclass(frozen=True)
+class Refuse(Action):
+    """Whoever waits for this replica gets this error."""
+
+    message: str

@@ -1,0 +1,91 @@
+"""What the policy knows: devices with their capacity, replicas with their state and reservation. Counts, no memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from swap_agent.errors import BooksDoNotBalance
+from swap_agent.policy.lifecycle import HOLDS_FRAMES, MOVES, State
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU or a simulated one; `frames` of memory for models."""
+
+    name: str
+    frames: int
+
+
+@dataclass
+class Replica:
+    """One replica (`name/version#instance`) and what is decided about it."""
+
+    name: str
+    request_frames: int | None = None
+    keep_alive_s: float | None = None
+    state: State = State.COLD
+    device: str | None = None
+    """Set while an engine exists; an engine never changes its device."""
+    reserved_frames: int = 0
+    """Frames of the device set aside for it; above zero only in HOLDS_FRAMES."""
+    footprint_frames: int = 0
+    """Frames that its regions take, summed up while the engine starts."""
+    in_flight: int = 0
+    waiting: int = 0
+    idle_since_s: float = 0.0
+    resident_since_s: float = 0.0
+    epoch: int = 0
+    """Counts drains and swaps; an answer with an older epoch is ignored."""
+    load_wanted: bool = False
+    unload_wanted: bool = False
+    purge_wanted: bool = False
+    stopping: bool = False
+    failure: str = ""
+
+    @property
+    def idle(self) -> bool:
+        """Nothing runs and nothing waits."""
+        return self.in_flight == 0 and self.waiting == 0
+
+    @property
+    def activation_wanted(self) -> bool:
+        """Somebody waits for it to be RESIDENT."""
+        return self.load_wanted or self.waiting > 0
+
+    @property
+    def need_frames(self) -> int:
+        """Frames it must have to be resident: its guaranteed request, or what it measured."""
+        return max(self.request_frames or 0, self.footprint_frames)
+
+    def move(self, to: State) -> None:
+        """Change the state. Raises BooksDoNotBalance when the table has no such move."""
+        if to not in MOVES[self.state]:
+            raise BooksDoNotBalance(f"{self.name}: {self.state.value} → {to.value} is no legal move")
+        self.state = to
+
+
+@dataclass
+class Inventory:
+    """All devices and replicas of the node."""
+
+    devices: dict[str, Device]
+    replicas: dict[str, Replica] = field(default_factory=dict)
+
+    def on(self, device: str) -> list[Replica]:
+        """Replicas whose engine lives on `device`."""
+        return [replica for replica in self.replicas.values() if replica.device == device]
+
+    def free_frames(self, device: str) -> int:
+        """Frames of `device` that no replica has reserved."""
+        return self.devices[device].frames - sum(replica.reserved_frames for replica in self.on(device))
+
+    def check_integrity(self) -> None:
+        """Raises BooksDoNotBalance when a device is overbooked or a reservation has no holder."""
+        for device in self.devices:
+            if self.free_frames(device) < 0:
+                raise BooksDoNotBalance(f"{device}: {-self.free_frames(device)} frames more reserved than it has")
+        for replica in self.replicas.values():
+            if replica.reserved_frames and replica.state not in HOLDS_FRAMES:
+                raise BooksDoNotBalance(
+                    f"{replica.name}: {replica.reserved_frames} frames reserved while {replica.state.value}"
+                )

@@ -1,0 +1,141 @@
+"""The agent's end of one engine rank: serves its start-up, grants its space and takes it back. Blocking."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+from swap_agent.errors import PeerGone, ProtocolError, TritonSwapError, Unavailable
+from swap_agent.memory.device import Frame
+from swap_agent.memory.space import RankSpace, SwapIn
+from swap_agent.wire import messages as wire
+from swap_agent.wire.framing import FDS_PER_MESSAGE, Channel
+
+log = logging.getLogger(__name__)
+
+ACK_TIMEOUT_S = 60.0
+"""A rank that has not mapped or unmapped by then is taken for hung, and its engine is killed."""
+
+
+class RankLink:
+    """Connection and space of one rank.
+
+    A thread of its own reads (`serve`); orders come from worker threads, one at a time, and wait for the answers that
+    the reader passes on.
+    """
+
+    def __init__(
+        self,
+        channel: Channel[wire.FromRank],
+        space: RankSpace,
+        want_frames: Callable[[int], None],
+        on_failure: Callable[[str], None],
+    ) -> None:
+        self.channel = channel
+        self.space = space
+        self.pid = channel.pid
+        self.weights_bytes = 0
+        self.state_bytes = 0
+        self._want_frames = want_frames
+        self._on_failure = on_failure
+        self._acks: queue.SimpleQueue[wire.Mapped | wire.Unmapped | None] = queue.SimpleQueue()
+
+    def serve(self) -> None:
+        """Read until the rank is gone. `want_frames(count)` returns when the policy grants or raises what it says."""
+        try:
+            while True:
+                message, fds = self.channel.receive()
+                for fd in fds:
+                    os.close(fd)
+                match message:
+                    case wire.Reserve():
+                        self._reserve(message)
+                    case wire.Loaded():
+                        self._loaded(message)
+                    case wire.RankFailed():
+                        self._on_failure(message.message)
+                    case wire.Mapped() | wire.Unmapped():
+                        self._acks.put(message)
+                    case _:
+                        raise ProtocolError(f"{type(message).__name__} is out of place")
+        except PeerGone:
+            pass
+        except ProtocolError as error:
+            log.error("%s: %s; closing its connection", self.space.holder, error)
+        finally:
+            self._acks.put(None)
+            self.channel.close()
+
+    def _reserve(self, message: wire.Reserve) -> None:
+        try:
+            self._want_frames(message.frames)
+            frames = self.space.reserve(message.region, message.frames)
+        except TritonSwapError as error:
+            self.channel.send(wire.Refused("UNAVAILABLE", str(error)))
+        else:
+            self._send_grants(0, message.region, frames)
+
+    def _loaded(self, message: wire.Loaded) -> None:
+        self.weights_bytes = _end(message.weights)
+        self.state_bytes = _end(message.state)
+        try:
+            self.space.make_images(self.weights_bytes, self.state_bytes)
+        except TritonSwapError as error:
+            self.channel.send(wire.Refused("UNAVAILABLE", str(error)))
+        else:
+            self.channel.send(wire.Mirrored(self.weights_bytes))
+
+    def swap_out(self, epoch: int) -> None:
+        """Wait until the rank has unmapped, then take its frames back. Raises Unavailable when it does not answer."""
+        self._await(wire.Unmapped, epoch)
+        self.space.take_back()
+
+    def swap_in(self, epoch: int) -> SwapIn:
+        """Take frames, send them, fill them while the rank maps. Raises OutOfFrames, PeerGone, Unavailable."""
+        started_s = time.monotonic()
+        regions, dirty = self.space.grant()
+        for region, frames in regions.items():
+            self._send_grants(epoch, region, frames)
+        figures = self.space.fill(dirty, started_s)
+        self.channel.send(wire.Filled(epoch))
+        self._await(wire.Mapped, epoch)
+        return figures
+
+    def _send_grants(self, epoch: int, region: wire.Region, frames: list[Frame]) -> None:
+        for first in range(0, len(frames), FDS_PER_MESSAGE):
+            fds: list[int] = []
+            try:
+                for frame in frames[first : first + FDS_PER_MESSAGE]:
+                    fds.append(frame.export())
+                self.channel.send(wire.Grant(epoch, region, first, len(fds)), fds)
+            finally:
+                for fd in fds:
+                    os.close(fd)
+
+    def _await(self, kind: type[wire.Mapped] | type[wire.Unmapped], epoch: int) -> None:
+        """Wait for one answer; answers of older epochs are ignored."""
+        deadline_s = time.monotonic() + ACK_TIMEOUT_S
+        while True:
+            try:
+                ack = self._acks.get(timeout=max(0.0, deadline_s - time.monotonic()))
+            except queue.Empty:
+                raise Unavailable(f"no {kind.__name__} from rank {self.pid} within {ACK_TIMEOUT_S:.0f} s") from None
+            if ack is None:
+                raise PeerGone(f"rank {self.pid} closed its connection")
+            if isinstance(ack, kind) and ack.epoch == epoch:
+                return
+
+
+def start_serving(link: RankLink) -> threading.Thread:
+    """Run `link.serve` in a thread of its own."""
+    thread = threading.Thread(target=link.serve, name=f"rank {link.pid}", daemon=True)
+    thread.start()
+    return thread
+
+
+def _end(extents: list[wire.Extent]) -> int:
+    return max((extent.offset + extent.bytes for extent in extents), default=0)

@@ -1,0 +1,163 @@
+"""Processes of engines: starting them, seeing each one's end, and ending all that belongs to one, without exception."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import json
+import logging
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from swap_agent.config import RuntimeDir
+
+log = logging.getLogger(__name__)
+
+_PR_SET_CHILD_SUBREAPER = 36
+_POLL_S = 0.02
+
+
+def become_subreaper() -> None:
+    """Orphaned grandchildren (vLLM's workers) become children of this process (prctl(2)), so it can reap them."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+@dataclass(frozen=True)
+class EngineProcess:
+    """An engine host and, in the same process group, everything that it started."""
+
+    pid: int
+    log_path: Path
+    record_path: Path
+    host_pidfd: int
+
+    async def ended(self) -> None:
+        """Return when the host has exited, for whatever reason."""
+        loop = asyncio.get_running_loop()
+        exited = asyncio.Event()
+        loop.add_reader(self.host_pidfd, exited.set)
+        try:
+            await exited.wait()
+        finally:
+            loop.remove_reader(self.host_pidfd)
+
+    async def kill(self) -> None:
+        """SIGKILL the whole group and return when no process of it is left: nobody maps its frames any more."""
+        while True:
+            try:
+                os.killpg(self.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                break
+            if not _reap(self.pid):
+                await asyncio.sleep(_POLL_S)
+        os.close(self.host_pidfd)
+        self.record_path.unlink(missing_ok=True)
+
+    def log_tail(self, lines: int = 3) -> str:
+        """The last lines that the engine wrote, joined; empty when it wrote none."""
+        try:
+            text = self.log_path.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
+        return " | ".join(line.strip() for line in text.splitlines()[-lines:] if line.strip())
+
+
+def start_engine(runtime: RuntimeDir, command: tuple[str, ...], replica: str, token: str) -> EngineProcess:
+    """Start an engine host in a process group and session of its own. Raises OSError."""
+    log_path = runtime.log(replica)
+    arguments = [*command, "--runtime-dir", str(runtime.path), "--replica", replica, "--token", token]
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    pid = os.posix_spawn(
+        command[0],
+        arguments,
+        os.environ,
+        file_actions=[
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, str(log_path), flags, 0o600),
+            (os.POSIX_SPAWN_DUP2, 1, 2),
+        ],
+        setsid=True,
+    )
+    record_path = runtime.engines / f"{pid}.json"
+    record_path.write_text(json.dumps({"pid": pid, "start_time": _start_time(pid), "replica": replica}))
+    return EngineProcess(pid, log_path, record_path, os.pidfd_open(pid))
+
+
+def end_leftovers(runtime: RuntimeDir, patience_s: float) -> None:
+    """End engines of an agent that died in this runtime directory; blocks until all are gone.
+
+    They end by themselves within `patience_s`, finishing what they run; after that they are killed. A process is taken
+    for a leftover only while its group leader's start time is the recorded one, or it is gone but its group is not.
+    """
+    deadline_s = time.monotonic() + patience_s
+    for record_path in sorted(runtime.engines.glob("*.json")):
+        try:
+            record = json.loads(record_path.read_text())
+            pid, start_time = int(record["pid"]), int(record["start_time"])
+        except (OSError, ValueError, KeyError) as error:
+            log.error("%s is no record of an engine (%s); ignored", record_path, error)
+            continue
+        if _start_time(pid) not in (start_time, None):
+            record_path.unlink()
+            continue
+        log.warning("engine %s (pid %d) outlived its agent; waiting for its end", record.get("replica"), pid)
+        while group_exists(pid):
+            if time.monotonic() > deadline_s:
+                os.killpg(pid, signal.SIGKILL)
+            time.sleep(_POLL_S)
+        record_path.unlink()
+
+
+def private_bytes(group: int) -> int:
+    """Memory outside any frame that the processes of a group hold: their anonymous resident memory (proc(5))."""
+    total = 0
+    for pid in _members(group):
+        try:
+            status = Path(f"/proc/{pid}/status").read_text()
+        except OSError:
+            continue
+        for line in status.splitlines():
+            if line.startswith("RssAnon:"):
+                total += int(line.split()[1]) * 1024
+    return total
+
+
+def _members(group: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            fields = _stat(int(entry.name))
+            if fields and int(fields[2]) == group and fields[0] != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def group_exists(group: int) -> bool:
+    """Whether a process of the group lives; a zombie does not: it maps nothing."""
+    return bool(_members(group))
+
+
+def _reap(group: int) -> bool:
+    """Collect one exited child of the group; True when there was one."""
+    try:
+        return os.waitpid(-group, os.WNOHANG)[0] != 0
+    except ChildProcessError:
+        return False
+
+
+def _start_time(pid: int) -> int | None:
+    fields = _stat(pid)
+    return int(fields[19]) if fields else None
+
+
+def _stat(pid: int) -> list[str] | None:
+    """Fields of /proc/<pid>/stat from the third (state) on; None when there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None

@@ -1,0 +1,333 @@
+"""Every message that crosses a socket of triton-swap, one tagged struct each.
+
+Three conversations, each on a Unix stream socket inside the runtime directory:
+
+* `agent.sock`, control plane: Triton stubs (`Attach` …) and engine hosts (`HostHello` …) with the agent.
+* `ranks.sock`, memory plane: one connection per engine rank, with file descriptors of frames (`RankHello` …).
+* `engine-*.sock`, data plane: Triton stubs with one engine host (`Submit` …); the agent takes no part in it.
+
+A message is a frame of `wire.framing`: four bytes of length, then msgpack. Sizes are bytes, durations seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Region = Literal["weights", "state", "kv"]
+"""A part of an engine's space. `weights` never changes after load; `state` must survive a swap; `kv` may be dropped."""
+
+Code = Literal["INVALID_ARG", "UNAVAILABLE", "NOT_FOUND", "CANCELLED", "UNSUPPORTED", "INTERNAL"]
+"""Error codes; the names are those of Triton's `TRITONSERVER_Error_Code`."""
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Base of all messages; the class name is the tag on the wire."""
+
+
+# --- control plane: Triton stub -> agent ------------------------------------------------------------------------------
+
+
+class Attach(Message, frozen=True):
+    """A Triton model instance was loaded, or lost its engine, and wants an engine that is RESIDENT.
+
+    Idempotent. Answered by `Attached` once the engine runs and its mirror is made, or by `Refused`.
+    """
+
+    model: str
+    version: str
+    instance: int
+    version_dir: str
+    """Absolute path of `<repository>/<model>/<version>`."""
+    model_json: str
+    """Content of `model.json`: vLLM engine arguments."""
+    parameters: dict[str, str]
+    """`parameters` of config.pbtxt, string values, only the keys that are ours (see DESIGN, names that users type)."""
+
+
+class Attached(Message, frozen=True):
+    """The engine of this replica is RESIDENT and listens on `engine_socket`."""
+
+    replica: str
+    """`name/version#instance`."""
+    engine_socket: str
+    engine_pid: int
+
+
+class Detach(Message, frozen=True):
+    """Triton unloads the instance: park the model. Closing the connection without this parks nothing."""
+
+
+class Detached(Message, frozen=True):
+    """The model is parked (SWAPPED), or another stub still uses it."""
+
+
+class Refused(Message, frozen=True):
+    """The request that this answers cannot be granted; `message` is one line for a person."""
+
+    code: Code
+    message: str
+
+
+# --- control plane: engine host <-> agent -----------------------------------------------------------------------------
+
+
+class HostHello(Message, frozen=True):
+    """First message of an engine host, right after it started."""
+
+    replica: str
+    token: str
+
+
+class HostWelcome(Message, frozen=True):
+    """What the engine host is to run."""
+
+    version_dir: str
+    model_json: str
+    engine_socket: str
+    """Path at which the host listens for stubs; created by the host, mode 0600."""
+    ranks_socket: str
+    max_queue: int
+    """Most requests that may wait for residency in this host."""
+    queue_timeout_s: float
+    drain_timeout_s: float
+    """When the agent is gone: how long requests that run may take before the host exits."""
+
+
+class HostReady(Message, frozen=True):
+    """The engine is up, its gate is open and it listens for stubs. Sent once."""
+
+    max_model_len: int
+
+
+class HostFailed(Message, frozen=True):
+    """The engine cannot start. The host exits after this. `message` says which model.json field and what to do."""
+
+    code: Code
+    message: str
+
+
+class Report(Message, frozen=True):
+    """Load of the host. Sent when a count enters or leaves zero, else at most every 50 ms."""
+
+    in_flight: int
+    """Requests inside the engine."""
+    waiting: int
+    """Requests held at the gate because the model is not resident. Above zero, this asks for activation."""
+    served: int
+    """Requests ended since the engine started, however they ended."""
+
+
+class Drain(Message, frozen=True):
+    """Close the gate: hold new requests. `wait=False`: only if nothing is in flight, else answer `DrainRefused`."""
+
+    epoch: int
+    wait: bool
+
+
+class Drained(Message, frozen=True):
+    """The gate is closed and nothing is in flight."""
+
+    epoch: int
+
+
+class DrainRefused(Message, frozen=True):
+    """The gate is open: something is in flight."""
+
+    epoch: int
+
+
+class SwapOut(Message, frozen=True):
+    """After `Drained`: pause the scheduler, reset the prefix cache, have every rank synchronise, unmap and ack."""
+
+    epoch: int
+
+
+class SwappedOut(Message, frozen=True):
+    """Every rank has unmapped its space."""
+
+    epoch: int
+
+
+class SwapIn(Message, frozen=True):
+    """Have every rank map its grants and wait for `Filled`; then resume the scheduler and open the gate."""
+
+    epoch: int
+
+
+class SwappedIn(Message, frozen=True):
+    """The scheduler runs and the gate is open."""
+
+    epoch: int
+
+
+class OrderFailed(Message, frozen=True):
+    """The order of this epoch failed; the host's state is undefined and the agent ends the engine."""
+
+    epoch: int
+    message: str
+
+
+class RefuseWaiting(Message, frozen=True):
+    """Fail every request held at the gate with this error."""
+
+    code: Code
+    message: str
+
+
+class Shutdown(Message, frozen=True):
+    """Finish what runs (at most `drain_timeout_s`), refuse the rest with `message`, exit 0."""
+
+    message: str
+
+
+# --- memory plane: engine rank <-> agent ------------------------------------------------------------------------------
+
+
+class RankHello(Message, frozen=True):
+    """First message of an engine rank (the process that maps frames)."""
+
+    replica: str
+    token: str
+    rank: int
+    world_size: int
+
+
+class RankWelcome(Message, frozen=True):
+    """The device the rank's frames come from."""
+
+    device: str
+    frame_bytes: int
+    request_bytes: int | None
+    """GPU_MEMORY_REQUEST in bytes: the sum of all regions may not exceed it. None: not declared."""
+    device_bytes: int
+
+
+class Reserve(Message, frozen=True):
+    """While the engine starts: frames for one region, zeroed. Answered by `Grant`s that sum up to it, or `Refused`."""
+
+    region: Region
+    frames: int
+
+
+class Grant(Message, frozen=True):
+    """Frames `first`… of a region, one file descriptor each, in order, at most 128 a message; they ride on it."""
+
+    epoch: int
+    region: Region
+    first: int
+    count: int
+
+
+class Extent(msgspec.Struct, frozen=True):
+    """One tensor inside a region."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    """Bytes from the start of the region."""
+    bytes: int
+
+
+class Loaded(Message, frozen=True):
+    """The rank's weights and state are in place: make the mirror. Answered by `Mirrored`."""
+
+    weights: list[Extent]
+    state: list[Extent]
+
+
+class Mirrored(Message, frozen=True):
+    """The mirror of this rank's weights is complete."""
+
+    bytes: int
+
+
+class RankFailed(Message, frozen=True):
+    """The rank cannot start or swap; `message` becomes the reason that users read. The rank raises after this."""
+
+    code: Code
+    message: str
+
+
+class Mapped(Message, frozen=True):
+    """All grants of this epoch are mapped at their addresses, and the rank has closed its copies of the descriptors."""
+
+    epoch: int
+
+
+class Filled(Message, frozen=True):
+    """Every byte of this epoch's frames is in place; the rank may run."""
+
+    epoch: int
+
+
+class Unmapped(Message, frozen=True):
+    """The rank has synchronised and unmapped every frame; it holds no reference to any."""
+
+    epoch: int
+
+
+# --- data plane: Triton stub <-> engine host --------------------------------------------------------------------------
+
+
+class Submit(Message, frozen=True):
+    """One generation request. `id` is chosen by the stub, unique on its connection."""
+
+    id: int
+    prompt: str
+    sampling_parameters: str
+    """JSON object; the keys are vLLM's `SamplingParams`, string values are cast. Empty string: defaults."""
+    stream: bool
+    """True: an `Output` per engine step with deltas. False: one `Output`, whole."""
+
+
+class Abort(Message, frozen=True):
+    """The client cancelled or went away. The host forgets the request and answers nothing more for it."""
+
+    id: int
+
+
+class Sequence(msgspec.Struct, frozen=True):
+    """One of the `n` sequences of a request, in an `Output`."""
+
+    text: str
+    finish_reason: str | None
+    """None while unfinished."""
+    num_tokens: int
+    """Tokens in this message (streaming) or in all (not streaming)."""
+
+
+class Output(Message, frozen=True):
+    """Progress of one request."""
+
+    id: int
+    sequences: list[Sequence]
+    """All `n`, in order of their index; one without news has empty text and num_tokens 0."""
+    num_input_tokens: int
+    finished: bool
+
+
+class Failed(Message, frozen=True):
+    """The request ends with an error."""
+
+    id: int
+    code: Code
+    message: str
+
+
+class Step(Message, frozen=True):
+    """What one engine step brought for all requests of one connection."""
+
+    items: list[Output | Failed]
+
+
+FromStub = Attach | Detach
+ToStub = Attached | Detached | Refused
+FromHost = HostHello | HostReady | HostFailed | Report | Drained | DrainRefused | SwappedOut | SwappedIn | OrderFailed
+ToHost = HostWelcome | Drain | SwapOut | SwapIn | RefuseWaiting | Shutdown | Refused
+FromRank = RankHello | Reserve | Loaded | RankFailed | Mapped | Unmapped
+ToRank = RankWelcome | Grant | Mirrored | Filled | Refused
+StubToEngine = Submit | Abort
+EngineToStub = Step

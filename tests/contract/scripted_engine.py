@@ -1,0 +1,151 @@
+"""An engine without vLLM: speaks both of the agent's conversations, maps real frames and checks every byte of them.
+
+model.json: {"weights": bytes, "state": bytes, "kv_frames": n, "faults": [names]}. A fault makes it misbehave in one way:
+`dies_starting`, `refuses` (RankFailed), `no_unmap_ack`, `dies_in_swap_in`, `garbage` (a malformed message).
+Weights hold a pattern made from the replica's name; state counts swaps; KV must arrive as zeros.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import threading
+import zlib
+
+import numpy as np
+
+from swap_agent.memory import mapping
+from swap_agent.wire import messages as wire
+from swap_agent.wire.framing import AsyncChannel, Channel
+
+
+class Memory:
+    """The rank: three regions at fixed addresses."""
+
+    def __init__(self, channel: Channel[wire.ToRank], frame_bytes: int, replica: str) -> None:
+        self.channel = channel
+        self.frame_bytes = frame_bytes
+        self.replica = replica
+        self.addresses: dict[wire.Region, int] = {}
+        self.counts: dict[wire.Region, int] = {}
+        self.swaps = 0
+
+    def take(self, region: wire.Region, epoch: int) -> None:
+        """Receive and map the grants of one region."""
+        got = 0
+        while got < self.counts[region]:
+            message, fds = self.channel.receive(10)
+            if isinstance(message, wire.Refused):
+                raise SystemExit(message.message)
+            assert isinstance(message, wire.Grant) and message.epoch == epoch and message.region == region, message
+            assert message.first == got and message.count == len(fds)
+            for fd in fds:
+                mapping.map_file(fd, self.addresses[region] + got * self.frame_bytes, self.frame_bytes)
+                os.close(fd)
+                got += 1
+
+    def reserve(self, region: wire.Region, frames: int) -> None:
+        self.counts[region] = frames
+        self.addresses[region] = mapping.reserve(frames * self.frame_bytes)
+        if frames:
+            self.channel.send(wire.Reserve(region, frames))
+            self.take(region, 0)
+
+    def view(self, region: wire.Region) -> np.ndarray:
+        return mapping.bytes_at(self.addresses[region], self.counts[region] * self.frame_bytes)
+
+    def pattern(self, size: int) -> np.ndarray:
+        rng = np.random.default_rng(zlib.crc32(self.replica.encode()))
+        return rng.integers(0, 256, size, dtype=np.uint8)
+
+    def load(self, weights_bytes: int, state_bytes: int, kv_frames: int) -> None:
+        self.weights_bytes = weights_bytes
+        for region, size in (("weights", weights_bytes), ("state", state_bytes)):
+            self.reserve(region, -(-size // self.frame_bytes))
+            assert not self.view(region).any(), f"{region} is not zeroed at start"
+        self.view("weights")[:weights_bytes] = self.pattern(weights_bytes)
+        self.view("state")[:8] = 0
+        weights = [wire.Extent("w", "uint8", (weights_bytes,), 0, weights_bytes)]
+        state = [wire.Extent("s", "uint8", (state_bytes,), 0, state_bytes)] if state_bytes else []
+        self.channel.send(wire.Loaded(weights, state))
+        message, _ = self.channel.receive(30)
+        assert isinstance(message, wire.Mirrored) and message.bytes == weights_bytes, message
+        self.reserve("kv", kv_frames)
+
+    def check(self) -> None:
+        """Everything is where and what it was."""
+        weights = self.view("weights")
+        assert np.array_equal(weights[: self.weights_bytes], self.pattern(self.weights_bytes)), "weights differ"
+        assert not weights[self.weights_bytes :].any(), "the tail of the weights is not zero"
+        assert int(self.view("state")[:8].view(np.uint64)[0]) == self.swaps, "state differs"
+        assert not self.view("kv").any(), "KV is not zeroed"
+
+    def swap_out(self, epoch: int) -> None:
+        self.swaps += 1
+        self.view("state")[:8].view(np.uint64)[0] = self.swaps
+        self.view("kv").fill(0xAB)
+        for region, count in self.counts.items():
+            if count:
+                mapping.vacate(self.addresses[region], count * self.frame_bytes)
+        self.channel.send(wire.Unmapped(epoch))
+
+    def swap_in(self, epoch: int) -> None:
+        for region, count in self.counts.items():
+            if count:
+                self.take(region, epoch)
+        self.channel.send(wire.Mapped(epoch))
+        message, _ = self.channel.receive(30)
+        assert message == wire.Filled(epoch), message
+        self.check()
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name in ("--runtime-dir", "--replica", "--token"):
+        parser.add_argument(name)
+    options = parser.parse_args()
+    agent: AsyncChannel[wire.ToHost] = await AsyncChannel.connect(f"{options.runtime_dir}/agent.sock", wire.ToHost)
+    agent.send(wire.HostHello(options.replica, options.token))
+    welcome = await agent.receive()
+    assert isinstance(welcome, wire.HostWelcome)
+    model = json.loads(welcome.model_json)
+    faults = model.get("faults", [])
+    if "dies_starting" in faults:
+        sys.exit("no")
+    rank: Channel[wire.ToRank] = Channel.connect(welcome.ranks_socket, wire.ToRank)
+    rank.send(wire.RankHello(options.replica, options.token, 0, 1))
+    hello, _ = await asyncio.to_thread(rank.receive, 10)
+    assert isinstance(hello, wire.RankWelcome)
+    if "refuses" in faults:
+        rank.send(wire.RankFailed("INVALID_ARG", f"model {options.replica}: refused for a test"))
+        sys.exit(1)
+    memory = Memory(rank, hello.frame_bytes, options.replica)
+    await asyncio.to_thread(memory.load, model["weights"], model.get("state", 0), model.get("kv_frames", 0))
+    if "garbage" in faults:
+        agent._writer.write(b"\xff\xff\xff\xff")
+    agent.send(wire.HostReady(1024))
+    while True:
+        message = await agent.receive()
+        match message:
+            case wire.Drain():
+                busy = model.get("busy", False) and not message.wait
+                agent.send(wire.DrainRefused(message.epoch) if busy else wire.Drained(message.epoch))
+            case wire.SwapOut():
+                if "no_unmap_ack" in faults:
+                    threading.Event().wait()
+                memory.swap_out(message.epoch)
+                agent.send(wire.SwappedOut(message.epoch))
+            case wire.SwapIn():
+                if "dies_in_swap_in" in faults:
+                    os._exit(1)
+                await asyncio.to_thread(memory.swap_in, message.epoch)
+                agent.send(wire.SwappedIn(message.epoch))
+            case wire.Shutdown():
+                return
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

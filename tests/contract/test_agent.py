@@ -1,0 +1,285 @@
+"""The real agent against engines that check every byte of the frames they get (scripted_engine.py)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from swap_agent.api import report
+from swap_agent.config import AgentConfig, RuntimeDir
+from swap_agent.daemon import Agent
+from swap_agent.errors import InvalidUsage
+from swap_agent.memory.simulated import FRAME_BYTES
+from swap_agent.policy.lifecycle import State
+from swap_agent.policy.units import DeviceSpec
+from swap_agent.supervisor import group_exists
+from swap_agent.wire import messages as wire
+from swap_agent.wire.framing import AsyncChannel
+
+ENGINE = (sys.executable, str(Path(__file__).with_name("scripted_engine.py")))
+
+
+def config(path: Path, frames: int = 16) -> AgentConfig:
+    device = DeviceSpec("cpu", (frames * FRAME_BYTES,))
+    return AgentConfig(RuntimeDir(path), device, engine_command=ENGINE, drain_timeout_s=1, poison=True)
+
+
+@pytest.fixture
+async def agent(tmp_path: Path) -> AsyncIterator[Agent]:
+    agent = Agent(config(tmp_path))
+    async with agent.started():
+        yield agent
+    assert not agent.engines
+    (pool,) = agent.pools.values()
+    assert pool.free_frames == 16, "every frame is back when the agent ends"
+
+
+@pytest.fixture(autouse=True)
+async def stubs() -> AsyncIterator[None]:
+    yield
+    while Stub.open:
+        await Stub.open.pop().channel.closed()
+
+
+class Stub:
+    """A Triton stub's conversation with the agent."""
+
+    def __init__(self, agent: Agent, channel: AsyncChannel[wire.ToStub], model: str) -> None:
+        self.agent, self.channel, self.model = agent, channel, model
+        self.replica = f"{model}/1#0"
+
+    open: ClassVar[list[Stub]] = []
+
+    @classmethod
+    async def connect(cls, agent: Agent, model: str) -> Stub:
+        path = str(agent.config.runtime.agent_socket)
+        stub = cls(agent, await AsyncChannel.connect(path, wire.ToStub), model)
+        cls.open.append(stub)
+        return stub
+
+    async def attach(
+        self, frames: int = 8, kv_frames: int = 2, keep_alive: str = "-1", request: str | None = None, **model: object
+    ) -> wire.ToStub:
+        """Weights and state of `frames` - `kv_frames` frames in all, not quite filling the last of either."""
+        weights = (frames - kv_frames - 1) * FRAME_BYTES - 100
+        content = json.dumps({"weights": weights, "state": 64, "kv_frames": kv_frames, **model})
+        request = str(frames * FRAME_BYTES) if request is None else request
+        parameters = {"GPU_MEMORY_REQUEST": request, "KEEP_ALIVE": keep_alive}
+        parameters = {key: value for key, value in parameters.items() if value}
+        self.channel.send(wire.Attach(self.model, "1", 0, f"/nowhere/{self.model}/1", content, parameters))
+        return await asyncio.wait_for(self.channel.receive(), 30)
+
+    async def detach(self) -> None:
+        self.channel.send(wire.Detach())
+        assert await asyncio.wait_for(self.channel.receive(), 30) == wire.Detached()
+
+    @property
+    def report(self) -> dict[str, object]:
+        (entry,) = [entry for entry in report.models(self.agent) if entry["name"] == self.replica]
+        return entry
+
+
+async def until(condition, timeout_s: float = 10) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "did not happen in time"
+        await asyncio.sleep(0.01)
+
+
+async def test_two_models_take_turns_in_the_same_frames_and_find_every_byte(agent: Agent) -> None:
+    a, b = await Stub.connect(agent, "a"), await Stub.connect(agent, "b")
+    first = await a.attach(frames=10)
+    assert isinstance(first, wire.Attached)
+    device = next(iter(agent.pools.values())).device
+    weights_bytes = 7 * FRAME_BYTES - 100
+    assert device.device_to_host["weights", "mirror"] == weights_bytes
+    assert isinstance(await b.attach(frames=10), wire.Attached)
+    assert a.report["state"] == "SWAPPED" and a.report["device_bytes"] == 0
+    mirrors = device.device_to_host["weights", "mirror"]
+    for turn in range(5):
+        for stub, other in ((a, b), (b, a)):
+            await agent.load(stub.replica)  # the scripted engine checks weights, state and KV
+            assert stub.report["state"] == "RESIDENT" and stub.report["device_bytes"] == 10 * FRAME_BYTES
+            assert other.report["state"] == "SWAPPED" and other.report["device_bytes"] == 0
+            assert device.resident_bytes() <= 16 * FRAME_BYTES
+            assert stub.report["swaps_in"] == turn + 1
+    assert device.device_to_host["weights", "mirror"] == mirrors, "a swap-out copies no weights"
+    assert device.device_to_host["weights", "swap_out"] == 0
+    assert device.host_to_device["weights", "swap_in"] == 10 * weights_bytes, "a swap-in copies exactly what is missing"
+    again = await a.attach(frames=10)
+    assert again == first, "the engine is the same process"
+
+
+async def test_detach_parks_and_attach_brings_the_same_engine_back(agent: Agent) -> None:
+    stub = await Stub.connect(agent, "a")
+    attached = await stub.attach()
+    await stub.detach()
+    assert stub.report["state"] == "SWAPPED"
+    assert agent.trim() == 8, "frames of a parked model are released on trim"
+    assert next(iter(agent.pools.values())).device.resident_bytes() == 0
+    later = await Stub.connect(agent, "a")
+    assert await later.attach() == attached
+
+
+async def test_a_second_stub_keeps_the_model_loaded(agent: Agent) -> None:
+    old, new = await Stub.connect(agent, "a"), await Stub.connect(agent, "a")
+    assert await old.attach() == await new.attach()
+    await old.detach()
+    assert new.report["state"] == "RESIDENT"
+    await new.detach()
+    assert new.report["state"] == "SWAPPED"
+
+
+async def test_changed_engine_arguments_replace_the_engine(agent: Agent) -> None:
+    stub = await Stub.connect(agent, "a")
+    before = await stub.attach()
+    newer = await Stub.connect(agent, "a")
+    after = await newer.attach(other=1)
+    assert isinstance(before, wire.Attached) and isinstance(after, wire.Attached)
+    assert before.engine_pid != after.engine_pid and not group_exists(before.engine_pid)
+    assert await stub.attach() == after, "the older copy goes on with the newer engine instead of fighting it"
+
+
+async def test_idle_timer_parks(agent: Agent) -> None:
+    stub = await Stub.connect(agent, "a")
+    await stub.attach(keep_alive="0.3s")
+    await until(lambda: stub.report["state"] == "SWAPPED")
+    assert stub.report["device_bytes"] == 0 and stub.report["engine_pid"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"request": "lots"}, "model a: GPU_MEMORY_REQUEST in config.pbtxt: 'lots' is not a share"),
+        ({"request": "1GiB"}, "GPU_MEMORY_REQUEST in config.pbtxt is 1073741824 bytes, but the largest device has"),
+        ({"keep_alive": "soon"}, "model a: KEEP_ALIVE in config.pbtxt: 'soon' is not a duration"),
+        ({"faults": ["refuses"]}, "model a/1#0: refused for a test"),
+        ({"faults": ["dies_starting"]}, "a/1#0: its engine ended while starting; see "),
+        ({"request": "", "frames": 40}, "a/1#0 needs at least 37 frames of cpu:0, which has 16"),
+    ],
+)
+async def test_what_cannot_work_is_refused_in_one_line(agent: Agent, options: dict[str, object], words: str) -> None:
+    good = await Stub.connect(agent, "good")
+    assert isinstance(await good.attach(frames=6), wire.Attached)
+    stub = await Stub.connect(agent, "a")
+    answer = await stub.attach(**options)  # type: ignore[arg-type]
+    assert isinstance(answer, wire.Refused) and "\n" not in answer.message
+    if "at least" in words:
+        assert answer.message  # the engine's own words win; its host saw the refusal first
+    else:
+        assert words in answer.message
+    assert good.report["state"] == "RESIDENT", "nobody else pays"
+
+
+async def test_parameters_of_later_versions_are_refused_by_name(agent: Agent) -> None:
+    stub = await Stub.connect(agent, "a")
+    for key, words in {
+        "GPU_MEMORY_LIMIT": "not supported yet",
+        "PRIORITY": "not supported yet",
+        "GPU_MEMORY_REQUST": "did you mean GPU_MEMORY_REQUEST?",
+        "KEEPALIVE": "did you mean KEEP_ALIVE?",
+    }.items():
+        stub.channel.send(wire.Attach("a", "1", 0, "/nowhere", "{}", {key: "1"}))
+        answer = await stub.channel.receive()
+        assert isinstance(answer, wire.Refused) and key in answer.message and words in answer.message
+
+
+async def test_a_killed_engine_gives_everything_back_and_starts_again(agent: Agent) -> None:
+    stub = await Stub.connect(agent, "a")
+    attached = await stub.attach()
+    assert isinstance(attached, wire.Attached)
+    os.kill(attached.engine_pid, signal.SIGKILL)
+    await until(lambda: stub.report["state"] == "FAILED")
+    pool = next(iter(agent.pools.values()))
+    assert pool.free_frames == 16 and stub.report["mirror_bytes"] == 0
+    assert pool.device.resident_bytes() == 0, "frames of a killed process are released, not recycled"
+    assert "its engine died; see" in str(stub.report["failure"])
+    again = await stub.attach()
+    assert isinstance(again, wire.Attached) and again.engine_pid != attached.engine_pid
+
+
+@pytest.mark.parametrize("fault", ["dies_in_swap_in", "garbage"])
+async def test_an_engine_that_fails_a_swap_is_ended_and_costs_nobody_else(agent: Agent, fault: str) -> None:
+    bad, good = await Stub.connect(agent, "bad"), await Stub.connect(agent, "good")
+    await good.attach(frames=6)
+    await bad.attach(frames=6, faults=[fault])
+    await bad.detach()
+    answer = await bad.attach(frames=6, faults=[fault])
+    if fault == "dies_in_swap_in":
+        assert isinstance(answer, wire.Refused) and "bad/1#0: " in answer.message
+    assert good.report["state"] == "RESIDENT"
+
+
+async def test_a_rank_that_does_not_ack_is_killed_with_its_engine(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swap_agent.rank.ACK_TIMEOUT_S", 0.3)
+    stub = await Stub.connect(agent, "a")
+    attached = await stub.attach(faults=["no_unmap_ack"])
+    assert isinstance(attached, wire.Attached)
+    await stub.detach()
+    assert stub.report["state"] == "FAILED" and not group_exists(attached.engine_pid)
+    assert "no Unmapped from rank" in str(stub.report["failure"])
+    assert next(iter(agent.pools.values())).free_frames == 16
+
+
+async def test_malformed_messages_close_only_their_own_connection(agent: Agent) -> None:
+    stub = await Stub.connect(agent, "a")
+    await stub.attach()
+    for path in (agent.config.runtime.agent_socket, agent.config.runtime.ranks_socket):
+        for junk in (b"\xff\xff\xff\xff", b"\x00\x00\x00\x01\xc1", b"GET / HTTP/1.1\r\n\r\n"):
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.connect(str(path))
+                sock.setblocking(False)
+                loop = asyncio.get_running_loop()
+                await loop.sock_sendall(sock, junk)
+                with contextlib.suppress(ConnectionResetError):  # closed with some of the junk unread
+                    assert await asyncio.wait_for(loop.sock_recv(sock, 1), 12) == b"", "the agent closes it"
+    assert stub.report["state"] == "RESIDENT"
+
+
+async def test_one_agent_per_runtime_directory(agent: Agent) -> None:
+    with pytest.raises(InvalidUsage, match="another swap agent runs"):
+        async with Agent(agent.config).started():
+            pass
+
+
+async def test_an_agent_ends_what_a_dead_one_left_behind(tmp_path: Path) -> None:
+    script = (
+        "import asyncio, sys; sys.path.insert(0, sys.argv[2])\n"
+        "from pathlib import Path\n"
+        "import test_agent as t\n"
+        "async def main():\n"
+        "    agent = t.Agent(t.config(Path(sys.argv[1])))\n"
+        "    async with agent.started():\n"
+        "        stub = await t.Stub.connect(agent, 'a')\n"
+        "        print((await stub.attach()).engine_pid, flush=True)\n"
+        "        await asyncio.sleep(60)\n"
+        "asyncio.run(main())\n"
+    )
+    here = str(Path(__file__).parent)
+    pipe = asyncio.subprocess.PIPE
+    old = await asyncio.create_subprocess_exec(sys.executable, "-c", script, str(tmp_path), here, stdout=pipe)
+    assert old.stdout is not None
+    engine_pid = int(await asyncio.wait_for(old.stdout.readline(), 30))
+    old.kill()
+    await old.wait()
+    assert list((tmp_path / "engines").glob("*.json"))
+    new = Agent(config(tmp_path))
+    async with new.started():
+        assert not group_exists(engine_pid)
+        assert not list((tmp_path / "engines").glob("*.json"))
+        stub = await Stub.connect(new, "a")
+        assert isinstance(await stub.attach(), wire.Attached)
+        assert new.replica("a/1#0").state is State.RESIDENT

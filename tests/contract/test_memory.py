@@ -1,0 +1,149 @@
+"""What every kind of device memory must do; runs against the simulated device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from swap_agent.errors import BooksDoNotBalance, OutOfFrames
+from swap_agent.memory import mapping
+from swap_agent.memory.frames import FramePool
+from swap_agent.memory.mirror import Image
+from swap_agent.memory.simulated import SimulatedDevice
+from swap_agent.memory.space import RankSpace
+
+FRAMES = 8
+
+
+@pytest.fixture
+def device() -> SimulatedDevice:
+    return SimulatedDevice("cpu:0", FRAMES * SimulatedDevice("x", 0).frame_bytes)
+
+
+@pytest.fixture
+def pool(device: SimulatedDevice) -> Iterator[FramePool]:
+    pool = FramePool(device, poison=True)
+    yield pool
+    assert pool.free_frames + pool.granted_frames == FRAMES
+
+
+def mapped(frame: object, device: SimulatedDevice) -> np.ndarray:
+    """The frame as another process sees it: through its descriptor only."""
+    fd = frame.export()  # type: ignore[attr-defined]
+    address = mapping.reserve(device.frame_bytes)
+    mapping.map_file(fd, address, device.frame_bytes)
+    os.close(fd)
+    return mapping.bytes_at(address, device.frame_bytes)
+
+
+def test_a_new_frame_is_zero_whole_and_exists(device: SimulatedDevice) -> None:
+    frame = device.create()
+    assert not mapped(frame, device).any()
+    assert device.resident_bytes() == device.frame_bytes
+
+
+def test_copies_reach_whoever_maps_the_frame_and_are_counted(device: SimulatedDevice) -> None:
+    frame = device.create()
+    view = mapped(frame, device)
+    source = np.arange(1000, dtype=np.uint64).view(np.uint8)
+    device.copy_in(frame, source, "weights", "swap_in")
+    assert np.array_equal(view[: source.size], source)
+    view[:4] = 7
+    target = np.zeros(4, dtype=np.uint8)
+    device.copy_out(frame, target, "state", "swap_out")
+    assert target.tolist() == [7] * 4
+    assert dict(device.host_to_device) == {("weights", "swap_in"): source.size}
+    assert dict(device.device_to_host) == {("state", "swap_out"): 4}
+
+
+def test_a_destroyed_frame_lives_until_its_last_mapping(device: SimulatedDevice) -> None:
+    frame = device.create()
+    view = mapped(frame, device)
+    device.destroy(frame)
+    view[0] = 1  # would fault if the memory were gone
+    assert device.resident_bytes() == 0, "the device's books count what the agent owns"
+
+
+def test_grants_are_all_or_none(pool: FramePool) -> None:
+    pool.grant("a", 5)
+    with pytest.raises(OutOfFrames, match="cpu:0 has 3 free frames, b needs 4"):
+        pool.grant("b", 4)
+    assert (pool.granted_frames, pool.held_by("a"), pool.held_by("b")) == (5, 5, 0)
+
+
+def test_returned_frames_are_poisoned_recycled_and_said_to_be_dirty(pool: FramePool) -> None:
+    frames, dirty = pool.grant("a", 3)
+    assert dirty == 0
+    pool.give_back("a", frames)
+    again, dirty = pool.grant("b", 4)
+    assert dirty == 3 and set(frames) == set(again[:3])
+    for frame in frames:
+        assert (frame.memory.bytes == 0xFF).all()
+    assert not again[3].memory.bytes.any()
+
+
+def test_nobody_gives_back_what_he_does_not_hold(pool: FramePool) -> None:
+    frames, _ = pool.grant("a", 2)
+    with pytest.raises(BooksDoNotBalance, match="b gives back a frame"):
+        pool.give_back("b", frames)
+    pool.give_back("a", frames)
+    with pytest.raises(BooksDoNotBalance):
+        pool.give_back("a", frames)
+
+
+def test_trim_and_the_frames_of_the_killed_leave_the_device(pool: FramePool) -> None:
+    frames, _ = pool.grant("a", 4)
+    pool.give_back("a", frames[:2])
+    pool.give_back("a", frames[2:], recycle=False)
+    assert pool.device.resident_bytes() == 2 * pool.device.frame_bytes
+    assert pool.trim() == 2
+    assert pool.device.resident_bytes() == 0
+
+
+def test_an_image_is_memory_of_its_own_and_restores_every_byte(pool: FramePool) -> None:
+    device = pool.device
+    frames, _ = pool.grant("a", 3)
+    size = 2 * device.frame_bytes + 12345
+    rng = np.random.default_rng(1)
+    content = rng.integers(0, 256, 3 * device.frame_bytes, dtype=np.uint8)
+    for index, frame in enumerate(frames):
+        frame.memory.bytes[:] = content[index * device.frame_bytes : (index + 1) * device.frame_bytes]
+    image = Image("test", "weights", size)
+    image.save(device, frames, "mirror")
+    assert image.resident_bytes() >= size
+    frames[0].memory.bytes[:] = 0
+    assert np.array_equal(image.bytes, content[:size]), "frames and image are different memory"
+    for frame in frames:
+        device.poison(frame)
+    image.restore(device, frames)
+    restored = np.concatenate([frame.memory.bytes for frame in frames])
+    assert np.array_equal(restored[:size], content[:size])
+    assert not restored[size:].any(), "the tail of the last frame is zeroed"
+    image.bytes[:] = 0
+    assert np.array_equal(np.concatenate([frame.memory.bytes for frame in frames])[:size], content[:size])
+    image.close()
+
+
+def test_a_space_comes_back_as_it_went_with_zeroed_kv(pool: FramePool) -> None:
+    space = RankSpace("a", pool)
+    for region, count in (("weights", 2), ("state", 1), ("kv", 3)):
+        for frame in space.reserve(region, count):  # type: ignore[arg-type]
+            frame.memory.bytes[:] = 5
+    space.make_images(pool.device.frame_bytes + 10, 100)
+    for _ in range(3):
+        space.take_back()
+        assert space.device_bytes == 0 and pool.free_frames == FRAMES
+        regions, dirty = space.grant()
+        figures = space.fill(dirty, 0.0, clock=iter((1.0, 3.0)).__next__)
+        assert (figures.seconds, figures.copy_seconds, figures.bytes) == (3.0, 2.0, pool.device.frame_bytes + 110)
+        assert (regions["weights"][0].memory.bytes == 5).all()
+        assert (regions["weights"][1].memory.bytes[:10] == 5).all()
+        assert not regions["weights"][1].memory.bytes[10:].any()
+        assert (regions["state"][0].memory.bytes[:100] == 5).all()
+        for frame in regions["kv"]:
+            assert not frame.memory.bytes.any()
+    space.lost()
+    assert pool.free_frames == FRAMES and space.mirror_bytes == 0

@@ -1,0 +1,356 @@
+"""The decision tree, driven by events alone: no clock, no memory, no process."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+
+import pytest
+
+from swap_agent.errors import BooksDoNotBalance
+from swap_agent.policy import events as ev
+from swap_agent.policy.coordinator import TURN_S, Coordinator
+from swap_agent.policy.inventory import Device, Replica
+from swap_agent.policy.lifecycle import HOLDS_FRAMES, MOVES, State
+
+
+class Machinery:
+    """Obeys orders the way agent and engines do, when told to; keeps the orders that are still open."""
+
+    def __init__(self, *devices: Device) -> None:
+        self.policy = Coordinator(list(devices))
+        self.now_s = 0.0
+        self.open: list[ev.Action] = []
+        self.done: list[ev.Action] = []
+        self.busy: dict[str, int] = {}
+        self.waiting: dict[str, int] = {}
+
+    def post(self, kind: type[ev.Event], *fields: object) -> list[ev.Action]:
+        actions = self.policy.on_event(kind(self.now_s, *fields))
+        self.open += actions
+        self.done += actions
+        return actions
+
+    def register(self, name: str, frames: int | None, keep_alive_s: float | None = None) -> None:
+        self.post(ev.Registered, name, frames, keep_alive_s)
+
+    def report(self, name: str, in_flight: int = 0, waiting: int = 0) -> list[ev.Action]:
+        self.busy[name], self.waiting[name] = in_flight, waiting
+        return self.post(ev.LoadReported, name, in_flight, waiting)
+
+    def tick(self, seconds: float) -> list[ev.Action]:
+        self.now_s += seconds
+        return self.post(ev.Tick)
+
+    def obey(self, action: ev.Action) -> None:
+        """Carry out one order, as an engine with `busy` and `waiting` requests would."""
+        self.open.remove(action)
+        name = action.name
+        match action:
+            case ev.StartEngine():
+                self.post(ev.EngineReady, name)
+            case ev.StopEngine():
+                self.post(ev.EngineExited, name, "stopped")
+            case ev.Drain():
+                if action.wait or not self.busy.get(name):
+                    self.busy[name] = 0
+                    self.post(ev.Drained, name, action.epoch)
+                else:
+                    self.post(ev.DrainRefused, name, action.epoch)
+            case ev.SwapOut():
+                self.post(ev.SwappedOut, name, action.epoch)
+            case ev.SwapIn():
+                self.post(ev.SwappedIn, name, action.epoch)
+                self.report(name, in_flight=self.waiting.get(name, 0))
+
+    def settle(self) -> None:
+        """Obey until nothing is open."""
+        while self.open:
+            self.obey(self.open[0])
+
+    def state(self, name: str) -> State:
+        return self.replica(name).state
+
+    def replica(self, name: str) -> Replica:
+        return self.policy.inventory.replicas[name]
+
+    def load(self, *names: str) -> None:
+        for name in names:
+            self.now_s += 1
+            self.post(ev.LoadWanted, name)
+            self.settle()
+
+
+def machinery(frames: int = 160, **models: int | None) -> Machinery:
+    machine = Machinery(Device("cpu:0", frames))
+    for name, need in models.items():
+        machine.register(name, need)
+    return machine
+
+
+def kinds(actions: Iterable[ev.Action]) -> list[tuple[str, str]]:
+    return [(type(action).__name__, action.name) for action in actions]
+
+
+def test_a_cold_model_starts_and_the_loader_is_told() -> None:
+    machine = machinery(a=100)
+    assert kinds(machine.post(ev.LoadWanted, "a")) == [("StartEngine", "a")]
+    assert machine.policy.inventory.free_frames("cpu:0") == 60
+    assert kinds(machine.post(ev.EngineReady, "a")) == [("Activated", "a")]
+    assert machine.state("a") is State.RESIDENT
+
+
+def test_engines_start_one_at_a_time() -> None:
+    machine = machinery(a=50, b=50)
+    machine.post(ev.LoadWanted, "a")
+    assert machine.post(ev.LoadWanted, "b") == []
+    assert kinds(machine.post(ev.EngineReady, "a")) == [("Activated", "a"), ("StartEngine", "b")]
+
+
+def test_a_parked_model_need_not_wait_for_another_engine_to_start() -> None:
+    machine = machinery(a=50, b=50)
+    machine.load("a")
+    machine.post(ev.UnloadWanted, "a", False)
+    machine.settle()
+    machine.post(ev.LoadWanted, "b")
+    assert kinds(machine.post(ev.LoadWanted, "a")) == [("SwapIn", "a")]
+
+
+def test_the_least_recently_used_idle_model_makes_room_and_only_as_many_as_needed() -> None:
+    machine = machinery(a=50, b=50, c=50, d=40)
+    machine.load("a", "b", "c")
+    machine.now_s += 1
+    machine.report("a", in_flight=1)
+    machine.now_s += 1
+    machine.report("a")  # a is now the most recently used; b the least
+    actions = machine.post(ev.LoadWanted, "d")
+    assert kinds(actions) == [("Drain", "b")]
+    machine.settle()
+    assert [machine.state(name) for name in "abcd"] == [
+        State.RESIDENT,
+        State.SWAPPED,
+        State.RESIDENT,
+        State.RESIDENT,
+    ]
+
+
+def test_a_victim_that_became_busy_is_spared_for_another() -> None:
+    machine = machinery(a=80, b=80, c=80)
+    machine.load("a", "b")
+    machine.busy["a"] = 1  # not reported yet
+    (drain,) = machine.post(ev.LoadWanted, "c")
+    assert (drain.name, machine.state("a")) == ("a", State.DRAINING)
+    machine.obey(drain)
+    assert machine.state("a") is State.RESIDENT
+    assert machine.state("b") is State.DRAINING
+    machine.settle()
+    assert machine.state("c") is State.RESIDENT
+
+
+def test_first_come_first_served_even_when_the_second_would_fit() -> None:
+    machine = machinery(a=120, b=120, c=30)
+    machine.load("a", "c", "b")  # b pushed a out
+    machine.post(ev.UnloadWanted, "c", False)
+    machine.settle()
+    machine.report("b", in_flight=1)
+    assert machine.post(ev.LoadWanted, "a") == []
+    assert machine.post(ev.LoadWanted, "c") == [], "c must not take room that a, which came first, waits for"
+    machine.report("b")
+    machine.settle()
+    assert (machine.state("a"), machine.state("c")) == (State.RESIDENT, State.RESIDENT)
+
+
+def test_busy_models_take_turns_after_a_while() -> None:
+    machine = machinery(a=100, b=100)
+    machine.load("a", "b")
+    machine.report("b", in_flight=3)
+    assert machine.report("a", waiting=2) == [] if machine.state("a") is State.SWAPPED else False
+    assert machine.tick(TURN_S / 2) == []
+    (drain,) = machine.tick(TURN_S)
+    assert drain == ev.Drain("b", machine.replica("b").epoch, wait=True, reason="turn")
+    machine.settle()
+    assert machine.state("a") is State.RESIDENT
+    assert machine.replica("a").in_flight == 2
+
+
+def test_a_withdrawn_wish_leaves_the_queue() -> None:
+    machine = machinery(a=100, b=100)
+    machine.load("a", "b")
+    machine.report("b", in_flight=1)
+    machine.report("a", waiting=1)
+    machine.report("a", waiting=0)  # the client cancelled
+    assert machine.tick(10 * TURN_S) == []
+    assert machine.state("b") is State.RESIDENT
+
+
+def test_keep_alive_counts_from_the_last_request() -> None:
+    machine = Machinery(Device("cpu:0", 100))
+    machine.register("a", 50, keep_alive_s=5)
+    machine.load("a")
+    machine.tick(4)
+    machine.report("a", in_flight=1)
+    assert machine.tick(60) == [], "a busy model has no idle time"
+    machine.report("a")
+    assert machine.tick(4.9) == []
+    (drain,) = machine.tick(0.2)
+    assert drain == ev.Drain("a", 1, wait=False, reason="keep_alive")
+    machine.settle()
+    assert machine.state("a") is State.SWAPPED
+    assert machine.policy.inventory.free_frames("cpu:0") == 100
+
+
+def test_keep_alive_none_never_expires_but_can_be_evicted() -> None:
+    machine = machinery(a=100, b=100)
+    machine.load("a")
+    assert machine.tick(1e9) == []
+    machine.load("b")
+    assert machine.state("a") is State.SWAPPED
+
+
+def test_unload_waits_for_requests_and_purge_ends_the_engine() -> None:
+    machine = machinery(a=100)
+    machine.load("a")
+    machine.report("a", in_flight=1)
+    (drain,) = machine.post(ev.UnloadWanted, "a", True)
+    assert drain == ev.Drain("a", 1, wait=True, reason="unload")
+    machine.settle()
+    assert machine.state("a") is State.COLD
+    assert machine.replica("a").device is None
+
+
+def test_load_after_purge_starts_a_new_engine() -> None:
+    machine = machinery(a=100)
+    machine.load("a")
+    machine.post(ev.UnloadWanted, "a", True)
+    while not any(isinstance(action, ev.StopEngine) for action in machine.open):
+        machine.obey(machine.open[0])
+    machine.post(ev.LoadWanted, "a")
+    machine.settle()
+    assert machine.state("a") is State.RESIDENT
+    assert kinds(machine.done).count(("StartEngine", "a")) == 2
+
+
+def test_a_dead_engine_frees_its_frames_and_the_next_load_starts_it_again() -> None:
+    machine = machinery(a=100, b=100)
+    machine.load("a")
+    machine.report("a", in_flight=1)
+    machine.post(ev.LoadWanted, "b")
+    actions = machine.post(ev.EngineExited, "a", "killed")
+    assert kinds(actions) == [("Refuse", "a"), ("StartEngine", "b")]
+    assert (machine.state("a"), machine.replica("a").failure) == (State.FAILED, "killed")
+    machine.settle()
+    machine.load("a")
+    assert machine.state("a") is State.RESIDENT
+
+
+def test_a_model_that_no_device_can_hold_is_refused() -> None:
+    machine = machinery(a=161)
+    (refusal,) = machine.post(ev.LoadWanted, "a")
+    assert refusal == ev.Refuse("a", "a needs 161 frames; the largest device has 160")
+    assert machine.tick(1) == []
+
+
+def test_an_undeclared_model_takes_frames_while_it_starts_and_evicts_for_them() -> None:
+    machine = machinery(a=100, b=None)
+    machine.load("a")
+    machine.post(ev.LoadWanted, "b")
+    assert machine.post(ev.FramesWanted, "b", 50) == [ev.GrantFrames("b", 50)]
+    (drain,) = machine.post(ev.FramesWanted, "b", 30)
+    assert drain.name == "a"
+    machine.open = [drain]
+    machine.obey(drain)
+    (swap_out,) = machine.open
+    machine.obey(swap_out)
+    assert machine.open == [ev.GrantFrames("b", 30)]
+    assert machine.replica("b").reserved_frames == 80
+    machine.post(ev.EngineReady, "b")
+    assert machine.replica("b").need_frames == 80
+
+
+def test_an_undeclared_model_larger_than_the_device_is_refused_with_the_sum() -> None:
+    machine = machinery(b=None)
+    machine.post(ev.LoadWanted, "b")
+    machine.post(ev.FramesWanted, "b", 100)
+    (refusal,) = machine.post(ev.FramesWanted, "b", 61)
+    assert refusal == ev.RefuseFrames("b", "b needs at least 161 frames of cpu:0, which has 160")
+
+
+def test_no_engine_gets_more_than_its_request() -> None:
+    machine = machinery(a=100)
+    machine.post(ev.LoadWanted, "a")
+    assert machine.post(ev.FramesWanted, "a", 100) == [ev.GrantFrames("a", 100)]
+    (refusal,) = machine.post(ev.FramesWanted, "a", 1)
+    assert isinstance(refusal, ev.RefuseFrames)
+
+
+def test_the_fuller_device_that_fits_is_taken_first() -> None:
+    machine = Machinery(Device("cpu:0", 100), Device("cpu:1", 100))
+    for name, need in {"a": 60, "b": 60, "c": 30}.items():
+        machine.register(name, need)
+    machine.load("a", "b")
+    assert {machine.replica("a").device, machine.replica("b").device} == {"cpu:0", "cpu:1"}
+    machine.register("d", 10)
+    machine.load("c")
+    machine.load("d")
+    assert machine.replica("d").device == machine.replica("c").device == "cpu:0"
+
+
+def test_stale_answers_are_ignored() -> None:
+    machine = machinery(a=100)
+    machine.load("a")
+    assert machine.post(ev.Drained, "a", 0) == []
+    assert machine.post(ev.SwappedOut, "a", 7) == []
+    assert machine.state("a") is State.RESIDENT
+
+
+def test_only_legal_moves() -> None:
+    replica = Replica("a")
+    with pytest.raises(BooksDoNotBalance, match="COLD → RESIDENT"):
+        replica.move(State.RESIDENT)
+    assert set(MOVES) == set(State)
+    assert State.SWAPPED not in HOLDS_FRAMES
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_histories_keep_the_books_and_serve_everybody(seed: int) -> None:
+    """Arrivals, finishes, crashes, loads and unloads in any order; then quiet: every wish is granted."""
+    rng = random.Random(seed)
+    machine = Machinery(Device("cpu:0", 100), Device("cpu:1", 60))
+    names = [f"m{index}" for index in range(6)]
+    for name in names:
+        machine.register(name, rng.choice([20, 40, 60, 90]), rng.choice([None, 0.0, 3.0]))
+        machine.post(ev.LoadWanted, name)
+    for _ in range(400):
+        name = rng.choice(names)
+        state = machine.state(name)
+        match rng.randrange(6):
+            case 0 if state is State.RESIDENT:
+                machine.report(name, in_flight=rng.randrange(4))
+            case 0 if state in (State.SWAPPED, State.SWAPPING_OUT, State.DRAINING):
+                machine.report(name, waiting=rng.randrange(3))
+            case 1:
+                machine.post(ev.LoadWanted, name)
+            case 2 if rng.random() < 0.3:
+                machine.post(ev.UnloadWanted, name, rng.random() < 0.3)
+            case 3 if state not in (State.COLD, State.FAILED) and rng.random() < 0.1:
+                machine.open = [action for action in machine.open if action.name != name]
+                machine.post(ev.EngineExited, name, "killed")
+            case 4:
+                machine.tick(rng.random())
+            case _ if machine.open:
+                machine.obey(rng.choice(machine.open))
+        machine.policy.inventory.check_integrity()
+    for name in names:
+        machine.post(ev.LoadWanted, name)
+        machine.register(name, machine.replica(name).request_frames, None)
+    asked_at = len(machine.done)
+    for _ in range(60):
+        machine.settle()
+        for name in names:
+            if machine.state(name) is State.RESIDENT:
+                machine.report(name)
+        machine.tick(TURN_S)
+    assert not machine.open
+    told = {action.name for action in machine.done if isinstance(action, ev.Activated)}
+    waiting = [name for name in names if machine.replica(name).load_wanted]
+    assert waiting == [] and told == set(names), (asked_at, waiting)
