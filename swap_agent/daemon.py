@@ -113,7 +113,7 @@ class Agent:
                     path.unlink(missing_ok=True)
 
     def _raise_file_limit(self) -> None:
-        """A simulated frame is an open file, and exporting one opens another. Raises InvalidUsage when too few may be."""
+        """A simulated frame is an open file; exporting it opens another. Raises InvalidUsage when too few may be."""
         needed = sum(pool.device.total_frames for pool in self.pools.values()) + _SPARE_FILES
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if hard != resource.RLIM_INFINITY and needed > hard:

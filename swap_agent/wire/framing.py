@@ -145,7 +145,7 @@ class Channel(Generic[T]):
                 sent = socket.send_fds(self._sock, [data], fds)
                 data = data[sent:]
             self._sock.sendall(data)
-        except (ConnectionError, TimeoutError) as error:
+        except OSError as error:
             raise PeerGone(f"the connection was closed: {error}") from error
 
     def receive(self, timeout_s: float | None = None) -> tuple[T, list[int]]:
@@ -153,31 +153,27 @@ class Channel(Generic[T]):
 
         Raises PeerGone at the end of the stream, ProtocolError on a malformed frame, TimeoutError.
         """
-        self._sock.settimeout(timeout_s)
         fds: list[int] = []
         try:
+            self._sock.settimeout(timeout_s)
             header = self._receive_exactly(_LENGTH.size, fds)
             (length,) = _LENGTH.unpack(header)
             if length > CONTROL_LIMIT_BYTES:
                 raise ProtocolError(f"a message of {length} bytes exceeds the limit of {CONTROL_LIMIT_BYTES}")
-            message = _decode(self._decoder, self._receive_exactly(length, fds))
-        except BaseException:
+            return _decode(self._decoder, self._receive_exactly(length, fds)), fds
+        except BaseException as error:
             for fd in fds:
                 os.close(fd)
+            if isinstance(error, OSError) and not isinstance(error, TimeoutError):
+                raise PeerGone(f"the connection was closed: {error.strerror}") from error
             raise
-        finally:
-            self._sock.settimeout(None)
-        return message, fds
 
     def _receive_exactly(self, count: int, fds: list[int]) -> bytes:
         data = b""
         while len(data) < count:
-            try:
-                part, ancillary, flags, _ = self._sock.recvmsg(
-                    count - len(data), socket.CMSG_LEN(FDS_PER_MESSAGE * array.array("i").itemsize)
-                )
-            except ConnectionError as error:
-                raise PeerGone("the connection was closed") from error
+            part, ancillary, flags, _ = self._sock.recvmsg(
+                count - len(data), socket.CMSG_LEN(FDS_PER_MESSAGE * array.array("i").itemsize)
+            )
             for level, kind, raw in ancillary:
                 if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                     received = array.array("i")

@@ -1,6 +1,6 @@
 """An engine without vLLM: speaks both of the agent's conversations, maps real frames and checks every byte of them.
 
-model.json: {"weights": bytes, "state": bytes, "kv_frames": n, "faults": [names]}. A fault makes it misbehave in one way:
+model.json: {"weights": bytes, "state": bytes, "kv_frames": n, "faults": [names]}. A fault makes it misbehave:
 `dies_starting`, `refuses` (RankFailed), `no_unmap_ack`, `dies_in_swap_in`, `garbage` (a malformed message).
 Weights hold a pattern made from the replica's name; state counts swaps; KV must arrive as zeros.
 """
