@@ -36,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
 
     serve = _verb(verbs, "serve", _serve, "start the swap agent and tritonserver, load all models")
     serve.add_argument("--model-repository", type=Path, required=True, metavar="DIR", help="Triton model repository")
+    serve.add_argument("--host", default="127.0.0.1", help="address Triton listens on (default: %(default)s)")
     serve.add_argument("--http-port", type=_port, default=8000)
     serve.add_argument("--grpc-port", type=_port, default=8001)
     serve.add_argument("--metrics-port", type=_port, default=8002)
@@ -44,8 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     agent = _verb(verbs, "agent", _agent, "start the swap agent alone")
     for verb in (serve, agent):
         verb.add_argument("--device", help="cuda, or simulated devices such as cpu:2x1GiB (default: cpu:4GiB)")
-        verb.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-        verb.add_argument("--agent-port", type=_port, default=8003, help="admin API (default: %(default)s)")
+        verb.add_argument("--agent-port", type=_port, default=8003, help="admin API on loopback (default: %(default)s)")
     agent.add_argument("--poison", action="store_true", help="fill returned frames with 0xFF, to find use after return")
     agent.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
 
@@ -123,11 +123,9 @@ _DEFAULT_DEVICE = "cpu:4GiB"
 
 def _agent(options: argparse.Namespace) -> int:
     logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    if options.host not in ("127.0.0.1", "localhost", "::1"):
-        raise InvalidUsage(f"--host {options.host}: the admin API off loopback is not supported yet")
     device = parse_device(_check_device(options.device))
     runtime = RuntimeDir(options.runtime_dir)
-    asyncio.run(_run_agent(AgentConfig(runtime, device, options.host, options.agent_port, poison=options.poison)))
+    asyncio.run(_run_agent(AgentConfig(runtime, device, options.agent_port, poison=options.poison)))
     return 0
 
 

@@ -22,8 +22,12 @@ def ps(runtime: RuntimeDir, *, as_json: bool) -> int:
         print(json.dumps({"devices": devices, "models": models}, indent=2))
         return 0
     console = Console()
-    columns = ("MODEL", "STATE", "DEVICE", "ON DEVICE", "HOST MIRROR", "RESIDUE", "RUNNING", "WAITING", "IDLE", "PID")
+    if not console.is_terminal:
+        console.width = 200  # a pipe has no width to fit
+    columns = ("MODEL", "STATE", "DEVICE", "HOLDS", "MIRROR", "RESIDUE", "RUNS", "WAITS", "IDLE", "PID")
     table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    for column in table.columns[3:]:
+        column.justify = "right"
     for model in models:
         table.add_row(
             model["name"],
@@ -40,7 +44,7 @@ def ps(runtime: RuntimeDir, *, as_json: bool) -> int:
     console.print(table)
     for model in models:
         if model["failure"]:
-            console.print(f"{model['name']}: {model['failure']}", style="red", highlight=False)
+            console.print(model["failure"], style="red", highlight=False, soft_wrap=True)
     for device in devices:
         total, free = (device[key] * device["frame_bytes"] for key in ("frames_total", "frames_free"))
         console.print(f"{device['name']}: {format_bytes(total)}, {format_bytes(free)} free", highlight=False)

@@ -98,8 +98,8 @@ class AgentConfig:
 
     runtime: RuntimeDir
     device: DeviceSpec
-    host: str = "127.0.0.1"
     port: int = 8003
+    """Of the admin API, on 127.0.0.1."""
     max_queue: int = 1024
     queue_timeout_s: float = 300.0
     drain_timeout_s: float = 10.0

@@ -390,7 +390,7 @@ class Agent:
                     if future and not future.done():
                         future.set_result(None)
                 case wire.OrderFailed():
-                    engine.fail(f"{replica}: {message.message}")
+                    engine.fail(message.message)
                     self._kill(engine)
                 case _:
                     raise ProtocolError(f"{type(message).__name__} from an engine host")

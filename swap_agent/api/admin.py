@@ -36,12 +36,12 @@ async def start(agent: Agent) -> web.AppRunner:
     )
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
-    host, port = agent.config.host, agent.config.port
+    port = agent.config.port
     try:
-        await web.TCPSite(runner, host, port).start()
+        await web.TCPSite(runner, "127.0.0.1", port).start()
     except OSError as error:
         await runner.cleanup()
-        message = f"--agent-port {port} on {host} cannot be used ({error.strerror}); choose another port"
+        message = f"--agent-port {port} cannot be used ({error.strerror}); choose another port"
         raise InvalidUsage(message) from error
     await web.SockSite(runner, listen(agent.config.runtime.admin_socket)).start()
     return runner

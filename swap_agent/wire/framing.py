@@ -81,6 +81,11 @@ class AsyncChannel(Generic[T]):
         reader, writer = await asyncio.open_unix_connection(path)
         return cls(reader, writer, receives, limit_bytes)
 
+    def fileno(self) -> int:
+        """Descriptor of the socket, to poll for the peer's end while the loop is blocked."""
+        sock: Any = self._writer.get_extra_info("socket")
+        return int(sock.fileno())
+
     async def receive(self) -> T:
         """The next message. Raises PeerGone at the end of the stream, ProtocolError on a malformed frame."""
         try:

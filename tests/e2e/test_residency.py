@@ -1,0 +1,66 @@
+"""Parking and coming back: through Triton, by the idle timer, on request."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from scene import QWEN, SMOLLM, until
+
+from loadtest.clients import Client
+from loadtest.prompts import Prompts
+from loadtest.server import Server
+
+
+async def test_a_parked_model_is_warm(server: Server, client: Client, prompts: dict[str, Prompts]) -> None:
+    await client.unload(SMOLLM)
+    server.park(SMOLLM, purge=True)
+    assert server.model(SMOLLM)["engine_pid"] is None
+    cold_s = await client.load(SMOLLM)
+    pid = server.model(SMOLLM)["engine_pid"]
+    await client.unload(SMOLLM)
+    parked = server.model(SMOLLM)
+    assert (parked["state"], parked["device_bytes"], parked["engine_pid"]) == ("SWAPPED", 0, pid)
+    warm_s = await client.load(SMOLLM)
+    assert server.model(SMOLLM)["engine_pid"] == pid
+    assert server.model(SMOLLM)["state"] == "RESIDENT"
+    assert warm_s < 0.1 * cold_s
+    answer = await client.generate(SMOLLM, prompts[SMOLLM].next(32), 4)
+    assert (answer.input_tokens, answer.output_tokens) == (32, 4)
+
+
+async def test_the_idle_timer_parks_and_a_request_brings_back(
+    server: Server, client: Client, prompts: dict[str, Prompts]
+) -> None:
+    server.set_keep_alive(SMOLLM, "1s")
+    try:
+        await client.load(SMOLLM)  # Triton reads the changed config.pbtxt; the engine stays
+        pid = server.model(SMOLLM)["engine_pid"]
+        await client.stream(SMOLLM, prompts[SMOLLM].next(32), 4)
+        await until(lambda: server.model(SMOLLM)["state"] == "SWAPPED")
+        assert server.model(SMOLLM)["device_bytes"] == 0
+        answer = await client.generate_stream(SMOLLM, prompts[SMOLLM].next(32), 4)
+        assert answer.output_tokens == 4
+        assert server.model(SMOLLM)["engine_pid"] == pid
+    finally:
+        server.set_keep_alive(SMOLLM, "5m")
+        await client.load(SMOLLM)
+
+
+async def test_ps_shows_what_is_where(server: Server, client: Client, prompts: dict[str, Prompts]) -> None:
+    await client.stream(QWEN, prompts[QWEN].next(16), 1)
+    command = [sys.executable, "-m", "swap_agent", "ps", "--runtime-dir", str(server.runtime_dir)]
+    shown = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
+    (device,) = shown["devices"]
+    assert {"name", "frames_total", "frames_free", "frame_bytes"} <= device.keys()
+    models = {model["name"]: model for model in shown["models"]}
+    assert set(models) == {f"{name}/1#0" for name in server.models}
+    for model in models.values():
+        assert model["mirror_bytes"] >= model["weights_bytes"] > 0
+        assert model["residue_bytes"] > 0 and model["in_flight"] == model["waiting"] == 0
+        assert (model["state"] == "RESIDENT") == (model["device_bytes"] > 0)
+    held = sum(model["device_bytes"] for model in models.values())
+    assert held == (device["frames_total"] - device["frames_free"]) * device["frame_bytes"]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert all(name in table for name in models)
