@@ -1,0 +1,35 @@
+"""Entry of an engine host: `python -m vllm_engine --runtime-dir D --replica NAME/VERSION#I --token T`.
+
+The agent starts it. vLLM starts its own processes with multiprocessing's `spawn`, which runs this file again in each of
+them under the name `__mp_main__`, before anything else: that is where they are tied to the life of their parent.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one engine host until its agent ends it. Returns the exit status."""
+    import argparse
+    from pathlib import Path
+
+    parser = argparse.ArgumentParser(prog="python -m vllm_engine", description="An engine host.")
+    parser.add_argument("--runtime-dir", type=Path, required=True, help="where agent.sock is")
+    parser.add_argument("--replica", required=True, help="NAME/VERSION#INSTANCE")
+    parser.add_argument("--token", required=True, help="proves to the agent that it started this process")
+    options = parser.parse_args(argv)
+
+    from vllm_engine.host import run
+
+    return run(options.runtime_dir, options.replica, options.token)
+
+
+if __name__ == "__main__":
+    # With a spec that says `vllm_engine.__main__`, `spawn` would skip this file; without one it runs it by its path.
+    __spec__ = None
+    sys.exit(main())
+elif __name__ == "__mp_main__":
+    from vllm_engine.lifetime import die_with_parent
+
+    die_with_parent()

@@ -1,0 +1,112 @@
+"""The only place that drives vLLM's AsyncLLM: start, generate, pause and resume around a swap, stop.
+
+Tried on vLLM 0.32.0. Beyond the public `AsyncLLM` it uses `engine_core.pause_scheduler_async(mode, clear_cache)` and
+`engine_core.resume_scheduler_async()`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any, NamedTuple
+
+from vllm.platforms import current_platform
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+from swap_agent.errors import TritonSwapError, Unavailable, Unsupported
+from swap_agent.wire.messages import Output, Sequence
+from vllm_engine.sampling import CLIENT_ERRORS, InvalidRequest
+
+RPC_TIMEOUT_S = 150.0
+"""Longest order to the ranks; above the ranks' own limits, whose errors say more."""
+SHUTDOWN_TIMEOUT_S = 1.0
+"""How long EngineCore and the workers may take to end by themselves."""
+
+
+class SwapOutTimes(NamedTuple):
+    """Where the time of one swap-out went, seconds."""
+
+    pause_s: float
+    ranks_s: float
+
+
+class SwapInTimes(NamedTuple):
+    """Where the time of one swap-in went, seconds. `map_s` and `fill_s` lie inside `ranks_s` (slowest rank)."""
+
+    ranks_s: float
+    map_s: float
+    fill_s: float
+    resume_s: float
+
+
+class Engine:
+    """One vLLM engine with swappable workers, on the running asyncio loop."""
+
+    def __init__(self, name: str, config: Any, args: Any) -> None:
+        """Start it: seconds to minutes, blocking. Raises TritonSwapError; the cause is in the engine's log."""
+        if not current_platform.is_cpu():
+            raise Unsupported(f"vLLM on {current_platform.device_name} is not supported yet: only vLLM on CPU is")
+        self._name = name
+        self._requests = 0
+        try:
+            self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=args.disable_log_stats)
+        except Exception as error:
+            raise TritonSwapError(f"vLLM's engine did not start: {error}".splitlines()[0]) from error
+        for method in ("pause_scheduler_async", "resume_scheduler_async"):
+            if not hasattr(self._llm.engine_core, method):
+                self.shutdown()
+                raise Unsupported(f"this vLLM has no EngineCore client method {method}: use a supported version")
+        self.max_model_len = int(self._llm.model_config.max_model_len)
+
+    @property
+    def is_dead(self) -> bool:
+        """True once EngineCore or a worker has died."""
+        return bool(self._llm.errored)
+
+    async def generate(self, request: int, prompt: str, params: SamplingParams) -> AsyncIterator[Output]:
+        """Outputs of one request, numbered `request`; the last one is finished. Closing it aborts the request.
+
+        Raises InvalidRequest, Unavailable (engine dead), TritonSwapError.
+        """
+        self._requests += 1
+        n = params.n
+        finish_reasons: list[str | None] = [None] * n
+        try:
+            async for result in self._llm.generate(prompt, params, str(self._requests)):
+                sequences = [Sequence("", reason, 0) for reason in finish_reasons]
+                for completion in result.outputs:
+                    finish_reasons[completion.index] = completion.finish_reason
+                    sequences[completion.index] = Sequence(
+                        completion.text, completion.finish_reason, len(completion.token_ids)
+                    )
+                yield Output(request, sequences, len(result.prompt_token_ids or ()), result.finished)
+        except EngineDeadError as error:
+            raise Unavailable(f"the engine of {self._name} died while it served this request") from error
+        except EngineGenerateError as error:
+            cause = error.__cause__ or error
+            raise TritonSwapError(f"the engine failed: {type(cause).__name__}: {cause}") from error
+        except CLIENT_ERRORS as error:
+            raise InvalidRequest(str(error)) from error
+
+    async def swap_out(self, epoch: int) -> SwapOutTimes:
+        """Pause, forget the KV cache, and have every rank unmap. Call it when nothing is in flight."""
+        begin = time.monotonic()
+        await self._llm.engine_core.pause_scheduler_async(mode="wait", clear_cache=True)
+        paused = time.monotonic()
+        await self._llm.collective_rpc("swap_out", RPC_TIMEOUT_S, (epoch,))
+        return SwapOutTimes(paused - begin, time.monotonic() - paused)
+
+    async def swap_in(self, epoch: int) -> SwapInTimes:
+        """Have every rank map its grants and wait until they are filled, then let the scheduler run."""
+        begin = time.monotonic()
+        ranks: list[tuple[float, float]] = await self._llm.collective_rpc("swap_in", RPC_TIMEOUT_S, (epoch,))
+        mapped = time.monotonic()
+        await self._llm.engine_core.resume_scheduler_async()
+        map_s, fill_s = max(ranks, key=sum)
+        return SwapInTimes(mapped - begin, map_s, fill_s, time.monotonic() - mapped)
+
+    def shutdown(self) -> None:
+        """End EngineCore and the workers; blocking. They have nothing to save, so what lingers is killed."""
+        self._llm.shutdown(timeout=SHUTDOWN_TIMEOUT_S)

@@ -1,0 +1,275 @@
+"""The engine host: one replica's engine, its gate and its data plane, under the orders of the agent.
+
+One decision per message, in `Host._take`:
+1. Drain, wait: close the gate, answer Drained when nobody is inside.  Drain, no wait: refuse if somebody is inside.
+2. SwapOut, SwapIn: carried out one at a time; the gate is closed before and open after.
+3. RefuseWaiting: fail who waits at the gate.
+4. Shutdown, SIGTERM, or the agent gone: refuse the rest, finish what runs (bounded), exit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import select
+import shutil
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from swap_agent.errors import PeerGone, ProtocolError, Refusal, TritonSwapError, Unavailable
+from swap_agent.wire import messages as wire
+from swap_agent.wire.framing import AsyncChannel
+from swap_agent.wire.rendezvous import AGENT_SOCKET
+from vllm_engine import arguments
+from vllm_engine.engine import Engine
+from vllm_engine.gate import Gate
+from vllm_engine.generate import DataPlane
+from vllm_engine.rank import Endpoint
+from vllm_engine.sampling import sampling_params
+from vllm_engine.versions import check_vllm_version
+
+REPORT_INTERVAL_S = 0.05
+"""Reports that do not enter or leave zero are at least this far apart."""
+HEALTH_INTERVAL_S = 0.5
+"""How often to look whether the engine's processes live."""
+_LONGEST_SOCKET_FOLDER = 107 - len("/123e4567-e89b-12d3-a456-426614174000")
+"""unix(7) allows 107 bytes for a path; vLLM names its sockets by UUIDs."""
+
+log = logging.getLogger(__name__)
+
+
+def run(runtime_dir: Path, replica: str, token: str) -> int:
+    """Run a host to its end. Returns the exit status: 0 when told to stop, else 1."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s host %(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        return asyncio.run(_run(runtime_dir, replica, token))
+    except TritonSwapError as error:
+        log.error("%s: %s", replica, error)
+        return 1
+
+
+async def _run(runtime_dir: Path, replica: str, token: str) -> int:
+    agent_socket = runtime_dir / AGENT_SOCKET
+    try:
+        channel: AsyncChannel[wire.ToHost] = await AsyncChannel.connect(str(agent_socket), wire.ToHost)
+    except OSError as error:
+        raise Unavailable(f"no swap agent listens on {agent_socket}: {error}") from error
+    channel.send(wire.HostHello(replica, token))
+    welcome = await channel.receive()
+    if isinstance(welcome, wire.Refused):
+        raise Unavailable(f"the agent refused this host: {welcome.message}")
+    if not isinstance(welcome, wire.HostWelcome):
+        raise ProtocolError(f"the agent sent {type(welcome).__name__} where HostWelcome was due")
+    with _vllm_sockets(Path(welcome.engine_socket).with_suffix(".vllm")):
+        try:
+            engine = _start_engine(channel, replica, token, welcome)
+        except TritonSwapError as error:
+            channel.send(wire.HostFailed(error.code, f"{replica}: {error}"))  # type: ignore[arg-type]  # a plain str
+            await channel.drain()
+            channel.close()
+            raise
+        return await Host(channel, replica, welcome, engine).run()
+
+
+@contextmanager
+def _vllm_sockets(folder: Path) -> Iterator[None]:
+    """Have vLLM keep its own sockets in a private folder that ends with this host, not for ever in /tmp."""
+    if len(str(folder)) > _LONGEST_SOCKET_FOLDER:
+        yield  # vLLM falls back to /tmp
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    os.environ["VLLM_RPC_BASE_PATH"] = str(folder)
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start_engine(channel: AsyncChannel[wire.ToHost], replica: str, token: str, welcome: wire.HostWelcome) -> Engine:
+    """Start vLLM as model.json says. Blocking: the ranks must be children of the main thread (see lifetime.py)."""
+    import vllm
+
+    with _Watch(channel):
+        check_vllm_version(vllm.__version__)
+        values = arguments.read(welcome.model_json, Path(welcome.version_dir), arguments.known_arguments())
+        args = arguments.engine_args(values)
+        config = arguments.engine_config(args)
+        Endpoint(welcome.ranks_socket, replica, token).export()
+        return Engine(replica, config, args)
+
+
+class Host:
+    """A running engine and the agent's orders to it."""
+
+    def __init__(
+        self, channel: AsyncChannel[wire.ToHost], replica: str, welcome: wire.HostWelcome, engine: Engine
+    ) -> None:
+        self._channel = channel
+        self._replica = replica
+        self._welcome = welcome
+        self._engine = engine
+        self._gate = Gate(replica, welcome.max_queue, welcome.queue_timeout_s, self._load_changed)
+        self._plane = DataPlane(engine, self._gate, sampling_params)
+        self._order: asyncio.Task[None] | None = None
+        self._reported = wire.Report(0, 0, 0)
+        self._report_timer: asyncio.TimerHandle | None = None
+
+    async def run(self) -> int:
+        """Serve until told to stop, the agent is gone, or the engine has died. Returns the exit status."""
+        loop = asyncio.get_running_loop()
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        await self._plane.start(Path(self._welcome.engine_socket))
+        self._gate.open()
+        self._channel.send(wire.HostReady(self._engine.max_model_len))
+        log.info("%s is ready", self._replica)
+
+        orders = asyncio.create_task(self._obey())
+        death = asyncio.create_task(self._engine_died())
+        signalled = asyncio.create_task(stop.wait())
+        await asyncio.wait([orders, death, signalled], return_when=asyncio.FIRST_COMPLETED)
+        error: TritonSwapError
+        if death.done():
+            status, error = 1, Unavailable(f"the engine of {self._replica} died")
+        elif orders.done():
+            status, error = orders.result()
+        else:
+            status, error = 0, Unavailable(f"the engine host of {self._replica} was told to stop")
+        for task in (orders, death, signalled):
+            task.cancel()
+        log.info("%s stops: %s", self._replica, error)
+        await self._finish(error, wait=not death.done())
+        return status
+
+    async def _obey(self) -> tuple[int, TritonSwapError]:
+        """Take orders until there is a reason to stop: the exit status and what to tell the clients."""
+        try:
+            while True:
+                message = await self._channel.receive()
+                if isinstance(message, wire.Shutdown):
+                    return 0, Unavailable(message.message)
+                self._take(message)
+        except PeerGone:
+            return 1, Unavailable(f"the swap agent is gone, so {self._replica} stops: start the agent again")
+        except ProtocolError as error:
+            return 1, Unavailable(f"{self._replica} stops: the swap agent broke the protocol ({error})")
+
+    def _take(self, message: wire.ToHost) -> None:
+        match message:
+            case wire.Drain(wait=False) if self._gate.in_flight:
+                self._channel.send(wire.DrainRefused(message.epoch))
+            case wire.Drain():
+                self._gate.close()
+                self._start(message.epoch, self._drain(message.epoch))
+            case wire.SwapOut():
+                self._start(message.epoch, self._swap_out(message.epoch))
+            case wire.SwapIn():
+                self._start(message.epoch, self._swap_in(message.epoch))
+            case wire.RefuseWaiting():
+                self._gate.refuse_waiting(Refusal(message.code, message.message))
+            case _:
+                raise ProtocolError(f"{type(message).__name__} is out of place")
+
+    def _start(self, epoch: int, order: Coroutine[Any, Any, None]) -> None:
+        if self._order is not None and not self._order.done():
+            order.close()
+            self._channel.send(wire.OrderFailed(epoch, f"{self._replica} carries out another order"))
+            return
+        self._order = asyncio.create_task(self._carry_out(epoch, order))
+
+    async def _carry_out(self, epoch: int, order: Coroutine[Any, Any, None]) -> None:
+        try:
+            await order
+        except Exception as error:
+            log.exception("order of epoch %d", epoch)
+            self._channel.send(wire.OrderFailed(epoch, f"{self._replica}: {type(error).__name__}: {error}"))
+
+    async def _drain(self, epoch: int) -> None:
+        await self._gate.idle()
+        self._channel.send(wire.Drained(epoch))
+
+    async def _swap_out(self, epoch: int) -> None:
+        if self._gate.is_open or self._gate.in_flight:
+            raise ProtocolError("SwapOut before Drained")
+        times = await self._engine.swap_out(epoch)
+        self._channel.send(wire.SwappedOut(epoch))
+        log.info("swapped out, epoch %d: pause %.4f s, ranks %.4f s", epoch, *times)
+
+    async def _swap_in(self, epoch: int) -> None:
+        times = await self._engine.swap_in(epoch)
+        self._gate.open()
+        self._channel.send(wire.SwappedIn(epoch))
+        log.info("swapped in, epoch %d: ranks %.4f s (map %.4f, fill %.4f), resume %.4f s", epoch, *times)
+
+    async def _engine_died(self) -> None:
+        while not self._engine.is_dead:
+            await asyncio.sleep(HEALTH_INTERVAL_S)
+
+    async def _finish(self, error: TritonSwapError, wait: bool) -> None:
+        """Refuse the rest, let what runs end (bounded), say goodbye to the stubs, end the engine."""
+        self._gate.refuse_all(error)
+        if wait:
+            try:
+                await asyncio.wait_for(self._gate.idle(), self._welcome.drain_timeout_s)
+            except TimeoutError:
+                log.warning("%d requests were cut off", self._gate.in_flight)
+        await asyncio.sleep(0)  # the last outputs are queued by now
+        self._plane.fail_all(error)
+        await self._plane.stop()
+        self._engine.shutdown()
+
+    def _load_changed(self) -> None:
+        now = wire.Report(self._gate.in_flight, self._gate.waiting, self._plane.served)
+        crossed = bool(now.in_flight) != bool(self._reported.in_flight) or bool(now.waiting) != bool(
+            self._reported.waiting
+        )
+        if crossed:
+            self._report()
+        elif self._report_timer is None:
+            self._report_timer = asyncio.get_running_loop().call_later(REPORT_INTERVAL_S, self._report)
+
+    def _report(self) -> None:
+        if self._report_timer is not None:
+            self._report_timer.cancel()
+            self._report_timer = None
+        report = wire.Report(self._gate.in_flight, self._gate.waiting, self._plane.served)
+        if report != self._reported:
+            self._reported = report
+            self._channel.send(report)
+
+
+class _Watch:
+    """Ends this process, and with it the engine that is starting, when the agent goes away meanwhile.
+
+    The loop is blocked then, so a thread looks at the connection.
+    """
+
+    def __init__(self, channel: AsyncChannel[wire.ToHost]) -> None:
+        self._fd = channel.fileno()
+        self._done_reader, self._done_writer = socket.socketpair()
+        self._thread = threading.Thread(target=self._watch, name="agent-watch", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._done_writer.close()
+        self._thread.join()
+        self._done_reader.close()
+
+    def _watch(self) -> None:
+        poll = select.poll()
+        poll.register(self._fd, select.POLLRDHUP)
+        poll.register(self._done_reader, select.POLLIN)
+        if any(fd == self._fd for fd, _ in poll.poll()):
+            log.error("the swap agent is gone while the engine starts: giving up")
+            os._exit(1)  # the engine's processes die with this one

@@ -1,0 +1,74 @@
+"""vLLM's KV cache: how large it has to be, and how it comes to lie in our frames.
+
+Tried on vLLM 0.32.0 (CPU, model runner V1; runner V2 calls the same function). There `allocate_kv_cache` makes one int8
+buffer for all layers with `torch.zeros`; 0.26.0 makes one per `KVCacheTensor` in the same way (read, not tried).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from vllm.v1.core.kv_cache_utils import check_enough_kv_cache_memory, max_memory_usage_bytes
+
+from swap_agent.errors import InvalidModel, Unsupported
+
+
+def one_sequence_bytes(vllm_config: Any, specs: Mapping[str, Any]) -> int:
+    """The smallest KV cache that holds one sequence of `max_model_len` tokens.
+
+    One block more than the tokens need: vLLM's block pool keeps block 0 for itself.
+    """
+    null_block = sum(int(spec.page_size_bytes) for spec in specs.values())
+    return int(max_memory_usage_bytes(vllm_config, specs.values())) + null_block if specs else 0
+
+
+def check_holds_one_sequence(vllm_config: Any, specs: dict[str, Any], size: int) -> None:
+    """Raise InvalidModel when vLLM would refuse a KV cache of `size` bytes: EngineCore's own error stays in the log.
+
+    Only after EngineCore has settled the layout of the KV cache, which it does once the model is loaded.
+    """
+    try:
+        check_enough_kv_cache_memory(vllm_config, specs, size)
+    except ValueError as error:
+        length = vllm_config.model_config.max_model_len
+        raise InvalidModel(
+            f"a KV cache of {size} bytes cannot hold one sequence of max_model_len={length} tokens: "
+            "raise kv_cache_memory_bytes or lower max_model_len in model.json"
+        ) from error
+
+
+def buffer_sizes(kv_cache_config: Any) -> list[int]:
+    """Sizes in bytes of the buffers that vLLM will ask for."""
+    sizes = [int(tensor.size) for tensor in kv_cache_config.kv_cache_tensors]
+    shares_one_buffer = hasattr(kv_cache_config, "kv_cache_layout")  # 0.32
+    return sizes[:1] if shares_one_buffer else sizes
+
+
+class KVCacheInFrames(TorchFunctionMode):  # type: ignore[misc]  # torch is not type-checked here
+    """While active, vLLM's `torch.zeros` calls for the KV cache take memory from `allocate` (zeroed) instead."""
+
+    def __init__(self, sizes: list[int], allocate: Callable[[int], torch.Tensor]) -> None:
+        super().__init__()
+        self._expected = list(sizes)
+        self._allocate = allocate
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Replace the expected allocations, pass everything else on."""
+        kwargs = kwargs or {}
+        is_buffer = func is torch.zeros and kwargs.get("dtype") is torch.int8 and len(args) == 1
+        if is_buffer and self._expected and args[0] == self._expected[0]:
+            return self._allocate(self._expected.pop(0))
+        return func(*args, **kwargs)
+
+    def check_all_replaced(self) -> None:
+        """Raise Unsupported when vLLM did not allocate its KV cache the way this hook knows."""
+        if self._expected:
+            raise Unsupported(
+                f"this vLLM allocates its KV cache in another way ({len(self._expected)} buffers were not seen): "
+                "use a supported version"
+            )

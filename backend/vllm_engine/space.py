@@ -1,0 +1,119 @@
+"""The address space of one engine rank: regions of frames at addresses that never change (Linux, mmap(2)).
+
+A region is reserved once with PROT_NONE; frames are mapped into it and taken out of it whole. Where nothing is mapped,
+any access faults. Knows neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+
+from swap_agent.errors import ProtocolError, TritonSwapError
+from swap_agent.wire.messages import Region
+
+ALIGNMENT_BYTES = 2 << 20
+"""Regions begin at a multiple of this, so that the kernel may map a frame with one huge page."""
+
+# Values of <asm-generic/mman-common.h>, missing from the mmap module.
+_PROT_NONE = 0
+_MAP_FIXED = 0x10
+_MAP_NORESERVE = 0x4000
+_MADV_HUGEPAGE = 14
+_MADV_POPULATE_READ = 22
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+class Space:
+    """Addresses of one rank. Not thread safe: the rank calls it in its paused state only."""
+
+    def __init__(self, frame_bytes: int) -> None:
+        if frame_bytes % mmap.PAGESIZE:
+            raise ProtocolError(f"frames of {frame_bytes} bytes are not a multiple of the page size")
+        self.frame_bytes = frame_bytes
+        self._libc = _libc()
+        self._addresses: dict[Region, int] = {}
+        self._frames: dict[Region, int] = {}
+        self._mapped: dict[Region, set[int]] = {}
+
+    @property
+    def regions(self) -> dict[Region, int]:
+        """Reserved regions and their number of frames."""
+        return dict(self._frames)
+
+    def reserve(self, region: Region, frames: int) -> int:
+        """Reserve addresses for `frames` frames; nothing is mapped yet. Returns the address. Raises OSError."""
+        if region in self._addresses:
+            raise TritonSwapError(f"region {region} is reserved already")
+        size = frames * self.frame_bytes
+        # Address space only, so the slack that the alignment costs is free.
+        raw = self._mmap(None, size + ALIGNMENT_BYTES, _PROT_NONE, _hole_flags(), -1)
+        self._addresses[region] = -(-raw // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        self._frames[region] = frames
+        self._mapped[region] = set()
+        return self._addresses[region]
+
+    def address(self, region: Region) -> int:
+        """Where the region begins. Raises KeyError when it is not reserved."""
+        return self._addresses[region]
+
+    def map(self, region: Region, first: int, fds: list[int]) -> None:
+        """Map frames `first`… of `region`, one descriptor each; the caller still owns the descriptors.
+
+        Raises ProtocolError when they do not fit or are mapped already, OSError.
+        """
+        indices = range(first, first + len(fds))
+        if region not in self._frames or first < 0 or indices.stop > self._frames[region]:
+            raise ProtocolError(f"frames {first}..{indices.stop - 1} were granted, outside of region {region}")
+        if not self._mapped[region].isdisjoint(indices):
+            raise ProtocolError(f"frames {first}..{indices.stop - 1} of region {region} were granted twice")
+        start = self._addresses[region] + first * self.frame_bytes
+        for position, fd in enumerate(fds):
+            address = start + position * self.frame_bytes
+            self._mmap(address, self.frame_bytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED, fd)
+            self._mapped[region].add(first + position)
+        # Advice: a kernel that does not take it maps small pages, or maps on first touch. Populating for reading maps
+        # many pages per fault, writable ones too, and takes a quarter of the time of populating for writing.
+        size = len(fds) * self.frame_bytes
+        for advice in (_MADV_HUGEPAGE, _MADV_POPULATE_READ):
+            self._libc.madvise(start, size, advice)
+
+    def is_mapped(self, region: Region) -> bool:
+        """True when every frame of the region is mapped."""
+        return len(self._mapped[region]) == self._frames[region]
+
+    def unmap(self) -> None:
+        """Take every frame out of every region; the addresses stay reserved. Raises OSError."""
+        for region, address in self._addresses.items():
+            if self._mapped[region]:
+                size = self._frames[region] * self.frame_bytes
+                self._mmap(address, size, _PROT_NONE, _hole_flags() | _MAP_FIXED, -1)
+                self._mapped[region].clear()
+
+    def buffer(self, region: Region, offset: int, size: int) -> ctypes.Array[ctypes.c_char]:
+        """`size` bytes at `offset` of the region. It owns nothing: using it while frames are not mapped is a fault."""
+        if offset < 0 or offset + size > self._frames[region] * self.frame_bytes:
+            raise TritonSwapError(f"bytes {offset}..{offset + size} are outside of region {region}")
+        return (ctypes.c_char * size).from_address(self._addresses[region] + offset)
+
+    def _mmap(self, address: int | None, size: int, protection: int, flags: int, fd: int) -> int:
+        result = self._libc.mmap(address, size, protection, flags, fd, 0)
+        if result == _MAP_FAILED:
+            error = ctypes.get_errno()
+            raise OSError(error, f"mmap of {size} bytes: {os.strerror(error)}")
+        return int(result)
+
+
+def _hole_flags() -> int:
+    return mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+
+
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [
+        ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
+    ]  # fmt: skip
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return libc

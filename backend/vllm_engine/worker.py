@@ -1,0 +1,147 @@
+"""The vLLM worker of a swappable engine: weights, state and KV cache lie in frames that the agent grants.
+
+Tried on vLLM 0.32.0, CPU. Hooks into vLLM: the worker methods overridden here, `linear.py` and `kv_cache.py`. vLLM
+finds the class by its name, `vllm_engine.worker.SwappableWorker`.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from vllm.platforms import current_platform
+
+from swap_agent.errors import InvalidModel, TritonSwapError, Unsupported
+from vllm_engine import kv_cache, linear, rehome
+from vllm_engine.rank import Endpoint, RankConnection
+from vllm_engine.space import Space
+
+log = logging.getLogger(__name__)
+
+
+def _platform_worker() -> Any:
+    """vLLM's own worker class for this machine."""
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_worker import CPUWorker
+
+        return CPUWorker
+    raise Unsupported(f"vLLM on {current_platform.device_name} is not supported yet: only vLLM on CPU is")
+
+
+class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at run time
+    """One engine rank. `swap_out` and `swap_in` are called through `collective_rpc` while the scheduler is paused."""
+
+    def __init__(self, vllm_config: Any, local_rank: int, rank: int, *args: Any, **kwargs: Any) -> None:
+        """Connect to the agent, then as vLLM's worker. Raises TritonSwapError, of which the agent is told."""
+        self._agent = RankConnection(Endpoint.from_environment(), rank, vllm_config.parallel_config.world_size)
+        self._space = Space(self._agent.welcome.frame_bytes)
+        self._resident = True
+        cache = vllm_config.cache_config
+        self._declared_kv_bytes: int | None = cache.kv_cache_memory_bytes
+        self._kv_bytes = 0
+        # Unset, vLLM would claim a share of the whole machine's memory. The true size is known after load_model.
+        cache.kv_cache_memory_bytes = self._declared_kv_bytes or self._space.frame_bytes
+        with self._agent.reporting("create the worker"):
+            super().__init__(vllm_config, local_rank, rank, *args, **kwargs)
+
+    def load_model(self, **kwargs: Any) -> None:
+        """Load as vLLM does, then move weights and state into frames and have the mirror made."""
+        with self._agent.reporting("load the model"):
+            linear.load_with_ordinary_weights(lambda: super(SwappableWorker, self).load_model(**kwargs), self.get_model)
+            layout = rehome.plan(self.get_model())
+            self._kv_bytes = self._plan_kv_cache(layout)
+            for region in ("weights", "state"):
+                self._agent.reserve(self._space, region, self._frames(layout.size(region)))
+            rehome.move(layout, self._space)
+            mirrored = self._agent.loaded(layout.weights, layout.state)
+        log.info(
+            "weights %d bytes, state %d bytes in frames, mirror %d bytes, KV cache of %d bytes planned",
+            layout.size("weights"), layout.size("state"), mirrored, self._kv_bytes,
+        )  # fmt: skip
+
+    def determine_available_memory(self) -> int:
+        """Bytes for the KV cache, as planned in load_model."""
+        with self._agent.reporting("warm up the model"):
+            kv_cache.check_holds_one_sequence(self.vllm_config, self.get_kv_cache_spec(), self._kv_bytes)
+            if self._should_warm_up_model():
+                self.model_runner.warming_up_model()
+            return self._kv_bytes
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        """Set up the KV cache as vLLM does, with its buffers in frames."""
+        with self._agent.reporting("create the KV cache"):
+            sizes = kv_cache.buffer_sizes(kv_cache_config)
+            self._agent.reserve(self._space, "kv", self._frames(sum(sizes)))
+            with kv_cache.KVCacheInFrames(sizes, self._kv_buffers(sizes)) as hook:
+                super().initialize_from_config(kv_cache_config)
+            hook.check_all_replaced()
+
+    def swap_out(self, epoch: int) -> None:
+        """Take every frame out of the address space and acknowledge. Nothing may run on the space after this."""
+        if not self._resident:
+            raise TritonSwapError("swapped out twice")
+        self._resident = False
+        self._space.unmap()
+        self._agent.unmapped(epoch)
+
+    def swap_in(self, epoch: int) -> tuple[float, float]:
+        """Map the frames granted for `epoch` and wait until they are filled. Returns the seconds of each part."""
+        if self._resident:
+            raise TritonSwapError("swapped in twice")
+        times = self._agent.swap_in(self._space, epoch)
+        self._resident = True
+        return times.map_s, times.fill_s
+
+    def shutdown(self) -> None:
+        """End as vLLM's worker does."""
+        super().shutdown()
+        self._agent.close()
+
+    def _frames(self, size: int) -> int:
+        return -(-size // self._space.frame_bytes)
+
+    def _plan_kv_cache(self, layout: rehome.Layout) -> int:
+        """Size of the KV cache, whole frames, so that everything fits the request. Raises InvalidModel with the sum."""
+        frame_bytes, welcome = self._space.frame_bytes, self._agent.welcome
+        specs = self.get_kv_cache_spec()
+        if not specs:
+            needed = 0
+        elif self._declared_kv_bytes is not None:
+            needed = self._declared_kv_bytes
+        else:
+            needed = kv_cache.one_sequence_bytes(self.vllm_config, specs)
+        needed = self._frames(needed) * frame_bytes
+        fixed = {region: self._frames(layout.size(region)) * frame_bytes for region in ("weights", "state")}
+        limit, limit_name, remedy = welcome.device_bytes, f"device {welcome.device}", "use a larger device"
+        if welcome.request_bytes is not None:
+            limit, limit_name, remedy = welcome.request_bytes, "GPU_MEMORY_REQUEST", "raise it"
+        total = sum(fixed.values()) + needed
+        if total > limit:
+            kv_key, kv_name = "kv_cache_memory_bytes", "KV cache (kv_cache_memory_bytes)"
+            if self._declared_kv_bytes is None:
+                length = self.model_config.max_model_len
+                kv_key, kv_name = "max_model_len", f"KV cache of one sequence of max_model_len={length} tokens"
+            raise InvalidModel(
+                f"the model needs {_mib(total)}: weights {_mib(fixed['weights'])} + state {_mib(fixed['state'])} + "
+                f"{kv_name} {_mib(needed)}; {limit_name} is {_mib(limit)}: {remedy}, or lower {kv_key} in model.json"
+            )
+        if specs and self._declared_kv_bytes is None and welcome.request_bytes is not None:
+            return (limit - sum(fixed.values())) // frame_bytes * frame_bytes
+        return needed
+
+    def _kv_buffers(self, sizes: list[int]) -> Any:
+        """An allocator of int8 tensors, one after the other in region `kv`, which the agent has zeroed."""
+        offset = 0
+
+        def allocate(size: int) -> torch.Tensor:
+            nonlocal offset
+            storage = rehome.storage_at(self._space.buffer("kv", offset, size))
+            offset += size
+            return torch.empty(0, dtype=torch.int8).set_(storage)
+
+        return allocate
+
+
+def _mib(size: int) -> str:
+    return f"{size / (1 << 20):.1f} MiB"

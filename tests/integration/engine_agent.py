@@ -1,0 +1,239 @@
+"""A small agent for tests of the engine side: real frames, grants, mirrors and fills over both sockets, no policy.
+
+It poisons every frame that comes back, and grants them in another order the next time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from swap_agent.errors import PeerGone
+from swap_agent.wire import messages as wire
+from swap_agent.wire.framing import FDS_PER_MESSAGE, Channel, listen
+
+ROOT = Path(__file__).resolve().parents[2]
+FRAME_BYTES = 2 << 20
+START_S = 180.0
+T = TypeVar("T")
+
+
+class FakeAgent:
+    """One engine host and its rank. Orders return when the engine has carried them out."""
+
+    def __init__(self, runtime_dir: Path, replica: str = "tiny/1#0", **welcome: Any) -> None:
+        """`welcome` overrides fields of HostWelcome and RankWelcome."""
+        self.runtime_dir = runtime_dir
+        self.replica = replica
+        self.engine_socket = runtime_dir / "engine-0.sock"
+        self.epoch = 0
+        self.log = runtime_dir / "engine.log"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.host: Channel[Any]
+        self.rank: Channel[Any]
+        self.rank_failure: wire.RankFailed | None = None
+        self.reports: list[wire.Report] = []
+        self.sizes: dict[wire.Region, int] = {}
+        self.weights: list[wire.Extent] = []
+        self.state: list[wire.Extent] = []
+        self.mirror: dict[wire.Region, list[bytes]] = {}
+        self.frames: dict[wire.Region, list[int]] = {}
+        self.free: list[int] = []
+        self._welcome = welcome
+        self._acks: queue.Queue[Any] = queue.Queue()
+        self._listeners = {name: listen(runtime_dir / name) for name in ("agent.sock", "ranks.sock")}
+
+    def start(self, version_dir: Path, model_json: str) -> wire.HostReady | wire.HostFailed:
+        """Start the host and serve its start-up. Returns how it went."""
+        python_path = os.pathsep.join([str(ROOT), str(ROOT / "backend")])
+        environment = {**os.environ, "PYTHONPATH": python_path, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        command = [sys.executable, "-m", "vllm_engine", "--runtime-dir", str(self.runtime_dir)]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*command, "--replica", self.replica, "--token", "secret"],
+                env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+        self._listeners["agent.sock"].settimeout(START_S)
+        self.host = Channel(self._listeners["agent.sock"].accept()[0], wire.FromHost)
+        assert self.host.receive(START_S)[0] == wire.HostHello(self.replica, "secret")
+        threading.Thread(target=self._serve_rank, daemon=True).start()
+        fields = {
+            "version_dir": str(version_dir), "model_json": model_json, "engine_socket": str(self.engine_socket),
+            "ranks_socket": str(self.runtime_dir / "ranks.sock"), "max_queue": 4, "queue_timeout_s": 60.0,
+            "drain_timeout_s": 20.0,
+        }  # fmt: skip
+        overrides = {key: value for key, value in self._welcome.items() if key in fields}
+        self.host.send(wire.HostWelcome(**{**fields, **overrides}))
+        return self.receive(wire.HostReady | wire.HostFailed, START_S)
+
+    def receive(self, kind: Any, timeout_s: float = 60.0) -> Any:
+        """The next message of the host that is no Report (those are kept in `reports`) unless asked for."""
+        while True:
+            message = self.host.receive(timeout_s)[0]
+            if isinstance(message, wire.Report):
+                self.reports.append(message)
+            if isinstance(message, kind):
+                return message
+            assert isinstance(message, wire.Report), message
+
+    def swap_out(self, epoch: int) -> None:
+        """Drain, unmap, keep the state, poison the frames."""
+        self.host.send(wire.Drain(epoch, wait=True))
+        assert self.receive(wire.Drained) == wire.Drained(epoch)
+        self.host.send(wire.SwapOut(epoch))
+        assert self._ack() == wire.Unmapped(epoch)
+        assert self.receive(wire.SwappedOut) == wire.SwappedOut(epoch)
+        self.mirror["state"] = [_read(frame) for frame in self.frames.get("state", [])]
+        for frames in self.frames.values():
+            for frame in frames:
+                _write(frame, b"\xff" * FRAME_BYTES)
+                self.free.append(frame)
+        self.frames.clear()
+
+    def swap_in(self, epoch: int) -> None:
+        """Grant all regions, fill them, have the engine resume."""
+        self.host.send(wire.SwapIn(epoch))
+        self.free.reverse()
+        for region, count in self.sizes.items():
+            self._grant(epoch, region, count)
+        assert self._ack() == wire.Mapped(epoch)
+        for region, frames in self.frames.items():
+            contents = self.mirror.get(region, [bytes(FRAME_BYTES)] * len(frames))
+            for frame, content in zip(frames, contents, strict=True):
+                _write(frame, content)
+        self.rank.send(wire.Filled(epoch))
+        assert self.receive(wire.SwappedIn) == wire.SwappedIn(epoch)
+
+    @property
+    def worker_pid(self) -> int:
+        """The process that maps the frames."""
+        return self.rank.pid
+
+    def close(self) -> None:
+        """End the engine whatever it does, and free the frames."""
+        for listener in self._listeners.values():
+            listener.close()
+        for name in ("host", "rank"):
+            if hasattr(self, name):
+                getattr(self, name).close()
+        if self.process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(30)
+            self.process.kill()
+            self.process.wait()
+        for frame in [*self.free, *(frame for frames in self.frames.values() for frame in frames)]:
+            os.close(frame)
+        self.free, self.frames = [], {}
+
+    def _serve_rank(self) -> None:
+        self._listeners["ranks.sock"].settimeout(START_S)
+        try:
+            self.rank = Channel(self._listeners["ranks.sock"].accept()[0], wire.FromRank)
+            while True:
+                self._answer(self.rank.receive()[0])
+        except (PeerGone, OSError):
+            self._acks.put(None)
+
+    def _answer(self, message: Any) -> None:
+        match message:
+            case wire.RankHello():
+                assert message == wire.RankHello(self.replica, "secret", 0, 1)
+                fields = {"device": "cpu:0", "frame_bytes": FRAME_BYTES, "request_bytes": None, "device_bytes": 1 << 30}
+                overrides = {key: value for key, value in self._welcome.items() if key in fields}
+                self.rank.send(wire.RankWelcome(**{**fields, **overrides}))
+            case wire.Reserve():
+                self.sizes[message.region] = message.frames
+                self._grant(0, message.region, message.frames, zero=True)
+            case wire.Loaded():
+                self.weights, self.state = message.weights, message.state
+                self.mirror["weights"] = [_read(frame) for frame in self.frames["weights"]]
+                self.rank.send(wire.Mirrored(len(self.mirror["weights"]) * FRAME_BYTES))
+            case wire.RankFailed():
+                self.rank_failure = message
+            case _:
+                self._acks.put(message)
+
+    def _ack(self) -> Any:
+        return self._acks.get(timeout=60)
+
+    def _grant(self, epoch: int, region: wire.Region, count: int, zero: bool = False) -> None:
+        frames = [self.free.pop() if self.free else _new_frame() for _ in range(count)]
+        for frame in frames if zero else ():
+            _write(frame, bytes(FRAME_BYTES))
+        self.frames[region] = frames
+        for first in range(0, count, FDS_PER_MESSAGE):
+            batch = frames[first : first + FDS_PER_MESSAGE]
+            self.rank.send(wire.Grant(epoch, region, first, len(batch)), batch)
+
+
+class Stub:
+    """A client of the data plane, as Triton's stub is one."""
+
+    def __init__(self, agent: FakeAgent) -> None:
+        self.channel: Channel[wire.Step] = Channel.connect(str(agent.engine_socket), wire.EngineToStub)
+        self._next = 0
+        self._pending: list[wire.Output | wire.Failed] = []
+        self.steps: list[wire.Step] = []
+
+    def submit(self, prompt: str, sampling_parameters: str = "", stream: bool = False) -> int:
+        """Send a request. Returns its id."""
+        self._next += 1
+        self.channel.send(wire.Submit(self._next, prompt, sampling_parameters, stream))
+        return self._next
+
+    def items(self, request: int, timeout_s: float = 60.0) -> Iterator[wire.Output | wire.Failed]:
+        """What comes for one request, up to its end; what comes for others is kept."""
+        while True:
+            for item in [item for item in self._pending if item.id == request]:
+                self._pending.remove(item)
+                yield item
+                if isinstance(item, wire.Failed) or item.finished:
+                    return
+            step, _ = self.channel.receive(timeout_s)
+            self.steps.append(step)
+            self._pending += step.items
+
+    def ask(self, prompt: str, sampling_parameters: str = "", stream: bool = False) -> list[wire.Output | wire.Failed]:
+        """Submit and take everything."""
+        return list(self.items(self.submit(prompt, sampling_parameters, stream)))
+
+
+def smaps(pid: int) -> str:
+    """The mappings of a process."""
+    return Path(f"/proc/{pid}/smaps").read_text()
+
+
+def resident_bytes(pid: int) -> int:
+    """Resident memory of a process."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+def frame_addresses(pid: int) -> list[int]:
+    """Where frames are mapped in a process."""
+    return [
+        int(line.split("-")[0], 16)
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines()
+        if "triton-swap-frame" in line
+    ]
+
+
+def _new_frame() -> int:
+    frame = os.memfd_create("triton-swap-frame")
+    os.truncate(frame, FRAME_BYTES)
+    return frame
+
+
+def _write(frame: int, content: bytes) -> None:
+    assert os.pwrite(frame, content, 0) == FRAME_BYTES
+
+
+def _read(frame: int) -> bytes:
+    return os.pread(frame, FRAME_BYTES, 0)

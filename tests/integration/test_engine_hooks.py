@@ -1,0 +1,133 @@
+"""What reaches into vLLM, against the installed vLLM, without an engine."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+@pytest.fixture(scope="module")
+def linear() -> Any:
+    return pytest.importorskip("vllm_engine.linear")
+
+
+@pytest.fixture(scope="module")
+def torch() -> Any:
+    return pytest.importorskip("torch")
+
+
+def sampling(text: str, stream: bool = False) -> Any:
+    from vllm_engine.sampling import sampling_params
+
+    return sampling_params(text, stream)
+
+
+def test_sampling_parameters_given_as_strings_are_cast() -> None:
+    params = sampling(
+        '{"temperature": "0.1", "top_k": "5", "max_tokens": "64", "ignore_eos": "true", "stop": "x", "seed": null,'
+        ' "logit_bias": {"7": "1.5"}, "stop_token_ids": ["3"], "n": 2}'
+    )
+    assert (params.temperature, params.top_k, params.max_tokens, params.ignore_eos) == (0.1, 5, 64, True)
+    assert (params.stop, params.seed, params.logit_bias, params.n) == (["x"], None, {7: 1.5}, 2)
+    assert params.stop_token_ids == [3]
+
+
+def test_sampling_parameters_decide_between_deltas_and_one_final_output() -> None:
+    from vllm.sampling_params import RequestOutputKind
+
+    assert sampling("", stream=True).output_kind is RequestOutputKind.DELTA
+    assert sampling("{}").output_kind is RequestOutputKind.FINAL_ONLY
+
+
+def test_structured_outputs_come_as_a_json_string() -> None:
+    assert sampling('{"structured_outputs": "{\\"choice\\": [\\"a\\", \\"b\\"]}"}').structured_outputs.choice == [
+        "a",
+        "b",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "sampling_parameters is not a JSON object"),
+        ("[1]", "sampling_parameters is not a JSON object"),
+        ('{"temprature": 1}', 'unknown key "temprature"; did you mean "temperature"?'),
+        ('{"temperature": "hot"}', 'key "temperature": Expected `float`'),
+        ('{"max_tokens": 1.5}', 'key "max_tokens"'),
+        ('{"temperature": -1}', "temperature must be"),
+        ('{"top_p": 2}', "top_p must be in"),
+        ('{"n": 0}', "n must be"),
+        ('{"output_kind": 1}', 'unknown key "output_kind"'),
+        ('{"lora_name": "x"}', "LoRA feature is not enabled."),
+        ('{"structured_outputs": {"colour": "red"}}', 'key "structured_outputs"'),
+    ],
+)
+def test_malformed_sampling_parameters_name_the_key(text: str, says: str) -> None:
+    from swap_agent.errors import TritonSwapError
+
+    with pytest.raises(TritonSwapError) as caught:
+        sampling(text)
+    assert says in str(caught.value)
+    assert caught.value.code == "INVALID_ARG"
+
+
+def test_a_packed_weight_multiplies_as_the_plain_one(linear: Any, torch: Any) -> None:
+    if not linear.packing_works():
+        pytest.skip("this CPU has no AVX512-BF16")
+    torch.manual_seed(0)
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter((torch.randn(96, 256) / 16).to(torch.bfloat16), requires_grad=False)
+    plain = layer.weight.data.clone()
+    linear._use_packed(layer, linear._pack(layer.weight))
+    assert layer.weight.numel() == 0
+    assert layer.packed_weight.shape == plain.shape
+    for rows in (1, 3, 64):
+        x, bias = torch.randn(rows, 256).to(torch.bfloat16), torch.randn(96).to(torch.bfloat16)
+        exact = x.double() @ plain.double().t() + bias.double()
+        error = (layer.cpu_linear(x, layer.weight, bias).double() - exact).abs().max()
+        assert error <= exact.abs().max() / 128  # bf16 has 8 bits of mantissa
+
+
+def test_rows_read_out_of_a_packed_weight_are_the_same_bits(linear: Any, torch: Any) -> None:
+    if not linear.packing_works():
+        pytest.skip("this CPU has no AVX512-BF16")
+    weight = torch.randn(64, 128).to(torch.bfloat16)
+    layer = SimpleNamespace(packed_weight=linear._pack(weight))
+    tokens = torch.tensor([[0, 63, 31], [32, 5, 5]])
+    rows = linear.PackedEmbeddingMethod().embedding(layer, tokens)
+    assert torch.equal(rows.view(torch.int16), torch.nn.functional.embedding(tokens, weight).view(torch.int16))
+
+
+def test_a_vllm_without_the_linear_hook_is_refused(linear: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from swap_agent.errors import Unsupported
+
+    monkeypatch.delattr(linear.vllm_layers, "dispatch_cpu_unquantized_gemm")
+    with pytest.raises(Unsupported, match="dispatch_cpu_unquantized_gemm"):
+        linear.load_with_ordinary_weights(lambda: None, lambda: None)
+
+
+def test_the_kv_hook_replaces_the_expected_buffers_and_nothing_else(torch: Any) -> None:
+    from swap_agent.errors import Unsupported
+    from vllm_engine.kv_cache import KVCacheInFrames
+
+    given: list[int] = []
+
+    def allocate(size: int) -> Any:
+        given.append(size)
+        return torch.ones(size, dtype=torch.int8)
+
+    with KVCacheInFrames([4096], allocate) as hook:
+        assert torch.zeros(4096, dtype=torch.float32).sum() == 0
+        assert torch.zeros(64, dtype=torch.int8).sum() == 0
+        assert torch.zeros(4096, dtype=torch.int8, device="cpu").sum() == 4096
+        assert torch.zeros(4096, dtype=torch.int8, device="cpu").sum() == 0
+    hook.check_all_replaced()
+    assert given == [4096]
+    with KVCacheInFrames([4096], allocate) as hook:
+        torch.zeros((4096,), dtype=torch.uint8)
+    with pytest.raises(Unsupported, match="allocates its KV cache in another way"):
+        hook.check_all_replaced()

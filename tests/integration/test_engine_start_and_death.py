@@ -1,0 +1,137 @@
+"""How engines fail to start, in words, and that nothing survives its parent. Each test starts an engine of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_agent import FakeAgent
+from tiny_llama import make_tiny_llama
+
+from swap_agent.wire import messages as wire
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("default")]
+
+Start = Callable[..., tuple[FakeAgent, Any]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("vllm")
+    return make_tiny_llama(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture
+def start(model: Path, tmp_path: Path) -> Iterator[Start]:
+    agents: list[FakeAgent] = []
+
+    def start(arguments: dict[str, Any], **welcome: Any) -> tuple[FakeAgent, Any]:
+        version_dir = tmp_path / "tiny" / "1"
+        version_dir.mkdir(parents=True)
+        agents.append(FakeAgent(tmp_path, **welcome))
+        defaults = {"model": str(model), "enforce_eager": True, "max_model_len": 512}
+        return agents[-1], agents[-1].start(version_dir, json.dumps({**defaults, **arguments}))
+
+    yield start
+    for agent in agents:
+        agent.close()
+
+
+def processes(session: int) -> list[int]:
+    """Living processes of a session."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                state, _, _, of_session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(of_session) == session and state != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def gone_within(session: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while processes(session):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"max_modle_len": 9}, 'no engine argument "max_modle_len": did you mean "max_model_len"?'),
+        ({"model": "./nowhere"}, "/tiny/1/nowhere: create it, or correct the path"),
+        ({"dtype": "float17"}, "key \"dtype\" is 'float17': Input should be 'auto'"),
+    ],
+    ids=["unknown key", "missing folder", "value that vLLM refuses"],
+)
+def test_a_bad_model_json_is_one_clear_line(start: Start, arguments: dict[str, Any], says: str) -> None:
+    agent, failed = start(arguments)
+    assert isinstance(failed, wire.HostFailed)
+    assert failed.code == "INVALID_ARG"
+    assert failed.message.startswith("tiny/1#0: model.json")
+    assert says in failed.message
+    assert "\n" not in failed.message
+    assert agent.process is not None
+    assert agent.process.wait(30) == 1
+
+
+def test_a_request_too_small_is_refused_with_the_sum(start: Start) -> None:
+    agent, failed = start({}, request_bytes=8 << 20)
+    assert isinstance(failed, wire.HostFailed)  # later and less clear than the rank's own words
+    assert agent.rank_failure == wire.RankFailed(
+        "INVALID_ARG",
+        "the model needs 12.0 MiB: weights 8.0 MiB + state 2.0 MiB + KV cache of one sequence of max_model_len=512 "
+        "tokens 2.0 MiB; GPU_MEMORY_REQUEST is 8.0 MiB: raise it, or lower max_model_len in model.json",
+    )
+    assert agent.process is not None
+    assert agent.process.wait(60) == 1
+    assert gone_within(agent.process.pid, 10)
+
+
+def test_the_request_is_used_up_by_the_kv_cache_and_a_killed_host_takes_its_engine_along(start: Start) -> None:
+    agent, ready = start({}, request_bytes=33 << 20)
+    assert ready == wire.HostReady(512)
+    assert sum(agent.sizes.values()) * (2 << 20) == 32 << 20  # whole frames
+    assert agent.process is not None
+    assert len(processes(agent.process.pid)) >= 3
+    os.kill(agent.process.pid, signal.SIGKILL)
+    agent.process.wait(10)
+    assert gone_within(agent.process.pid, 5)
+
+
+def test_an_agent_that_goes_away_during_the_start_takes_the_engine_along(start: Start, monkeypatch: Any) -> None:
+    def receive_nothing(self: FakeAgent, kind: Any, timeout_s: float = 0) -> None:
+        """Instead of waiting for the outcome: wait until vLLM has spawned EngineCore and the worker."""
+        deadline = time.monotonic() + 120
+        while not hasattr(self, "rank"):
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.05)
+
+    monkeypatch.setattr(FakeAgent, "receive", receive_nothing)
+    agent, _ = start({})
+    assert agent.process is not None
+    agent.host.close()
+    assert agent.process.wait(10) == 1
+    assert gone_within(agent.process.pid, 5)
+    assert "the swap agent is gone while the engine starts" in agent.log.read_text()
+
+
+def test_an_engine_that_dies_while_serving_ends_its_host(start: Start) -> None:
+    agent, ready = start({})
+    assert ready == wire.HostReady(512)
+    os.kill(agent.worker_pid, signal.SIGKILL)
+    assert agent.process is not None
+    assert agent.process.wait(60) == 1
+    assert gone_within(agent.process.pid, 10)
+    assert "the engine of tiny/1#0 died" in agent.log.read_text()

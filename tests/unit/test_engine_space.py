@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from swap_agent.errors import ProtocolError, TritonSwapError
+from vllm_engine.space import ALIGNMENT_BYTES, Space
+
+FRAME = 2 << 20
+
+
+@pytest.fixture
+def frames() -> Iterator[list[int]]:
+    fds = []
+    for number in range(4):
+        fds.append(os.memfd_create("triton-swap-frame"))
+        os.truncate(fds[-1], FRAME)
+        os.pwrite(fds[-1], bytes([number + 1]) * 16, 0)
+    yield fds
+    for fd in fds:
+        os.close(fd)
+
+
+def mapped_frames() -> int:
+    return Path("/proc/self/maps").read_text().count("triton-swap-frame")
+
+
+def test_frames_appear_at_an_address_that_never_changes(frames: list[int]) -> None:
+    space = Space(FRAME)
+    address = space.reserve("weights", 3)
+    assert address % ALIGNMENT_BYTES == 0
+    assert not space.is_mapped("weights")
+    space.map("weights", 0, frames[:1])
+    space.map("weights", 1, frames[1:3])
+    assert space.is_mapped("weights")
+    assert space.address("weights") == address
+    assert [space.buffer("weights", index * FRAME, 1).raw for index in range(3)] == [b"\1", b"\2", b"\3"]
+
+    space.unmap()
+    assert mapped_frames() == 0
+    assert not space.is_mapped("weights")
+    space.map("weights", 0, frames[1:4])  # other frames, same place
+    assert [space.buffer("weights", index * FRAME, 1).raw for index in range(3)] == [b"\2", b"\3", b"\4"]
+    space.unmap()
+
+
+def test_what_is_written_reaches_the_frame(frames: list[int]) -> None:
+    space = Space(FRAME)
+    space.reserve("kv", 1)
+    space.map("kv", 0, frames[:1])
+    ctypes.memset(space.buffer("kv", FRAME - 4, 4), 7, 4)
+    assert os.pread(frames[0], 4, FRAME - 4) == b"\7" * 4
+    space.unmap()
+
+
+def test_a_mapping_holds_the_frame_after_its_descriptor_is_closed() -> None:
+    space = Space(FRAME)
+    space.reserve("state", 1)
+    fd = os.memfd_create("triton-swap-frame")
+    os.truncate(fd, FRAME)
+    space.map("state", 0, [fd])
+    os.close(fd)
+    assert mapped_frames() == 1
+    space.unmap()
+    assert mapped_frames() == 0
+
+
+@pytest.mark.parametrize(("first", "count"), [(-1, 1), (1, 2), (2, 1)])
+def test_frames_outside_of_the_region_are_refused(frames: list[int], first: int, count: int) -> None:
+    space = Space(FRAME)
+    space.reserve("weights", 2)
+    with pytest.raises(ProtocolError, match="outside of region weights"):
+        space.map("weights", first, frames[:count])
+    assert mapped_frames() == 0
+
+
+def test_frames_for_a_region_that_is_not_reserved_are_refused(frames: list[int]) -> None:
+    with pytest.raises(ProtocolError, match="region state"):
+        Space(FRAME).map("state", 0, frames[:1])
+
+
+def test_a_frame_granted_twice_is_refused(frames: list[int]) -> None:
+    space = Space(FRAME)
+    space.reserve("weights", 2)
+    space.map("weights", 0, frames[:2])
+    with pytest.raises(ProtocolError, match="granted twice"):
+        space.map("weights", 1, frames[2:3])
+    space.unmap()
+
+
+def test_buffers_stay_inside_of_their_region() -> None:
+    space = Space(FRAME)
+    space.reserve("weights", 1)
+    with pytest.raises(TritonSwapError, match="outside of region weights"):
+        space.buffer("weights", FRAME - 1, 2)
+
+
+def test_an_access_where_nothing_is_mapped_is_a_fault() -> None:
+    script = (
+        "import os; from vllm_engine.space import Space\n"
+        f"space = Space({FRAME}); space.reserve('weights', 1)\n"
+        f"fd = os.memfd_create('triton-swap-frame'); os.truncate(fd, {FRAME})\n"
+        "space.map('weights', 0, [fd]); buffer = space.buffer('weights', 0, 1); print(buffer.raw, flush=True)\n"
+        "space.unmap(); buffer.raw\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=30)
+    assert ended.stdout == "b'\\x00'\n"
+    assert ended.returncode == -signal.SIGSEGV
