@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -12,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from swap_agent import __version__
-from swap_agent.config import AgentConfig, RuntimeDir, default_runtime_dir
+from swap_agent.config import AgentConfig, RuntimeDir
 from swap_agent.errors import InvalidUsage, TritonSwapError
 from swap_agent.policy.units import parse_device
+from swap_agent.wire.rendezvous import default_runtime_dir
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,7 +72,7 @@ def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], int], text:
     verb.add_argument(
         "--runtime-dir",
         type=lambda path: Path(path).absolute(),
-        default=default_runtime_dir(),
+        default=default_runtime_dir(os.environ),
         metavar="DIR",
         help="where agent, engines and commands find each other (default: %(default)s)",
     )

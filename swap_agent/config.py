@@ -10,6 +10,7 @@ from pathlib import Path
 
 from swap_agent.errors import InvalidModel, InvalidUsage
 from swap_agent.policy.units import DeviceSpec, parse_keep_alive, parse_share
+from swap_agent.wire.rendezvous import AGENT_SOCKET
 
 DEFAULT_KEEP_ALIVE_S = 300.0
 
@@ -28,15 +29,6 @@ _SUN_PATH_BYTES = 107
 """Longest path of a Unix socket (unix(7), sun_path, less the closing zero)."""
 
 
-def default_runtime_dir() -> Path:
-    """`$TRITON_SWAP_RUNTIME_DIR`, else `$XDG_RUNTIME_DIR/triton-swap`, else `/tmp/triton-swap-<uid>`."""
-    if given := os.environ.get("TRITON_SWAP_RUNTIME_DIR"):
-        return Path(given)
-    if base := os.environ.get("XDG_RUNTIME_DIR"):
-        return Path(base) / "triton-swap"
-    return Path(f"/tmp/triton-swap-{os.getuid()}")
-
-
 @dataclass(frozen=True)
 class RuntimeDir:
     """The directory in which agent, engines, stubs and commands find each other."""
@@ -46,7 +38,7 @@ class RuntimeDir:
     @property
     def agent_socket(self) -> Path:
         """Control plane."""
-        return self.path / "agent.sock"
+        return self.path / AGENT_SOCKET
 
     @property
     def ranks_socket(self) -> Path:

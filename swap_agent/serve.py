@@ -77,7 +77,7 @@ def serve(options: ServeOptions) -> int:
             return supervisor.watch()
         except _Stopped:
             console.print(
-                "stopping tritonserver (requests in flight and open connections get 30 s), then the swap agent; "
+                "stopping tritonserver (requests in flight and open connections get 30 s) and the swap agent; "
                 "Ctrl-C again kills them"
             )
             return 0
@@ -117,6 +117,7 @@ class _Supervisor:
         self._agent: Child | None = None
         self._agent_starts_s: collections.deque[float] = collections.deque(maxlen=AGENT_STARTS)
         self._triton: Child | None = None
+        self._loading = False
 
     def start(self) -> None:
         """Start the agent, then tritonserver, without models. Raises TritonSwapError."""
@@ -179,8 +180,12 @@ class _Supervisor:
         return 1
 
     def stop(self) -> None:
-        """End tritonserver, then the agent; returns when both are gone. A further signal kills them."""
-        for child, timeout_s in ((self._triton, TRITON_STOP_TIMEOUT_S), (self._agent, AGENT_STOP_TIMEOUT_S)):
+        """End tritonserver, then the agent; returns when both are gone. A further signal kills them.
+
+        While a model loads, tritonserver would wait for its engine: then the agent goes first, and with it the engine.
+        """
+        order = [(self._triton, TRITON_STOP_TIMEOUT_S), (self._agent, AGENT_STOP_TIMEOUT_S)]
+        for child, timeout_s in reversed(order) if self._loading else order:
             if child is not None:
                 with contextlib.suppress(_Stopped):
                     child.stop(timeout_s)
@@ -212,7 +217,9 @@ class _Supervisor:
 
     def _load(self, name: str) -> None:
         started_s = time.monotonic()
+        self._loading = True
         response = self._post(f"/v2/repository/models/{name}/load")
+        self._loading = False
         if response.is_success:
             self._console.print(f"ready    {name} ({time.monotonic() - started_s:.1f} s)", style="green")
         else:

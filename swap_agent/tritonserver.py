@@ -50,8 +50,11 @@ class TritonServer:
         `shm_prefix` begins the names of the files in /dev/shm that it shares with its stubs; no two servers on one
         machine may have the same.
         """
+        # One of Triton's HTTP threads forgets responses, silently, when it falls some 280 of them behind: it ignores
+        # that the socket which wakes it is full (seen in 2.51). More threads than the default of 8 keep each far from it.
         return [
             str(self.binary),
+            "--http-thread-count=32",
             f"--model-repository={model_repository}",
             f"--backend-directory={self.backend_directory}",
             "--model-control-mode=explicit",

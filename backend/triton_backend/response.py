@@ -1,0 +1,43 @@
+"""The output tensors and error texts that answer a request, as the stock Triton vLLM backend shapes and words them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from swap_agent.wire.messages import Output
+
+if TYPE_CHECKING:
+    from triton_backend.request import GenerateRequest
+
+CANCELLED_TEXT = "Request was cancelled"
+ERROR_TEXT_OUTPUT = "N/A"
+"""`text_output` beside an error."""
+
+
+def failure_text(reason: str) -> str:
+    """The message of an error response."""
+    return f"Error generating stream: {reason}"
+
+
+def output_tensors(request: GenerateRequest, output: Output) -> list[tuple[str, NDArray[Any]]]:
+    """(name, array) of each tensor to send: one element per sequence, but num_input_tokens always one."""
+    sequences = output.sequences
+    prefix = request.prompt if request.prepend_prompt else ""
+    tensors: list[tuple[str, NDArray[Any]]] = [
+        ("text_output", _strings([prefix + sequence.text for sequence in sequences]))
+    ]
+    if request.finish_reason:
+        tensors.append(("finish_reason", _strings([str(sequence.finish_reason) for sequence in sequences])))
+    if request.num_input_tokens:
+        tensors.append(("num_input_tokens", np.array([output.num_input_tokens], dtype=np.uint32)))
+    if request.num_output_tokens:
+        counts = np.array([sequence.num_tokens for sequence in sequences], dtype=np.uint32)
+        tensors.append(("num_output_tokens", counts))
+    return tensors
+
+
+def _strings(texts: list[str]) -> NDArray[Any]:
+    return np.array([text.encode("utf-8") for text in texts], dtype=np.object_)

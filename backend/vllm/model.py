@@ -1,0 +1,1 @@
+from triton_backend.model import TritonPythonModel  # noqa: D100, F401
