@@ -1,0 +1,54 @@
+# Two commands are enough: `make demo` and `make test`. Everything lives in .venv, .models and out; none is in git.
+SHELL := bash
+.DEFAULT_GOAL := help
+.SUFFIXES:
+
+PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])' 2>/dev/null)
+LOCK := requirements/cpu-py$(VERSION).txt
+# The stamp is named after what .venv is made from, so a second run rebuilds nothing and a new lock rebuilds all.
+STAMP := .venv/.made-from-$(shell cat $(LOCK) pyproject.toml requirements/setup.sh 2>/dev/null | sha256sum | cut -c1-16)
+BIN := .venv/bin
+
+.PHONY: help demo test check bench soak gpu docs lock clean
+
+help: ## these lines
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+demo: $(STAMP) ## real Triton, vLLM and swap agent on a simulated device: TTFT cold, swapped, warm (10 minutes)
+	@$(BIN)/python -m loadtest.demo
+
+test: $(STAMP) ## the suite: unit, contract, integration, e2e (15 minutes)
+	@$(BIN)/python -m loadtest.models
+	@bash .ci/tiers unit contract integration e2e
+
+check: $(STAMP) ## format, lint, types
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+bench: $(STAMP) ## speed, as JSON and tables under out/ (12 minutes)
+	@$(BIN)/python -m loadtest.bench
+
+soak: $(STAMP) ## half an hour of mixed load; fails on the first lost request
+	@$(BIN)/python -m loadtest.load --duration 30m --out out/soak.json
+
+gpu: $(STAMP) ## the tests that need an NVIDIA GPU
+	@command -v nvidia-smi >/dev/null || { echo "make gpu: needs an NVIDIA GPU with its driver (nvidia-smi), and requirements/gpu.txt instead of the CPU lock; nothing was run" >&2; exit 1; }
+	@compgen -G 'tests/gpu/test_*.py' >/dev/null || { echo "make gpu: there are no GPU tests yet: the CUDA leaf of the memory layer is not written; nothing was run" >&2; exit 1; }
+	@bash .ci/tiers gpu
+
+docs: $(STAMP) ## check that every link inside README and docs leads somewhere
+	@$(BIN)/python .ci/check_links.py
+
+lock: $(STAMP) ## make the locks again from requirements/cpu.in (UPGRADE=1: newest versions)
+	@for version in 3.11 3.12; do \
+	  lock=requirements/cpu-py$${version/./}.txt; \
+	  $(BIN)/python requirements/lock.py $$version $(if $(UPGRADE),--upgrade) > $$lock.new && mv $$lock.new $$lock && echo "made $$lock" || exit 1; \
+	done
+
+clean: ## remove all that the other targets made: .venv, .models, out, caches
+	rm -rf .venv .models out .runtime .pytest_cache .mypy_cache .ruff_cache *.egg-info
+
+$(STAMP):
+	@bash requirements/setup.sh $(PYTHON) $(LOCK) $@

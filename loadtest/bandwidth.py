@@ -1,0 +1,76 @@
+"""How fast weights come back, against a plain copy into memory that was touched before, both in one run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from loadtest.server import Server
+
+REPEATS = 7
+
+
+@dataclass(frozen=True)
+class SwapInSpeed:
+    """Medians of several swap-ins of one model; the models took turns."""
+
+    model: str
+    bytes: int
+    seconds: float
+    """From taking frames to FILLED."""
+    copy_seconds: float
+    """From the first copied byte to the last."""
+    gb_per_s: float
+    """`bytes` over `seconds`."""
+    plain_copy_gb_per_s: float
+    """Of the same number of bytes."""
+
+    @property
+    def share(self) -> float:
+        """Of the plain copy's speed."""
+        return self.gb_per_s / self.plain_copy_gb_per_s
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self) | {"share_of_plain_copy": self.share}
+
+
+def plain_copy_gb_per_s(size_bytes: int) -> float:
+    """Median speed of copying `size_bytes` between two buffers whose pages all exist, on one core as the agent does."""
+    source, target = np.full(size_bytes, 1, np.uint8), np.full(size_bytes, 2, np.uint8)
+    times_s = []
+    for _ in range(REPEATS):
+        started_s = time.perf_counter()
+        np.copyto(target, source)
+        times_s.append(time.perf_counter() - started_s)
+    return size_bytes / statistics.median(times_s) / 1e9
+
+
+def swap_in_speeds(server: Server, step: Callable[[str], None]) -> list[SwapInSpeed]:
+    """Swap every model in `REPEATS` times, in turn, each time from zero device bytes; one call of `step` per turn."""
+    swaps: dict[str, list[dict[str, Any]]] = {model: [] for model in server.models}
+    for number in range(1, REPEATS + 1):
+        step(f"turn {number}/{REPEATS}")
+        for model in server.models:
+            server.park(model)
+            server.load(model)
+            swaps[model].append(server.model(model)["last_swap_in"])
+    return [_speed(model, taken) for model, taken in swaps.items()]
+
+
+def _speed(model: str, swaps: list[dict[str, Any]]) -> SwapInSpeed:
+    size_bytes = int(swaps[-1]["bytes"])
+    seconds = statistics.median(swap["seconds"] for swap in swaps)
+    return SwapInSpeed(
+        model=model,
+        bytes=size_bytes,
+        seconds=seconds,
+        copy_seconds=statistics.median(swap["copy_seconds"] for swap in swaps),
+        gb_per_s=size_bytes / seconds / 1e9,
+        plain_copy_gb_per_s=plain_copy_gb_per_s(size_bytes),
+    )
