@@ -6,8 +6,8 @@ SHELL := bash
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])' 2>/dev/null)
 LOCK := requirements/cpu-py$(VERSION).txt
-# The stamp is named after what .venv is made from, so a second run rebuilds nothing and a new lock rebuilds all.
-STAMP := .venv/.made-from-$(shell cat $(LOCK) pyproject.toml requirements/setup.sh 2>/dev/null | sha256sum | cut -c1-16)
+# The stamp is named after what .venv is made from: a second run rebuilds nothing, a new lock rebuilds all.
+STAMP := .venv/.ready-$(shell cat $(LOCK) pyproject.toml requirements/setup.sh 2>/dev/null | sha256sum | cut -c1-16)
 BIN := .venv/bin
 
 .PHONY: help demo test check bench soak gpu docs lock clean

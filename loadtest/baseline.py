@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from loadtest.rounds import Answer, Outcome, Round, run
+from loadtest.server import end_with_parent
 
 REFERENCE_WORKER = "vllm_engine.reference.ReferenceWorker"
 """Computes with the same linear layers as our engines, on ordinary memory: equal tokens are to be expected."""
@@ -51,7 +52,9 @@ def run_baseline(job: Job, log_path: Path) -> tuple[float, list[Outcome]]:
         with log_path.open("wb") as log:
             command = [sys.executable, "-m", "loadtest.baseline", str(job_file), str(result_file)]
             environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-            ended = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            ended = subprocess.run(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=end_with_parent
+            )
         if ended.returncode or not result_file.exists():
             raise BaselineFailed(f"plain vLLM ended with exit code {ended.returncode}; see {log_path}")
         result = json.loads(result_file.read_text("utf-8"))

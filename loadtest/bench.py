@@ -39,7 +39,7 @@ def main() -> int:
     console = Console(highlight=False)
     started_s = time.monotonic()
     try:
-        models.prepare(console=console)
+        models.prepare()
         result = _run(console)
     except (
         BaselineFailed, load.LoadFailed, NotAsExpected, RequestFailed, RuntimeError, ServerFailed

@@ -77,7 +77,7 @@ def main() -> int:
     console = Console(highlight=False)
     started_s = time.monotonic()
     try:
-        models.prepare(console=console)
+        models.prepare()
         findings = _run(console)
     except (BaselineFailed, NotAsExpected, RequestFailed, RuntimeError, ServerFailed) as error:
         print(f"demo: {error}", file=sys.stderr)

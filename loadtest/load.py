@@ -79,7 +79,7 @@ def main() -> int:
     options = parser.parse_args()
     console = Console(highlight=False)
     try:
-        models.prepare(console=console)
+        models.prepare()
         with Server() as server:
             print_table(console, run(server, options.duration, options.users, options.out.absolute()))
     except (LoadFailed, RuntimeError, ServerFailed) as error:

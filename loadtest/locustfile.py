@@ -8,14 +8,13 @@ Both ask random models with prompts that nobody asked before and report, per mod
 
 from __future__ import annotations
 
-import itertools
 import json
 import queue
 import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import grpc.experimental.gevent as grpc_gevent  # type: ignore[import-not-found]  # not in the stubs
 import numpy as np
@@ -35,12 +34,19 @@ OUTPUT_TOKENS = (8, 16, 32)
 STREAM_TIMEOUT_S = 600.0
 
 tally = Tally()
+prompts: dict[str, Prompts] = {}
+"""Per model, shared by all users, so that no two ask the same."""
 
 
 @events.init_command_line_parser.add_listener  # type: ignore[untyped-decorator]
 def _add_options(parser: Any) -> None:
     parser.add_argument("--grpc-url", default="127.0.0.1:8001", help="Triton's gRPC endpoint")
     parser.add_argument("--out", default="", help="write counts and TTFT percentiles to this file as JSON")
+
+
+@events.test_start.add_listener  # type: ignore[untyped-decorator]
+def _read_vocabularies(**_: Any) -> None:
+    prompts.update({one.name: Prompts(MODELS_DIR / one.name, seed=random.getrandbits(32)) for one in RECIPES})
 
 
 @events.quitting.add_listener  # type: ignore[untyped-decorator]
@@ -57,22 +63,15 @@ class ModelUser(User):  # type: ignore[misc]  # locust has no types here
     abstract = True
     wait_time = constant(0)
     protocol = ""
-    _numbers: ClassVar[Iterator[int]] = itertools.count(1000)
-
-    def __init__(self, environment: Any) -> None:
-        super().__init__(environment)
-        number = next(self._numbers)
-        self._random = random.Random(number)
-        self._prompts = {one.name: Prompts(MODELS_DIR / one.name, seed=number) for one in RECIPES}
 
     @task  # type: ignore[untyped-decorator]
     def ask(self) -> None:
         """One request."""
-        model = self._random.choice(list(self._prompts))
-        prompt_tokens = self._random.choice(PROMPT_TOKENS)
-        output_tokens = self._random.choice(OUTPUT_TOKENS)
+        model = random.choice(list(prompts))
+        prompt_tokens = random.choice(PROMPT_TOKENS)
+        output_tokens = random.choice(OUTPUT_TOKENS)
         request = {
-            "text_input": self._prompts[model].next(prompt_tokens),
+            "text_input": prompts[model].next(prompt_tokens),
             "stream": True,
             "exclude_input_in_output": True,
             "sampling_parameters": json.dumps({"temperature": 0, "ignore_eos": True, "max_tokens": output_tokens}),

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -72,12 +73,18 @@ def is_prepared(recipe: Recipe, models_dir: Path = MODELS_DIR) -> bool:
         return False
 
 
-def prepare(models_dir: Path = MODELS_DIR, console: Console | None = None) -> None:
+def prepare() -> None:
+    """Make what is missing, in a process of its own: what it imports needs gigabytes. Raises RuntimeError."""
+    if all(is_prepared(recipe) for recipe in RECIPES):
+        return
+    made = subprocess.run([sys.executable, "-m", "loadtest.models"], stdin=subprocess.DEVNULL, cwd=ROOT)
+    if made.returncode:
+        raise RuntimeError("the models could not be prepared, see above")
+
+
+def prepare_here(models_dir: Path, console: Console) -> None:
     """Make what is missing. Raises RuntimeError with one line when the GGUF file is not installed."""
     missing = [recipe for recipe in RECIPES if not is_prepared(recipe, models_dir)]
-    if not missing:
-        return
-    console = console or Console()
     models_dir.mkdir(parents=True, exist_ok=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
@@ -118,7 +125,8 @@ def _gguf_file() -> Path:
 
 
 def _quiet_transformers() -> None:
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    # Both are read at import: no hub, and no second progress bar across ours.
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -175,7 +183,7 @@ def main() -> int:
     """Prepare all models; print where they are."""
     console = Console()
     try:
-        prepare(console=console)
+        prepare_here(MODELS_DIR, console)
     except RuntimeError as error:
         print(f"loadtest.models: {error}", file=sys.stderr)
         return 1

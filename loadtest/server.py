@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
@@ -23,7 +24,10 @@ from loadtest.models import MODELS_DIR, ROOT
 REPOSITORY = ROOT / "model_repository"
 DEVICE = "cpu:1x1280MiB"
 """Holds the small model beside either of the large ones, never both large ones."""
+LOGS = ROOT / "out" / "logs"
+"""Where the logs of the last server are kept after its end."""
 
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 _START_TIMEOUT_S = 600.0
 _STOP_TIMEOUT_S = 120.0
 
@@ -90,7 +94,12 @@ class Server:
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         # A session of its own: Ctrl-C reaches this process only, which then ends the server in order.
         self._process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, cwd=ROOT
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=end_with_parent,
+            cwd=ROOT,
         )
         try:
             self._wait_until_ready(self._process)
@@ -108,7 +117,9 @@ class Server:
         if error is not None:
             return
         if died:
-            raise ServerFailed("`triton-swap serve` died while it was in use; its last lines are above")
+            raise ServerFailed(
+                f"`triton-swap serve` died while it was in use; its last lines are above, logs in {LOGS}"
+            )
         if left:
             raise ServerFailed(f"`triton-swap serve` left processes behind (killed now): {', '.join(left)}")
 
@@ -125,7 +136,9 @@ class Server:
                     continue
                 for model in index:
                     if model.get("state") == "UNAVAILABLE" and model.get("reason") not in (None, "", "unloaded"):
-                        raise ServerFailed(f"model {model['name']} did not load: {model['reason']}")
+                        raise ServerFailed(
+                            f"model {model['name']} did not load: {_first_line(model['reason'])}; logs in {LOGS}"
+                        )
                 ready = {model["name"] for model in index if model.get("state") == "READY"}
                 if ready >= set(self.models):
                     return
@@ -152,6 +165,9 @@ class Server:
         else:
             left = []
         self._admin.close()
+        shutil.rmtree(LOGS, ignore_errors=True)
+        if (self.runtime_dir / "logs").exists():
+            shutil.copytree(self.runtime_dir / "logs", LOGS)
         shutil.rmtree(self._scratch, ignore_errors=True)
         return left
 
@@ -186,6 +202,11 @@ class Server:
         write_keep_alive(self.repository / name / "config.pbtxt", keep_alive)
 
 
+def end_with_parent() -> None:
+    """For a child between fork and exec: the kernel ends it with SIGTERM when its parent is gone, however that died."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def write_keep_alive(config: Path, keep_alive: str) -> None:
     """Change KEEP_ALIVE in a config.pbtxt that has it on a line of its own."""
     lines = config.read_text("utf-8").splitlines()
@@ -193,6 +214,10 @@ def write_keep_alive(config: Path, keep_alive: str) -> None:
         if '"KEEP_ALIVE"' in line:
             lines[number] = f'  {{ key: "KEEP_ALIVE", value: {{ string_value: "{keep_alive}" }} }}'
     config.write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def _first_line(reason: str) -> str:
+    return reason.strip().splitlines()[0]
 
 
 def _name(process: psutil.Process) -> str:

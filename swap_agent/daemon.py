@@ -309,7 +309,7 @@ class Agent:
                 channel,
                 RankSpace(hello.replica, engine.pool),
                 want_frames=lambda frames: self._want_frames(engine, frames),
-                on_failure=engine.fail,
+                on_failure=lambda reason: engine.fail(f"model {hello.replica}: {reason}"),
             )
             request_bytes = engine.spec.settings.request_bytes
             channel.send(wire.RankWelcome(device.name, device.frame_bytes, request_bytes, capacity_bytes))

@@ -50,8 +50,8 @@ class TritonServer:
         `shm_prefix` begins the names of the files in /dev/shm that it shares with its stubs; no two servers on one
         machine may have the same.
         """
-        # One of Triton's HTTP threads forgets responses, silently, when it falls some 280 of them behind: it ignores
-        # that the socket which wakes it is full (seen in 2.51). More threads than the default of 8 keep each far from it.
+        # An HTTP thread of Triton's silently loses responses when it falls some 280 of them behind, because nobody
+        # looks whether the socket that wakes it is full (seen in 2.51). With 32 threads, not 8, each has less to do.
         return [
             str(self.binary),
             "--http-thread-count=32",

@@ -37,6 +37,8 @@ from vllm_engine.versions import check_vllm_version
 
 REPORT_INTERVAL_S = 0.05
 """Reports that do not enter or leave zero are at least this far apart."""
+LINGER_S = 0.1
+"""How long a host that stops still reads, to refuse in words what stubs had sent already."""
 HEALTH_INTERVAL_S = 0.5
 """How often to look whether the engine's processes live."""
 _LONGEST_SOCKET_FOLDER = 107 - len("/123e4567-e89b-12d3-a456-426614174000")
@@ -222,7 +224,7 @@ class Host:
                 await asyncio.wait_for(self._gate.idle(), self._welcome.drain_timeout_s)
             except TimeoutError:
                 log.warning("%d requests were cut off", self._gate.in_flight)
-        await asyncio.sleep(0)  # the last outputs are queued by now
+        await asyncio.sleep(LINGER_S)
         self._plane.fail_all(error)
         await self._plane.stop()
         self._engine.shutdown()

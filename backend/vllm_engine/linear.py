@@ -2,7 +2,7 @@
 
 Stock vLLM on CPU repacks each weight into private memory of oneDNN. Here a bf16 weight is repacked with vLLM's own
 kernel for small matrices, whose packed form is a tensor of the same size (faster than oneDNN's at decode where the CPU
-has AVX512-BF16); any other goes through `torch.nn.functional.linear`. See docs/adr on the linear path.
+has AVX512-BF16); any other goes through `torch.nn.functional.linear`. See docs/adr/0002.
 
 Tried on vLLM 0.32.0. Hooks: `dispatch_cpu_unquantized_gemm` in vllm.model_executor.layers.utils, called once per linear
 and vocabulary layer after loading; `UnquantizedEmbeddingMethod.embedding`; the operators `_C.convert_weight_packed` and

@@ -8,21 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 
 from swap_agent.errors import ProtocolError, TritonSwapError
+from swap_agent.memory import mapping
 from swap_agent.wire.messages import Region
-
-ALIGNMENT_BYTES = 2 << 20
-"""Regions begin at a multiple of this, so that the kernel may map a frame with one huge page."""
-
-# Values of <asm-generic/mman-common.h>, missing from the mmap module.
-_PROT_NONE = 0
-_MAP_FIXED = 0x10
-_MAP_NORESERVE = 0x4000
-_MADV_HUGEPAGE = 14
-_MADV_POPULATE_READ = 22
-_MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 class Space:
@@ -32,7 +21,6 @@ class Space:
         if frame_bytes % mmap.PAGESIZE:
             raise ProtocolError(f"frames of {frame_bytes} bytes are not a multiple of the page size")
         self.frame_bytes = frame_bytes
-        self._libc = _libc()
         self._addresses: dict[Region, int] = {}
         self._frames: dict[Region, int] = {}
         self._mapped: dict[Region, set[int]] = {}
@@ -46,10 +34,7 @@ class Space:
         """Reserve addresses for `frames` frames; nothing is mapped yet. Returns the address. Raises OSError."""
         if region in self._addresses:
             raise TritonSwapError(f"region {region} is reserved already")
-        size = frames * self.frame_bytes
-        # Address space only, so the slack that the alignment costs is free.
-        raw = self._mmap(None, size + ALIGNMENT_BYTES, _PROT_NONE, _hole_flags(), -1)
-        self._addresses[region] = -(-raw // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        self._addresses[region] = mapping.reserve(frames * self.frame_bytes)
         self._frames[region] = frames
         self._mapped[region] = set()
         return self._addresses[region]
@@ -70,14 +55,9 @@ class Space:
             raise ProtocolError(f"frames {first}..{indices.stop - 1} of region {region} were granted twice")
         start = self._addresses[region] + first * self.frame_bytes
         for position, fd in enumerate(fds):
-            address = start + position * self.frame_bytes
-            self._mmap(address, self.frame_bytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED, fd)
+            mapping.map_file(fd, start + position * self.frame_bytes, self.frame_bytes)
             self._mapped[region].add(first + position)
-        # Advice: a kernel that does not take it maps small pages, or maps on first touch. Populating for reading maps
-        # many pages per fault, writable ones too, and takes a quarter of the time of populating for writing.
-        size = len(fds) * self.frame_bytes
-        for advice in (_MADV_HUGEPAGE, _MADV_POPULATE_READ):
-            self._libc.madvise(start, size, advice)
+        mapping.populate(start, len(fds) * self.frame_bytes, allocate=False)
 
     def is_mapped(self, region: Region) -> bool:
         """True when every frame of the region is mapped."""
@@ -87,8 +67,7 @@ class Space:
         """Take every frame out of every region; the addresses stay reserved. Raises OSError."""
         for region, address in self._addresses.items():
             if self._mapped[region]:
-                size = self._frames[region] * self.frame_bytes
-                self._mmap(address, size, _PROT_NONE, _hole_flags() | _MAP_FIXED, -1)
+                mapping.vacate(address, self._frames[region] * self.frame_bytes)
                 self._mapped[region].clear()
 
     def buffer(self, region: Region, offset: int, size: int) -> ctypes.Array[ctypes.c_char]:
@@ -96,24 +75,3 @@ class Space:
         if offset < 0 or offset + size > self._frames[region] * self.frame_bytes:
             raise TritonSwapError(f"bytes {offset}..{offset + size} are outside of region {region}")
         return (ctypes.c_char * size).from_address(self._addresses[region] + offset)
-
-    def _mmap(self, address: int | None, size: int, protection: int, flags: int, fd: int) -> int:
-        result = self._libc.mmap(address, size, protection, flags, fd, 0)
-        if result == _MAP_FAILED:
-            error = ctypes.get_errno()
-            raise OSError(error, f"mmap of {size} bytes: {os.strerror(error)}")
-        return int(result)
-
-
-def _hole_flags() -> int:
-    return mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-
-
-def _libc() -> ctypes.CDLL:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [
-        ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
-    ]  # fmt: skip
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return libc

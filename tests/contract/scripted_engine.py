@@ -120,7 +120,7 @@ async def main() -> None:
     hello, _ = await asyncio.to_thread(rank.receive, 10)
     assert isinstance(hello, wire.RankWelcome)
     if "refuses" in faults:
-        rank.send(wire.RankFailed("INVALID_ARG", f"model {options.replica}: refused for a test"))
+        rank.send(wire.RankFailed("INVALID_ARG", "refused for a test"))
         sys.exit(1)
     memory = Memory(rank, hello.frame_bytes, options.replica)
     await asyncio.to_thread(memory.load, model["weights"], model.get("state", 0), model.get("kv_frames", 0))

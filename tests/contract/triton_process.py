@@ -84,6 +84,7 @@ class TritonProcess:
         try:
             self.process.wait(20)
         except subprocess.TimeoutExpired:
+            kind = subprocess.TimeoutExpired
             self.process.kill()
             self.process.wait()
             raise

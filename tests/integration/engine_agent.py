@@ -84,6 +84,12 @@ class FakeAgent:
                 return message
             assert isinstance(message, wire.Report), message
 
+    def settle(self) -> None:
+        """Take the reports that are on their way, so that the next one tells of what comes now."""
+        with contextlib.suppress(TimeoutError):
+            while True:
+                self.receive(wire.Report, 0.2)
+
     def swap_out(self, epoch: int) -> None:
         """Drain, unmap, keep the state, poison the frames."""
         self.host.send(wire.Drain(epoch, wait=True))

@@ -108,7 +108,7 @@ def text(items: list[Any]) -> str:
 
 
 def wait_for_report(agent: FakeAgent, in_flight: int, waiting: int) -> wire.Report:
-    """The next report with these counts."""
+    """The next report with these counts. After `swap_out` or `settle` none is left of what was before."""
     while True:
         report: wire.Report = agent.receive(wire.Report, 20)
         if (report.in_flight, report.waiting) == (in_flight, waiting):
@@ -223,13 +223,14 @@ def test_bad_requests_name_what_is_wrong_and_the_engine_goes_on(
 def test_a_busy_engine_refuses_to_drain_unless_told_to_wait(
     agent: FakeAgent, stub: Stub, epoch: Callable[[], int]
 ) -> None:
-    request = stub.submit(PROMPTS[1], '{"max_tokens": 200, "ignore_eos": true}', stream=True)
-    wait_for_report(agent, 1, 0)
+    request = stub.submit(PROMPTS[1], '{"max_tokens": 400, "ignore_eos": true}', stream=True)
+    outputs = stub.items(request)
+    next(outputs)
     number = epoch()
     agent.host.send(wire.Drain(number, wait=False))
     assert agent.receive(wire.DrainRefused) == wire.DrainRefused(number)
     agent.swap_out(epoch())  # waits
-    *_, last = stub.items(request)
+    *_, last = outputs
     assert isinstance(last, wire.Output)
     assert last.finished
     agent.swap_in(epoch())
@@ -277,6 +278,7 @@ def test_cancelling_or_leaving_while_waiting_leaves_nothing_behind(
 
 
 def test_leaving_while_running_aborts_in_the_engine(agent: FakeAgent) -> None:
+    agent.settle()
     other = Stub(agent)
     other.submit(PROMPTS[2], '{"max_tokens": 480, "ignore_eos": true}', stream=True)
     wait_for_report(agent, 1, 0)
@@ -295,14 +297,14 @@ def test_an_order_out_of_turn_fails_in_words(agent: FakeAgent) -> None:
 
 
 def test_without_its_agent_the_engine_finishes_what_runs_and_ends(agent: FakeAgent, stub: Stub) -> None:
-    running = stub.submit(PROMPTS[0], '{"max_tokens": 300, "ignore_eos": true}', stream=True)
+    running = stub.submit(PROMPTS[0], '{"max_tokens": 480, "ignore_eos": true}', stream=True)
     outputs = stub.items(running)
     next(outputs)
     agent.host.close()
     agent.rank.close()
     time.sleep(0.2)
     late = stub.submit(PROMPTS[1], GREEDY)
-    assert sum(item.sequences[0].num_tokens for item in outputs if isinstance(item, wire.Output)) == 299
+    assert sum(item.sequences[0].num_tokens for item in outputs if isinstance(item, wire.Output)) == 479
     (refused,) = stub.items(late)
     assert isinstance(refused, wire.Failed)
     assert refused.code == "UNAVAILABLE"

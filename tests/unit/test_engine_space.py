@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from swap_agent.errors import ProtocolError, TritonSwapError
-from vllm_engine.space import ALIGNMENT_BYTES, Space
+from swap_agent.memory.mapping import ALIGNMENT
+from vllm_engine.space import Space
 
 FRAME = 2 << 20
 
@@ -35,7 +36,7 @@ def mapped_frames() -> int:
 def test_frames_appear_at_an_address_that_never_changes(frames: list[int]) -> None:
     space = Space(FRAME)
     address = space.reserve("weights", 3)
-    assert address % ALIGNMENT_BYTES == 0
+    assert address % ALIGNMENT == 0
     assert not space.is_mapped("weights")
     space.map("weights", 0, frames[:1])
     space.map("weights", 1, frames[1:3])
