@@ -12,6 +12,7 @@ import fcntl
 import logging
 import os
 import resource
+import shutil
 import signal
 import socket
 import threading
@@ -39,7 +40,7 @@ from swap_agent.policy.coordinator import Coordinator
 from swap_agent.policy.inventory import Device, Replica
 from swap_agent.policy.lifecycle import State
 from swap_agent.rank import ACK_TIMEOUT_S, RankLink, start_serving
-from swap_agent.supervisor import become_subreaper, end_leftovers, start_engine
+from swap_agent.supervisor import become_subreaper, end_leftovers, shared_memory, start_engine
 from swap_agent.wire import messages as wire
 from swap_agent.wire.framing import AsyncChannel, Channel, listen
 
@@ -241,6 +242,7 @@ class Agent:
             engine.fail(f"{replica}: its engine process cannot be started: {error}")
         else:
             await engine.process.ended()
+            engine.shared_memory |= shared_memory(engine.process.pid)
             await engine.process.kill()
             if not engine.ready:
                 engine.fail(f"{replica}: its engine ended while starting; see {engine.process.log_path}")
@@ -249,7 +251,9 @@ class Agent:
             engine.rank.channel.close()
             await asyncio.to_thread(engine.rank.space.lost)
         del self.engines[replica]
-        engine.socket.unlink(missing_ok=True)
+        for path in (engine.socket, *engine.shared_memory):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(engine.socket.with_suffix(".vllm"), ignore_errors=True)
         if growth := self._growth.pop(replica, None):
             growth.set_exception(Unavailable(engine.failure))
         for key in [key for key in self._host_acks if key[0] == replica]:
@@ -376,6 +380,7 @@ class Agent:
             match message:
                 case wire.HostReady():
                     engine.ready = True
+                    engine.shared_memory = shared_memory(channel.pid)
                     self.post(ev.EngineReady(now_s, replica))
                 case wire.HostFailed():
                     engine.fail(message.message)

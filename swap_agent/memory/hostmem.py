@@ -27,10 +27,8 @@ class HostMemory:
             os.close(self.fd)
             raise OutOfFrames(f"the machine has no {size_bytes} bytes left for {name}: {error.strerror}") from error
         self.bytes: Bytes = mapping.bytes_at(self._address, size_bytes)
-
-    def resident_bytes(self) -> int:
-        """Bytes of memory behind the file (`st_blocks` is in units of 512)."""
-        return os.fstat(self.fd).st_blocks * 512
+        self.resident_bytes = os.fstat(self.fd).st_blocks * 512
+        """Memory behind the file, which stays until `close` (`st_blocks` is in units of 512)."""
 
     def close(self) -> None:
         """Drop the mapping and the descriptor; the memory is free once nobody else maps it."""

@@ -39,13 +39,14 @@ class Image:
 
     def resident_bytes(self) -> int:
         """Memory that the image occupies."""
-        return self._memory.resident_bytes() if self._memory else 0
+        memory = self._memory  # another thread may close it meanwhile
+        return memory.resident_bytes if memory else 0
 
     def close(self) -> None:
         """Free the memory."""
-        if self._memory:
-            self._memory.close()
-            self._memory = None
+        memory, self._memory = self._memory, None
+        if memory:
+            memory.close()
 
     def _frames(self, device: DeviceMemory) -> int:
         return -(-self.size_bytes // device.frame_bytes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import weakref
 from collections import Counter
 
 import numpy as np
@@ -38,18 +37,20 @@ class SimulatedDevice:
         self.host_to_device: Copied = Counter()
         self.device_to_host: Copied = Counter()
         self._counting = threading.Lock()
-        self._frames: weakref.WeakSet[SimulatedFrame] = weakref.WeakSet()
+        self._resident_bytes = 0
 
     def create(self) -> SimulatedFrame:
         """A new memfd, zeroed and populated."""
         frame = SimulatedFrame()
-        self._frames.add(frame)
+        with self._counting:
+            self._resident_bytes += frame.memory.resident_bytes
         return frame
 
     def destroy(self, frame: Frame) -> None:
         """Unmap and close the memfd."""
         own = _own(frame)
-        self._frames.discard(own)
+        with self._counting:
+            self._resident_bytes -= own.memory.resident_bytes
         own.memory.close()
 
     def zero(self, frame: Frame, start: int = 0) -> None:
@@ -74,7 +75,7 @@ class SimulatedDevice:
 
     def resident_bytes(self) -> int:
         """Sum over the frames that exist."""
-        return sum(frame.memory.resident_bytes() for frame in list(self._frames))
+        return self._resident_bytes
 
 
 def _own(frame: Frame) -> SimulatedFrame:
