@@ -28,6 +28,11 @@ WHEEL = "nvidia-pytriton"
 SHIM = "from triton_backend.model import TritonPythonModel  # noqa: D100, F401\n"
 """Content of `vllm/model.py`; the same as `backend/vllm/model.py` of the source tree."""
 
+SHM_BYTES = 16 << 20
+"""Memory that tritonserver shares with each stub: all requests in flight at once. It can grow, but a server whose
+region grew while requests were in flight often hangs when it unloads the model (seen in 2.51; Triton's default: 1 MiB).
+"""
+
 _STUB = "triton_python_backend_stub"
 _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 _STUB_USAGE_EXIT_CODE = 1
@@ -65,6 +70,7 @@ class TritonServer:
             f"--metrics-address={host}",
             f"--metrics-port={metrics_port}",
             f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
+            f"--backend-config=python,shm-default-byte-size={SHM_BYTES}",
         ]
 
     def environment(self, base: Mapping[str, str]) -> dict[str, str]:

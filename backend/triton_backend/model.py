@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -37,6 +38,7 @@ class TritonPythonModel:
             self._dispatcher = Dispatcher(attach, runtime_directory(), pb_utils.Logger.log_info)
             self._thread = threading.Thread(target=self._loop.run_forever, name="dispatcher", daemon=True)
             self._thread.start()
+            self._loop.call_soon_threadsafe(_exit_with_parent, self._loop)
             asyncio.run_coroutine_threadsafe(self._dispatcher.start(), self._loop).result()
         except TritonSwapError as error:
             raise pb_utils.TritonModelException(str(error)) from error
@@ -59,3 +61,8 @@ class TritonPythonModel:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+def _exit_with_parent(loop: asyncio.AbstractEventLoop) -> None:
+    """End this process as soon as tritonserver does: the stub of a server that was killed otherwise may live on."""
+    loop.add_reader(os.pidfd_open(os.getppid()), os._exit, 1)

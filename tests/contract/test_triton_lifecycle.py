@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 from fake_agent import FakeAgent
-from triton_process import TritonProcess, add_model, wait_for
+from triton_process import TritonProcess, add_model, children, wait_for
 from tritonclient.utils import InferenceServerException
 
 from swap_agent.serve import load_failure
@@ -221,3 +221,17 @@ def test_without_an_agent_a_load_fails_at_once_and_says_what_to_do(world: World)
         world.agent.start()
     assert message.startswith("model 'orphan': no swap agent answers at ")
     assert "triton-swap serve" in message
+
+
+def test_a_stub_ends_with_its_server(tmp_path: Path) -> None:
+    add_model(tmp_path / "models", "echo")
+    with FakeAgent(tmp_path) as agent, TritonProcess(tmp_path / "models", tmp_path) as triton:
+        assert triton.load("echo").is_success
+        (stub,) = children(triton.process.pid)
+        call = triton.grpc()
+        call.send("echo", text_input="hold on")
+        wait_for(lambda: agent.seen.submitted)
+        triton.kill()
+        wait_for(lambda: not Path(f"/proc/{stub}").exists(), timeout_s=5)
+        call.cancel()
+        assert not agent.seen.detached

@@ -85,13 +85,19 @@ class TritonProcess:
             self.process.wait(20)
         except subprocess.TimeoutExpired:
             kind = subprocess.TimeoutExpired
-            self.process.kill()
-            self.process.wait()
+            self.kill()
             raise
         finally:
             if kind is not None:
                 print(self.log.read_text(encoding="utf-8", errors="replace"))
         assert not list(Path("/dev/shm").glob(f"{self._shm_prefix}*"))
+
+    def kill(self) -> None:
+        """End it as the out-of-memory killer does, and remove what it leaves in /dev/shm."""
+        self.process.kill()
+        self.process.wait()
+        for leftover in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
+            leftover.unlink(missing_ok=True)
 
     def _live(self) -> bool:
         assert self.process.poll() is None, self.log.read_text(encoding="utf-8", errors="replace")
