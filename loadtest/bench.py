@@ -29,7 +29,7 @@ from loadtest.prompts import Prompts
 from loadtest.server import Server, ServerFailed
 
 OUT = models.ROOT / "out"
-TTFT_REPEATS = 5
+TTFT_REPEATS = 3
 OVERHEAD_MODEL = models.SMOLLM2.name
 """The quickest model: what the path adds weighs most beside it."""
 
@@ -63,7 +63,7 @@ def _run(console: Console) -> dict[str, Any]:
         _print_speeds(console, speeds)
         rows, costs = asyncio.run(_ask(console, server))
         print_rows(console, rows)
-        loaded = load.run(server, load.DURATION, load.USERS, load.OUT)
+        loaded = load.run(console, server, load.DURATION_S, load.USERS, load.OUT)
         load.print_table(console, loaded)
     with Steps(console, "plain vLLM", 2) as step:
         costs += overhead.without_server(OVERHEAD_MODEL, kv_bytes, OUT, step)

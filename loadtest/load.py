@@ -11,17 +11,20 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from loadtest import models
-from loadtest.server import Server, ServerFailed
+from loadtest.server import Server, ServerFailed, end_with_parent
+from swap_agent.policy.units import parse_seconds
 
 OUT = models.ROOT / "out" / "locust.json"
-DURATION = "60s"
+DURATION_S = 60.0
 USERS = 8
 _GRACE_S = 300
 """How long requests that run at the end may take: the longest that one may wait for its model."""
@@ -31,19 +34,25 @@ class LoadFailed(Exception):
     """Requests failed or were lost, or locust did not run; the text is one line for a person."""
 
 
-def run(server: Server, duration: str, users: int, out: Path) -> dict[str, Any]:
+def run(console: Console, server: Server, duration_s: float, users: int, out: Path) -> dict[str, Any]:
     """Put load on `server`; write and return counts and TTFT per protocol and model. Raises LoadFailed."""
     out.unlink(missing_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    log_path = out.with_suffix(".log")
     swaps = _swaps(server)
     command = [sys.executable, "-m", "locust", "--locustfile", str(Path(__file__).with_name("locustfile.py"))]
     command += ["--headless", "--only-summary", "--users", str(users), "--spawn-rate", "4"]
-    command += ["--run-time", duration, "--stop-timeout", str(_GRACE_S), "--exit-code-on-error", "1"]
+    command += ["--run-time", f"{duration_s:.0f}s", "--stop-timeout", str(_GRACE_S), "--exit-code-on-error", "1"]
     command += ["--host", server.http_url, "--grpc-url", server.grpc_url, "--out", str(out)]
-    ended = subprocess.run(command, stdin=subprocess.DEVNULL, cwd=models.ROOT)
+    with log_path.open("wb") as log:
+        locust = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=models.ROOT, preexec_fn=end_with_parent
+        )
+        _wait(console, locust, duration_s, users)
     if not out.exists():
-        raise LoadFailed(f"locust ended with exit code {ended.returncode} and wrote no figures; its output is above")
+        raise LoadFailed(f"locust ended with exit code {locust.returncode} and wrote no figures; see {log_path}")
     result: dict[str, Any] = json.loads(out.read_text("utf-8"))
-    result |= {"users": users, "duration": duration, "device": server.device, "swap_ins": _swaps(server) - swaps}
+    result |= {"users": users, "duration_s": duration_s, "device": server.device, "swap_ins": _swaps(server) - swaps}
     out.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     requests = result["requests"]
     if requests["failed"] or requests["lost"] or not requests["answered"]:
@@ -51,9 +60,26 @@ def run(server: Server, duration: str, users: int, out: Path) -> dict[str, Any]:
         raise LoadFailed(
             f"of {requests['sent']} requests {requests['failed']} failed and {requests['lost']} were lost{first}"
         )
-    if ended.returncode:
-        raise LoadFailed(f"locust ended with exit code {ended.returncode}; its output is above")
+    if locust.returncode:
+        raise LoadFailed(f"locust ended with exit code {locust.returncode}; see {log_path}")
     return result
+
+
+def _wait(console: Console, locust: subprocess.Popen[bytes], duration_s: float, users: int) -> None:
+    """Until locust ends, with a bar; ends it when something interrupts the waiting."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    if not console.is_terminal:
+        console.print(f"  load: {users} users for {duration_s:.0f} s")
+    try:
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task(f"load: {users} users", total=duration_s, visible=console.is_terminal)
+            while locust.poll() is None:
+                time.sleep(0.5)
+                progress.advance(task, 0.5)
+    finally:
+        if locust.poll() is None:
+            locust.terminate()
+            locust.wait()
 
 
 def print_table(console: Console, result: dict[str, Any]) -> None:
@@ -73,7 +99,7 @@ def _swaps(server: Server) -> int:
 def main() -> int:
     """Prepare, serve, load, report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--duration", default=DURATION, help="as locust's --run-time (default: %(default)s)")
+    parser.add_argument("--duration", type=parse_seconds, default=DURATION_S, help="30m, 90s (default: 60s)")
     parser.add_argument("--users", type=int, default=USERS)
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
@@ -81,7 +107,7 @@ def main() -> int:
     try:
         models.prepare()
         with Server() as server:
-            print_table(console, run(server, options.duration, options.users, options.out.absolute()))
+            print_table(console, run(console, server, options.duration, options.users, options.out.absolute()))
     except (LoadFailed, RuntimeError, ServerFailed) as error:
         print(f"loadtest.load: {error}", file=sys.stderr)
         return 1

@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def references() -> dict[str, Reference]:
-    """By plain vLLM with the same linear path, on ordinary memory, one engine at a time, before the server starts."""
+    """By plain vLLM with the same linear path, on ordinary memory, one engine at a time beside the server's three."""
     found = {}
     for model in MODELS:
         prompt = Prompts(MODELS_DIR / model, seed=64).next(300)
@@ -37,7 +37,7 @@ def references() -> dict[str, Reference]:
 
 
 @pytest.fixture(scope="session")
-def server(references: dict[str, Reference]) -> Iterator[Server]:
+def server() -> Iterator[Server]:
     """All three models loaded through Triton."""
     with Server() as server:
         yield server

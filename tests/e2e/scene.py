@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,8 +48,12 @@ def agent_process(server: Server) -> psutil.Process:
 
 def engine_group(pid: int) -> list[psutil.Process]:
     """All processes of an engine, by the process group that its host leads."""
-    fields = {path.name: _stat(path) for path in Path("/proc").iterdir() if path.name.isdigit()}
-    return [psutil.Process(int(name)) for name, stat in fields.items() if stat and int(stat[2]) == pid]
+    found = []
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit() and (stat := _stat(path)) and int(stat[2]) == pid:
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended just now
+                found.append(psutil.Process(int(path.name)))
+    return found
 
 
 def _stat(path: Path) -> list[str] | None:
