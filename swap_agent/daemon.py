@@ -40,7 +40,7 @@ from swap_agent.policy.coordinator import Coordinator
 from swap_agent.policy.inventory import Device, Replica
 from swap_agent.policy.lifecycle import State
 from swap_agent.rank import ACK_TIMEOUT_S, RankLink, start_serving
-from swap_agent.supervisor import become_subreaper, end_leftovers, shared_memory, start_engine
+from swap_agent.supervisor import end_leftovers, shared_memory, start_engine, subreaper
 from swap_agent.wire import messages as wire
 from swap_agent.wire.framing import AsyncChannel, Channel, listen
 
@@ -94,8 +94,7 @@ class Agent:
         self._raise_file_limit()
         runtime = self.config.runtime
         runtime.create()
-        with _exclusive(runtime.lock):
-            become_subreaper()
+        with _exclusive(runtime.lock), subreaper():
             await asyncio.to_thread(end_leftovers, runtime, self.config.drain_timeout_s + 2)
             ranks = listen(runtime.ranks_socket)
             threading.Thread(target=self._accept_ranks, args=(ranks,), name="ranks", daemon=True).start()

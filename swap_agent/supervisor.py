@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import json
 import logging
 import os
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +22,16 @@ _PR_SET_CHILD_SUBREAPER = 36
 _POLL_S = 0.02
 
 
-def become_subreaper() -> None:
-    """Orphaned grandchildren (vLLM's workers) become children of this process (prctl(2)), so it can reap them."""
+@contextlib.contextmanager
+def subreaper() -> Iterator[None]:
+    """Orphaned grandchildren (vLLM's workers) become children of this process (prctl(2)), so that it can reap them."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+    try:
+        yield
+    finally:
+        libc.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from scene import MODELS, REFERENCE_TOKENS, Reference
+from scene import LLAMA, MODELS, QWEN, REFERENCE_TOKENS, Reference
 
 from loadtest.baseline import REFERENCE_WORKER, Job, run_baseline
 from loadtest.clients import Client
@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def references() -> dict[str, Reference]:
     """By plain vLLM with the same linear path, on ordinary memory, one engine at a time beside the server's three."""
     found = {}
-    for model in MODELS:
+    for model in (LLAMA, QWEN):
         prompt = Prompts(MODELS_DIR / model, seed=64).next(300)
         job = Job(str(REPOSITORY / model / "1"), 1 << 28, REFERENCE_WORKER, (Round((prompt,), REFERENCE_TOKENS),))
         _, (outcome,) = run_baseline(job, Path(f"out/test-reference-{model}.log"))

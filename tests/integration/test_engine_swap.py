@@ -223,16 +223,18 @@ def test_bad_requests_name_what_is_wrong_and_the_engine_goes_on(
 def test_a_busy_engine_refuses_to_drain_unless_told_to_wait(
     agent: FakeAgent, stub: Stub, epoch: Callable[[], int]
 ) -> None:
-    request = stub.submit(PROMPTS[1], '{"max_tokens": 400, "ignore_eos": true}', stream=True)
-    outputs = stub.items(request)
+    # Many, so that they last for seconds on any machine.
+    requests = [stub.submit(PROMPTS[1], '{"max_tokens": 400, "ignore_eos": true}', stream=True) for _ in range(24)]
+    outputs = stub.items(requests[0])
     next(outputs)
     number = epoch()
     agent.host.send(wire.Drain(number, wait=False))
     assert agent.receive(wire.DrainRefused) == wire.DrainRefused(number)
     agent.swap_out(epoch())  # waits
-    *_, last = outputs
-    assert isinstance(last, wire.Output)
-    assert last.finished
+    for each in (outputs, *map(stub.items, requests[1:])):
+        *_, last = each
+        assert isinstance(last, wire.Output)
+        assert last.finished
     agent.swap_in(epoch())
 
 
