@@ -5,12 +5,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from loadtest.server import Server
+from swap_agent.memory.mirror import COPY_THREADS
 
 REPEATS = 7
 
@@ -26,9 +28,11 @@ class SwapInSpeed:
     copy_seconds: float
     """From the first copied byte to the last."""
     gb_per_s: float
-    """`bytes` over `seconds`."""
+    """`bytes` over `copy_seconds`."""
     plain_copy_gb_per_s: float
-    """Of the same number of bytes."""
+    """Of the same number of bytes, one call of memcpy on one core."""
+    threaded_copy_gb_per_s: float
+    """The same by as many threads as the agent copies with."""
 
     @property
     def share(self) -> float:
@@ -37,17 +41,23 @@ class SwapInSpeed:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        return asdict(self) | {"share_of_plain_copy": self.share}
+        return asdict(self) | {
+            "share_of_plain_copy": self.share,
+            "share_of_threaded_copy": self.gb_per_s / self.threaded_copy_gb_per_s,
+        }
 
 
-def plain_copy_gb_per_s(size_bytes: int) -> float:
-    """Median speed of copying `size_bytes` between two buffers whose pages all exist, on one core as the agent does."""
+def copy_gb_per_s(size_bytes: int, threads: int) -> float:
+    """Median speed of copying `size_bytes` between two buffers whose pages all exist, split over `threads`."""
     source, target = np.full(size_bytes, 1, np.uint8), np.full(size_bytes, 2, np.uint8)
+    parts = list(zip(np.array_split(target, threads), np.array_split(source, threads), strict=True))
     times_s = []
-    for _ in range(REPEATS):
-        started_s = time.perf_counter()
-        np.copyto(target, source)
-        times_s.append(time.perf_counter() - started_s)
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(REPEATS):
+            started_s = time.perf_counter()
+            for _done in pool.map(lambda part: np.copyto(*part), parts):
+                pass
+            times_s.append(time.perf_counter() - started_s)
     return size_bytes / statistics.median(times_s) / 1e9
 
 
@@ -65,12 +75,13 @@ def swap_in_speeds(server: Server, step: Callable[[str], None]) -> list[SwapInSp
 
 def _speed(model: str, swaps: list[dict[str, Any]]) -> SwapInSpeed:
     size_bytes = int(swaps[-1]["bytes"])
-    seconds = statistics.median(swap["seconds"] for swap in swaps)
+    copy_seconds = statistics.median(swap["copy_seconds"] for swap in swaps)
     return SwapInSpeed(
         model=model,
         bytes=size_bytes,
-        seconds=seconds,
-        copy_seconds=statistics.median(swap["copy_seconds"] for swap in swaps),
-        gb_per_s=size_bytes / seconds / 1e9,
-        plain_copy_gb_per_s=plain_copy_gb_per_s(size_bytes),
+        seconds=statistics.median(swap["seconds"] for swap in swaps),
+        copy_seconds=copy_seconds,
+        gb_per_s=size_bytes / copy_seconds / 1e9,
+        plain_copy_gb_per_s=copy_gb_per_s(size_bytes, 1),
+        threaded_copy_gb_per_s=copy_gb_per_s(size_bytes, COPY_THREADS),
     )

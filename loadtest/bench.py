@@ -119,7 +119,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _print_speeds(console: Console, speeds: list[bandwidth.SwapInSpeed]) -> None:
-    table = Table("model", "MB", "swap-in", "of that copying", "GB/s", "plain copy GB/s", "share", box=None)
+    table = Table("model", "MB", "swap-in", "of that copying", "copying GB/s", "plain copy GB/s", "share", box=None)
     for speed in speeds:
         table.add_row(
             speed.model,

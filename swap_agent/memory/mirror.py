@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 from swap_agent.memory.device import Bytes, DeviceMemory, During, Frame
 from swap_agent.memory.hostmem import HostMemory
 from swap_agent.wire.messages import Region
+
+COPY_THREADS = min(4, os.cpu_count() or 1)
 
 
 class Image:
@@ -28,10 +33,19 @@ class Image:
             device.copy_out(frames[index], self._part(device, index), self.region, during)
 
     def restore(self, device: DeviceMemory, frames: list[Frame]) -> None:
-        """Copy to the frames, and set to zero what lies beyond the image in the last of them."""
+        """Copy to the frames, and set to zero what lies beyond the image in the last of them.
+
+        With several threads: one core alone does not saturate the memory of a machine.
+        """
         used = self._frames(device)
-        for index in range(used):
-            device.copy_in(frames[index], self._part(device, index), self.region, "swap_in")
+
+        def every_nth(first: int) -> None:
+            for index in range(first, used, COPY_THREADS):
+                device.copy_in(frames[index], self._part(device, index), self.region, "swap_in")
+
+        with ThreadPoolExecutor(COPY_THREADS) as threads:
+            for _ in threads.map(every_nth, range(COPY_THREADS)):
+                pass  # raises what a thread raised
         if tail := self.size_bytes % device.frame_bytes:
             device.zero(frames[used - 1], tail)
         for frame in frames[used:]:
