@@ -24,6 +24,7 @@ from typing import Any
 from swap_agent.config import AgentConfig, read_settings
 from swap_agent.engine import Engine, ModelSpec
 from swap_agent.errors import (
+    BooksDoNotBalance,
     InvalidModel,
     InvalidUsage,
     PeerGone,
@@ -139,10 +140,17 @@ class Agent:
     # --- events in, orders out ----------------------------------------------------------------------------------------
 
     def post(self, event: ev.Event) -> None:
-        """Let the policy decide on `event` and carry out its orders. Only on the loop's thread."""
-        for action in self.coordinator.on_event(event):
-            log.debug("%s", action)
-            self._perform(action)
+        """Let the policy decide on `event` and carry out its orders. Only on the loop's thread.
+
+        Books that do not balance are a bug, which is logged; the agent goes on, since models depend on it.
+        """
+        try:
+            for action in self.coordinator.on_event(event):
+                log.debug("%s", action)
+                self._perform(action)
+            self.coordinator.inventory.check_integrity()
+        except BooksDoNotBalance:
+            log.exception("after %s the books do not balance", event)
         if not isinstance(event, ev.Tick):
             self._changed.set()
             self._changed = asyncio.Event()

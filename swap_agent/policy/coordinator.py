@@ -50,7 +50,6 @@ class Coordinator:
             self._follow_wishes(replica, event.now_s)
             self._expire(replica, event.now_s)
         self._serve_queue(event.now_s)
-        self.inventory.check_integrity()
         return self._actions
 
     # --- 1. notes -----------------------------------------------------------------------------------------------------

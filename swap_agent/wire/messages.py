@@ -43,7 +43,7 @@ class Attach(Message, frozen=True):
     model_json: str
     """Content of `model.json`: vLLM engine arguments."""
     parameters: dict[str, str]
-    """`parameters` of config.pbtxt, string values, only the keys that are ours (docs/design.md, names that users type)."""
+    """`parameters` of config.pbtxt, string values, without the keys known to be others' (docs/design.md)."""
 
 
 class Attached(Message, frozen=True):

@@ -27,6 +27,7 @@ class Machinery:
 
     def post(self, kind: type[ev.Event], *fields: object) -> list[ev.Action]:
         actions = self.policy.on_event(kind(self.now_s, *fields))
+        self.policy.inventory.check_integrity()
         self.open += actions
         self.done += actions
         return actions
@@ -339,7 +340,6 @@ def test_random_histories_keep_the_books_and_serve_everybody(seed: int) -> None:
                 machine.tick(rng.random())
             case _ if machine.open:
                 machine.obey(rng.choice(machine.open))
-        machine.policy.inventory.check_integrity()
     for name in names:
         machine.post(ev.LoadWanted, name)
         machine.register(name, machine.replica(name).request_frames, None)
