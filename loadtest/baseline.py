@@ -23,9 +23,6 @@ from typing import Any
 from loadtest.rounds import Answer, Outcome, Round, run
 from loadtest.server import end_with_parent
 
-REFERENCE_WORKER = "vllm_engine.reference.ReferenceWorker"
-"""Computes with the same linear layers as our engines, on ordinary memory: equal tokens are to be expected."""
-
 
 class BaselineFailed(Exception):
     """Plain vLLM did not run; the text says where its output is."""
@@ -38,8 +35,9 @@ class Job:
     version_dir: str
     """`<repository>/<model>/<version>`: its model.json says the engine arguments."""
     kv_cache_bytes: int
-    worker_cls: str | None
-    """None: vLLM's own."""
+    reference: bool
+    """True: with the linear layers and threads of our engines, on ordinary memory: equal tokens are to be expected.
+    False: vLLM as it is."""
     rounds: tuple[Round, ...]
 
 
@@ -69,19 +67,21 @@ def main(arguments: Sequence[str]) -> int:
     job_file, result_file = (Path(argument) for argument in arguments)
     raw = json.loads(job_file.read_text("utf-8"))
     rounds = [Round(tuple(one["prompts"]), one["max_tokens"], one["concurrency"]) for one in raw["rounds"]]
-    job = Job(raw["version_dir"], raw["kv_cache_bytes"], raw["worker_cls"], tuple(rounds))
+    job = Job(raw["version_dir"], raw["kv_cache_bytes"], raw["reference"], tuple(rounds))
     result_file.write_text(json.dumps(asyncio.run(_run(job))), "utf-8")
     return 0
 
 
 async def _run(job: Job) -> dict[str, Any]:
     from vllm import SamplingParams
-    from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.sampling_params import RequestOutputKind
-    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from vllm_engine.reference import reference_engine
 
     started_s = time.perf_counter()
-    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**_engine_arguments(job)))
+    arguments = _engine_arguments(job)
+    start = reference_engine if job.reference else _unmodified_engine
+    engine = start(**arguments)
     start_s = time.perf_counter() - started_s
     numbers = iter(range(1 << 30))
 
@@ -105,14 +105,19 @@ async def _run(job: Job) -> dict[str, Any]:
     return {"start_s": start_s, "outcomes": [asdict(outcome) for outcome in outcomes]}
 
 
+def _unmodified_engine(**arguments: Any) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+
+
 def _engine_arguments(job: Job) -> dict[str, Any]:
     version_dir = Path(job.version_dir)
     arguments: dict[str, Any] = json.loads((version_dir / "model.json").read_text("utf-8"))
     # As the backend reads it: a relative path is relative to the folder of model.json.
     arguments["model"] = str((version_dir / arguments["model"]).resolve())
     arguments["kv_cache_memory_bytes"] = job.kv_cache_bytes
-    if job.worker_cls:
-        arguments["worker_cls"] = job.worker_cls
     return arguments
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from loadtest import models
-from loadtest.baseline import REFERENCE_WORKER, BaselineFailed, Job, run_baseline
+from loadtest.baseline import BaselineFailed, Job, run_baseline
 from loadtest.clients import Client, RequestFailed
 from loadtest.measure import PROMPT_TOKENS, NotAsExpected, Row, Ttft, print_rows
 from loadtest.progress import Steps
@@ -112,7 +112,7 @@ def _reference(console: Console) -> tuple[dict[str, Round], dict[str, Outcome]]:
             prompts = Prompts(models.MODELS_DIR / recipe.name, seed=1)
             asked[recipe.name] = Round((QUESTION, prompts.next(100)), REFERENCE_TOKENS)
             version_dir = REPOSITORY / recipe.name / "1"
-            job = Job(str(version_dir), _REFERENCE_KV_BYTES, REFERENCE_WORKER, (asked[recipe.name],))
+            job = Job(str(version_dir), _REFERENCE_KV_BYTES, True, (asked[recipe.name],))
             _, (outcomes[recipe.name],) = run_baseline(job, OUT / f"plain-{recipe.name}.log")
     return asked, outcomes
 

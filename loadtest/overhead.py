@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loadtest.baseline import REFERENCE_WORKER, Job, run_baseline
+from loadtest.baseline import Job, run_baseline
 from loadtest.clients import GREEDY, Client, RequestFailed
 from loadtest.models import MODELS_DIR
 from loadtest.prompts import Prompts
@@ -138,12 +138,12 @@ async def through_server(server: Server, client: Client, model: str, step: Calla
 def without_server(model: str, kv_bytes: int, out: Path, step: Callable[[str], None]) -> list[Cost]:
     """The two ways that are plain vLLM, one engine after the other, with a KV cache of the same size."""
     costs = []
-    for way, worker in (("reference", REFERENCE_WORKER), ("unmodified", None)):
+    for way in ("reference", "unmodified"):
         step(f"{way} AsyncLLM")
         prompts = Prompts(MODELS_DIR / model, seed=7)
         order = [concurrency for concurrency in CONCURRENCIES for _ in range(ROUNDS)]
         work = [_round(prompts, 16), *(_round(prompts, concurrency) for concurrency in order)]
-        job = Job(str(REPOSITORY / model / "1"), kv_bytes, worker, tuple(work))
+        job = Job(str(REPOSITORY / model / "1"), kv_bytes, way == "reference", tuple(work))
         _, outcomes = run_baseline(job, out / f"plain-{way}.log")
         for concurrency in CONCURRENCIES:
             measured = [one for one, asked in zip(outcomes[1:], order, strict=True) if asked == concurrency]

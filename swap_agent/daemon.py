@@ -41,7 +41,7 @@ from swap_agent.policy.coordinator import Coordinator
 from swap_agent.policy.inventory import Device, Replica
 from swap_agent.policy.lifecycle import State
 from swap_agent.rank import ACK_TIMEOUT_S, RankLink, start_serving
-from swap_agent.supervisor import end_leftovers, shared_memory, start_engine, subreaper
+from swap_agent.supervisor import end_leftovers, start_engine, subreaper
 from swap_agent.wire import messages as wire
 from swap_agent.wire.framing import AsyncChannel, Channel, listen
 
@@ -249,7 +249,6 @@ class Agent:
             engine.fail(f"{replica}: its engine process cannot be started: {error}")
         else:
             await engine.process.ended()
-            engine.shared_memory |= shared_memory(engine.process.pid)
             await engine.process.kill()
             if not engine.ready:
                 engine.fail(f"{replica}: its engine ended while starting; see {engine.process.log_path}")
@@ -258,8 +257,7 @@ class Agent:
             engine.rank.channel.close()
             await asyncio.to_thread(engine.rank.space.lost)
         del self.engines[replica]
-        for path in (engine.socket, *engine.shared_memory):
-            path.unlink(missing_ok=True)
+        engine.socket.unlink(missing_ok=True)
         shutil.rmtree(engine.socket.with_suffix(".vllm"), ignore_errors=True)
         if growth := self._growth.pop(replica, None):
             growth.set_exception(Unavailable(engine.failure))
@@ -387,7 +385,6 @@ class Agent:
             match message:
                 case wire.HostReady():
                     engine.ready = True
-                    engine.shared_memory = shared_memory(channel.pid)
                     self.post(ev.EngineReady(now_s, replica))
                 case wire.HostFailed():
                     engine.fail(message.message)

@@ -134,22 +134,6 @@ def private_bytes(group: int) -> int:
     return total
 
 
-def shared_memory(group: int) -> set[Path]:
-    """Files of Python's shared memory that the processes of a group map.
-
-    vLLM's message queues live there. A killed process leaves its files behind, and its resource tracker, which would
-    remove them, is killed with it.
-    """
-    found = set()
-    for pid in _members(group):
-        try:
-            maps = Path(f"/proc/{pid}/maps").read_text()
-        except OSError:
-            continue
-        found |= {Path(line.split()[-1]) for line in maps.splitlines() if " /dev/shm/psm_" in line}
-    return {path for path in found if path.exists()}
-
-
 def _members(group: int) -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():

@@ -19,6 +19,7 @@ SWAPPABLE_WORKER = "vllm_engine.worker.SwappableWorker"
 
 _OURS = {
     "worker_cls": "triton-swap sets it",
+    "distributed_executor_backend": "triton-swap sets it",
     "enable_sleep_mode": "triton-swap moves the memory itself",
     "cpu_offload_gb": "triton-swap moves the weights itself",
 }
@@ -68,8 +69,10 @@ def engine_args(arguments: dict[str, Any]) -> Any:
     """vLLM's AsyncEngineArgs of `arguments`, set up for our worker. Raises InvalidModel when vLLM does not take one."""
     from vllm.engine.arg_utils import AsyncEngineArgs
 
+    from vllm_engine.executor import EXECUTOR
+
     try:
-        return AsyncEngineArgs(**arguments, worker_cls=SWAPPABLE_WORKER)
+        return AsyncEngineArgs(**arguments, worker_cls=SWAPPABLE_WORKER, distributed_executor_backend=EXECUTOR)
     except Exception as error:
         raise _refusal(error) from error
 

@@ -17,12 +17,13 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from swap_agent.errors import TritonSwapError, Unavailable, Unsupported
 from swap_agent.wire.messages import Output, Sequence
+from vllm_engine.executor import compute_threads
 from vllm_engine.sampling import CLIENT_ERRORS, InvalidRequest
 
 RPC_TIMEOUT_S = 150.0
 """Longest order to the ranks; above the ranks' own limits, whose errors say more."""
 SHUTDOWN_TIMEOUT_S = 1.0
-"""How long EngineCore and the workers may take to end by themselves."""
+"""How long EngineCore may take to end by itself."""
 
 
 class SwapOutTimes(NamedTuple):
@@ -51,7 +52,8 @@ class Engine:
         self._name = name
         self._requests = 0
         try:
-            self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=args.disable_log_stats)
+            with compute_threads(config):
+                self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=args.disable_log_stats)
         except Exception as error:
             raise TritonSwapError(f"vLLM's engine did not start: {error}".splitlines()[0]) from error
         for method in ("pause_scheduler_async", "resume_scheduler_async"):
@@ -62,7 +64,7 @@ class Engine:
 
     @property
     def is_dead(self) -> bool:
-        """True once EngineCore or a worker has died."""
+        """True once EngineCore has died."""
         return bool(self._llm.errored)
 
     async def generate(self, request: int, prompt: str, params: SamplingParams) -> AsyncIterator[Output]:
@@ -108,5 +110,5 @@ class Engine:
         return SwapInTimes(mapped - begin, map_s, fill_s, time.monotonic() - mapped)
 
     def shutdown(self) -> None:
-        """End EngineCore and the workers; blocking. They have nothing to save, so what lingers is killed."""
+        """End EngineCore; blocking. It has nothing to save, so it is killed if it lingers."""
         self._llm.shutdown(timeout=SHUTDOWN_TIMEOUT_S)

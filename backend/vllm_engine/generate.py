@@ -15,6 +15,9 @@ from swap_agent.wire.framing import DATA_LIMIT_BYTES, AsyncChannel, listen
 from swap_agent.wire.messages import Abort, Failed, Output, Step, StubToEngine, Submit
 from vllm_engine.gate import Gate
 
+STALL_TIMEOUT_S = 30.0
+"""A stub that takes nothing for so long is cut off: its requests would hold the engine on the device for ever."""
+
 log = logging.getLogger(__name__)
 
 
@@ -31,11 +34,18 @@ class Generator(Protocol):
 class DataPlane:
     """Serves stubs: every Submit passes the gate, runs in the engine, and ends in a finished Output or one Failed."""
 
-    def __init__(self, engine: Generator, gate: Gate, parse: Callable[[str, bool], Any]) -> None:
+    def __init__(
+        self,
+        engine: Generator,
+        gate: Gate,
+        parse: Callable[[str, bool], Any],
+        stall_timeout_s: float = STALL_TIMEOUT_S,
+    ) -> None:
         """`parse(sampling_parameters, stream)` returns what the engine takes, or raises TritonSwapError."""
         self.engine = engine
         self.gate = gate
         self.parse = parse
+        self.stall_timeout_s = stall_timeout_s
         self.served = 0
         self._server: asyncio.Server | None = None
         self._path = Path()
@@ -113,11 +123,23 @@ class _Connection:
         """Flush and close."""
         self._flush()
         try:
-            await self._channel.drain()
+            await self._drain()
         except PeerGone:
             return  # it does not want the rest
         finally:
             self._channel.close()
+
+    async def _drain(self) -> None:
+        """Wait until the stub has taken enough. Raises PeerGone, also for a stub that is cut off since it does not."""
+        try:
+            await self._channel.drain(self._plane.stall_timeout_s)
+        except TimeoutError as error:
+            log.warning(
+                "stub %d took nothing for %g s: it is cut off, %d requests aborted",
+                self._channel.pid, self._plane.stall_timeout_s, len(self._tasks),
+            )  # fmt: skip
+            self._channel.abort()
+            raise PeerGone("the stub does not read") from error
 
     async def _request(self, submit: Submit) -> None:
         try:
@@ -127,7 +149,7 @@ class _Connection:
                 async with aclosing(self._plane.engine.generate(submit.id, submit.prompt, params)) as outputs:  # type: ignore[type-var]
                     async for output in outputs:
                         self._post(output)
-                        await self._channel.drain()  # a slow stub slows its own requests only; vLLM merges deltas
+                        await self._drain()  # a slow stub slows its own requests only; vLLM merges deltas
             finally:
                 self._plane.served += 1
                 self._plane.gate.leave()

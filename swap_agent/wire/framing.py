@@ -102,16 +102,23 @@ class AsyncChannel(Generic[T]):
         if not self._writer.is_closing():
             self._writer.write(encode(message))
 
-    async def drain(self) -> None:
-        """Wait until the peer has taken enough of what was queued. Raises PeerGone."""
+    async def drain(self, timeout_s: float | None = None) -> None:
+        """Wait until the peer has taken enough of what was queued. Raises PeerGone, TimeoutError."""
         try:
-            await self._writer.drain()
+            if self._writer.transport.get_write_buffer_size() == 0:
+                await self._writer.drain()  # does not wait, but raises what ended the connection
+            else:
+                await asyncio.wait_for(self._writer.drain(), timeout_s)
         except ConnectionError as error:
             raise PeerGone("the connection was closed") from error
 
     def close(self) -> None:
         """Close the connection; idempotent."""
         self._writer.close()
+
+    def abort(self) -> None:
+        """Close the connection without sending what is queued."""
+        self._writer.transport.abort()
 
     async def closed(self) -> None:
         """Close the connection and return when it is closed."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from scene import LLAMA, MODELS, QWEN, REFERENCE_TOKENS, Reference
 
-from loadtest.baseline import REFERENCE_WORKER, Job, run_baseline
+from loadtest.baseline import Job, run_baseline
 from loadtest.clients import Client
 from loadtest.models import MODELS_DIR
 from loadtest.prompts import Prompts
@@ -30,7 +30,7 @@ def references() -> dict[str, Reference]:
     found = {}
     for model in (LLAMA, QWEN):
         prompt = Prompts(MODELS_DIR / model, seed=64).next(300)
-        job = Job(str(REPOSITORY / model / "1"), 1 << 28, REFERENCE_WORKER, (Round((prompt,), REFERENCE_TOKENS),))
+        job = Job(str(REPOSITORY / model / "1"), 1 << 28, True, (Round((prompt,), REFERENCE_TOKENS),))
         _, (outcome,) = run_baseline(job, Path(f"out/test-reference-{model}.log"))
         found[model] = Reference(prompt, outcome.answers[0])
     return found

@@ -28,13 +28,12 @@ PROMPTS = [prompt(seed) for seed in range(3)]
 
 REFERENCE = """
 import asyncio, json, sys
-from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.sampling_params import RequestOutputKind, SamplingParams
-from vllm.v1.engine.async_llm import AsyncLLM
+from vllm_engine.reference import reference_engine
 
 async def answer():
     arguments, prompts = json.loads(sys.argv[1])
-    llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments, worker_cls="vllm_engine.reference.ReferenceWorker"))
+    llm = reference_engine(**arguments)
     params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY)
     answers = []
     for number, prompt in enumerate(prompts):

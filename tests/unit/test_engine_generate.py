@@ -32,6 +32,9 @@ class ScriptedEngine:
         self.running.add(prompt)
         words = prompt.split()
         try:
+            while prompt == "endless":
+                yield Output(request, [Sequence("w" * 10_000, None, 1)], 1, False)
+                await asyncio.sleep(0)
             for number, word in enumerate(words):
                 async with self.turn:
                     await self.turn.wait()
@@ -52,7 +55,7 @@ class Setup:
         self.changes: list[tuple[int, int]] = []
         self.engine = ScriptedEngine()
         self.gate = Gate("m/1#0", 8, 60.0, lambda: self.changes.append((self.gate.in_flight, self.gate.waiting)))
-        self.plane = DataPlane(self.engine, self.gate, self.parse)
+        self.plane = DataPlane(self.engine, self.gate, self.parse, stall_timeout_s=0.2)
         self.path = path
 
     @staticmethod
@@ -131,6 +134,19 @@ async def test_a_lost_stub_aborts_its_requests_and_no_others(setup: Setup) -> No
     lost.close()
     await setup.until(lambda: (setup.gate.in_flight, setup.gate.waiting) == (1, 0))
     assert setup.engine.running == {"x y"}
+    other.close()
+
+
+async def test_a_stub_that_stops_reading_is_cut_off_and_no_other(setup: Setup) -> None:
+    stalled, other = await setup.connect(), await setup.connect()
+    other.send(Submit(1, "x y", "", True))
+    stalled.send(Submit(1, "endless", "", True))
+    await setup.until(lambda: setup.gate.in_flight == 2)
+    await setup.until(lambda: setup.gate.in_flight == 1)
+    assert setup.engine.aborted == ["endless"]
+    await setup.engine.step()
+    assert [item.id for item in (await other.receive()).items] == [1]
+    stalled.close()
     other.close()
 
 
