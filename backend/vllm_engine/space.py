@@ -57,7 +57,8 @@ class Space:
         for position, fd in enumerate(fds):
             mapping.map_file(fd, start + position * self.frame_bytes, self.frame_bytes)
             self._mapped[region].add(first + position)
-        mapping.populate(start, len(fds) * self.frame_bytes, allocate=False)
+        if region != "kv":  # of a KV cache, the next request touches a few blocks only
+            mapping.touch(start, len(fds) * self.frame_bytes)
 
     def is_mapped(self, region: Region) -> bool:
         """True when every frame of the region is mapped."""

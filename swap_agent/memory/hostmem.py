@@ -22,7 +22,7 @@ class HostMemory:
             os.ftruncate(self.fd, size_bytes)
             self._address = mapping.reserve(size_bytes)
             mapping.map_file(self.fd, self._address, size_bytes)
-            mapping.populate(self._address, size_bytes, allocate=True)
+            mapping.populate(self._address, size_bytes)
         except OSError as error:
             os.close(self.fd)
             raise OutOfFrames(f"the machine has no {size_bytes} bytes left for {name}: {error.strerror}") from error
