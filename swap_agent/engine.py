@@ -44,7 +44,6 @@ class Engine:
     process: EngineProcess | None = None
     host: AsyncChannel[wire.FromStub | wire.FromHost] | None = None
     rank: RankLink | None = None
-    """Files that a killed engine leaves behind."""
     ready: bool = False
     stopping: bool = False
     failure: str = ""

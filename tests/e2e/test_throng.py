@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from loadtest.clients import Client
 from loadtest.models import MODELS_DIR
 from loadtest.prompts import Prompts
+from loadtest.rounds import Answer
 from loadtest.server import Server
 
 REQUESTS = 200
@@ -37,6 +38,15 @@ def tensors(prompt: str, max_tokens: int) -> list[grpc_aio.InferInput]:
         tensor.set_data_from_numpy(np.array([value], dtype=np.bool_ if value is True else np.object_))
         made.append(tensor)
     return made
+
+
+async def occupy(server: Server, client: Client, prompts: dict[str, Prompts]) -> asyncio.Task[Answer]:
+    """Have qwen answer for seconds, so that requests for llama have to wait for its memory."""
+    await client.stream(QWEN, prompts[QWEN].next(16), 1)
+    assert server.model(LLAMA)["state"] == "SWAPPED"
+    long = asyncio.create_task(client.stream(QWEN, prompts[QWEN].next(16), 150))
+    await until(lambda: server.model(QWEN)["in_flight"] == 1)
+    return long
 
 
 async def test_200_requests_at_once_lose_nothing(server: Server, prompts: dict[str, Prompts]) -> None:
@@ -81,11 +91,8 @@ async def test_who_gives_up_while_waiting_for_a_swap_leaves_nothing_behind(
 ) -> None:
     """Twice: by cancelling the call, and by vanishing with its connection."""
     for way in ("cancel", "vanish"):
-        await client.stream(QWEN, prompts[QWEN].next(16), 1)
-        assert server.model(LLAMA)["state"] == "SWAPPED"
+        long = await occupy(server, client, prompts)
         swaps_in = server.model(LLAMA)["swaps_in"]
-        long = asyncio.create_task(client.stream(QWEN, prompts[QWEN].next(16), 150))
-        await until(lambda: server.model(QWEN)["in_flight"] == 1)
 
         async def requests() -> AsyncIterator[dict[str, Any]]:
             yield {"model_name": LLAMA, "inputs": tensors(prompts[LLAMA].next(16), 4)}
@@ -108,3 +115,18 @@ async def test_who_gives_up_while_waiting_for_a_swap_leaves_nothing_behind(
         entry = server.model(LLAMA)
         assert (entry["state"], entry["swaps_in"], entry["in_flight"]) == ("SWAPPED", swaps_in, 0)
         assert server.model(QWEN)["state"] == "RESIDENT"
+
+
+async def test_an_http_client_that_vanished_while_waiting_is_noticed_at_the_first_token(
+    server: Server, client: Client, prompts: dict[str, Prompts]
+) -> None:
+    """tritonserver tells nobody before it has something to write (docs/triton-contract.md)."""
+    long = await occupy(server, client, prompts)
+    waiting = asyncio.create_task(client.generate_stream(LLAMA, prompts[LLAMA].next(16), 3000))
+    await until(lambda: server.model(LLAMA)["waiting"] == 1)
+    waiting.cancel()
+    assert (await long).output_tokens == 150
+    await until(lambda: server.model(LLAMA)["state"] == "RESIDENT" and server.model(LLAMA)["in_flight"] == 0)
+    assert server.model(LLAMA)["waiting"] == 0
+    answer = await client.generate(LLAMA, prompts[LLAMA].next(16), 4)
+    assert answer.output_tokens == 4
