@@ -31,7 +31,7 @@ class Story:
     async def on_request(self) -> None:
         """Requests over gRPC and HTTP bring models in; who has to leave is the one that was idle longest."""
         self._console.rule("a request brings a model back; idle ones make room", align="left")
-        table = Table("model", "through", "was", "first token", "swapped in", "left the device", "answer", box=None)
+        table = Table("model", "through", "was", "first token", "swapped in", "made room", "answer", box=None)
         first, second = self._large
         for model, protocol, ask in (
             (self._small, "gRPC stream", self._client.stream),
@@ -130,6 +130,7 @@ def _what_happened(
 ) -> tuple[str, str, str, str]:
     swap = after[model]["last_swap_in"] if after[model]["swaps_in"] > before[model]["swaps_in"] else None
     moved = f"{swap['bytes'] / 1e6:.0f} MB in {swap['seconds']:.2f} s" if swap else "-"
-    left = [name for name in before if before[name]["device_bytes"] and not after[name]["device_bytes"]]
+    gave = {name: before[name]["device_bytes"] - after[name]["device_bytes"] for name in before}
+    room = ", ".join(f"{name}: {bytes_ / 1e6:.0f} MB" for name, bytes_ in gave.items() if bytes_ > 0)
     text = " ".join(answer.text.split())
-    return f"{answer.ttft_s:.2f} s", moved, ", ".join(left) or "-", text[:40]
+    return f"{answer.ttft_s:.2f} s", moved, room or "-", text[:40]

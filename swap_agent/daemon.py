@@ -179,7 +179,7 @@ class Agent:
             case ev.Drain():
                 self._send(engine, wire.Drain(action.epoch, action.wait))
             case ev.SwapOut():
-                self._spawn(self._swap_out(engine, action.epoch))
+                self._spawn(self._swap_out(engine, action.epoch, action.keep_frames))
             case ev.SwapIn():
                 self._spawn(self._swap_in(engine, action.epoch))
 
@@ -194,12 +194,13 @@ class Agent:
         if engine.host:
             engine.host.send(message)
 
-    async def _swap_out(self, engine: Engine, epoch: int) -> None:
+    async def _swap_out(self, engine: Engine, epoch: int, keep_frames: int) -> None:
         async def order() -> None:
             assert engine.rank is not None
             acked = self._host_ack(engine, epoch, wire.SwappedOut)
-            self._send(engine, wire.SwapOut(epoch))
-            await asyncio.to_thread(engine.rank.swap_out, epoch)
+            keep = engine.rank.space.plan_keep(keep_frames)
+            self._send(engine, wire.SwapOut(epoch, keep))
+            await asyncio.to_thread(engine.rank.swap_out, epoch, keep)
             await asyncio.wait_for(acked, ACK_TIMEOUT_S)
             engine.swaps_out += 1
             self.post(ev.SwappedOut(time.monotonic(), engine.spec.replica, epoch))
@@ -475,7 +476,8 @@ class Agent:
         """Return when the replica is parked or, with `purge`, when its engine and mirror are gone."""
         self.post(ev.UnloadWanted(time.monotonic(), replica, purge))
         wanted = frozenset({State.COLD, State.FAILED}) if purge else _PARKED
-        while self.replica(replica).state not in wanted and not self.replica(replica).load_wanted:
+        record = self.replica(replica)
+        while (record.unload_wanted or record.state not in wanted) and not record.load_wanted:
             await self._changed.wait()
 
     def trim(self) -> int:

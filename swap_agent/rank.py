@@ -7,7 +7,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from swap_agent.errors import PeerGone, ProtocolError, TritonSwapError, Unavailable
 from swap_agent.memory.device import Frame
@@ -89,29 +89,33 @@ class RankLink:
         else:
             self.channel.send(wire.Mirrored(self.weights_bytes))
 
-    def swap_out(self, epoch: int) -> None:
-        """Wait until the rank has unmapped, then take its frames back. Raises Unavailable when it does not answer."""
+    def swap_out(self, epoch: int, keep: Mapping[wire.Region, int]) -> None:
+        """Wait until the rank has unmapped, then take its frames back but for `keep`.
+
+        Raises Unavailable when it does not answer.
+        """
         self._await(wire.Unmapped, epoch)
-        self.space.take_back()
+        self.space.take_back(keep)
 
     def swap_in(self, epoch: int) -> SwapIn:
-        """Take frames, send them, fill them while the rank maps. Raises OutOfFrames, PeerGone, Unavailable."""
+        """Take missing frames, send them, fill them while the rank maps. Raises OutOfFrames, PeerGone, Unavailable."""
         started_s = time.monotonic()
-        regions, dirty = self.space.grant()
-        for region, frames in regions.items():
-            self._send_grants(epoch, region, frames)
-        figures = self.space.fill(dirty, started_s)
+        held = self.space.grant()
+        for region, first in held.items():
+            self._send_grants(epoch, region, self.space.frames[region], first)
+        figures = self.space.fill(held, started_s)
         self.channel.send(wire.Filled(epoch))
         self._await(wire.Mapped, epoch)
         return figures
 
-    def _send_grants(self, epoch: int, region: wire.Region, frames: list[Frame]) -> None:
-        for first in range(0, len(frames), FDS_PER_MESSAGE):
+    def _send_grants(self, epoch: int, region: wire.Region, frames: list[Frame], first: int = 0) -> None:
+        """Send the frames of a region from number `first` on."""
+        for start in range(first, len(frames), FDS_PER_MESSAGE):
             fds: list[int] = []
             try:
-                for frame in frames[first : first + FDS_PER_MESSAGE]:
+                for frame in frames[start : start + FDS_PER_MESSAGE]:
                     fds.append(frame.export())
-                self.channel.send(wire.Grant(epoch, region, first, len(fds)), fds)
+                self.channel.send(wire.Grant(epoch, region, start, len(fds)), fds)
             finally:
                 for fd in fds:
                     os.close(fd)

@@ -7,7 +7,7 @@ Tried on vLLM 0.32.0. Beyond the public `AsyncLLM` it uses `engine_core.pause_sc
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, NamedTuple
 
 from vllm.platforms import current_platform
@@ -16,7 +16,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from swap_agent.errors import TritonSwapError, Unavailable, Unsupported
-from swap_agent.wire.messages import Output, Sequence
+from swap_agent.wire.messages import Output, Region, Sequence
 from vllm_engine.executor import compute_threads
 from vllm_engine.sampling import CLIENT_ERRORS, InvalidRequest
 
@@ -92,12 +92,12 @@ class Engine:
         except CLIENT_ERRORS as error:
             raise InvalidRequest(str(error)) from error
 
-    async def swap_out(self, epoch: int) -> SwapOutTimes:
-        """Pause, forget the KV cache, and have every rank unmap. Call it when nothing is in flight."""
+    async def swap_out(self, epoch: int, keep: Mapping[Region, int]) -> SwapOutTimes:
+        """Pause, forget the KV cache, and have every rank unmap all but `keep`. Call it when nothing is in flight."""
         begin = time.monotonic()
         await self._llm.engine_core.pause_scheduler_async(mode="wait", clear_cache=True)
         paused = time.monotonic()
-        await self._llm.collective_rpc("swap_out", RPC_TIMEOUT_S, (epoch,))
+        await self._llm.collective_rpc("swap_out", RPC_TIMEOUT_S, (epoch, dict(keep)))
         return SwapOutTimes(paused - begin, time.monotonic() - paused)
 
     async def swap_in(self, epoch: int) -> SwapInTimes:

@@ -173,7 +173,7 @@ class Host:
                 self._gate.close()
                 self._start(message.epoch, self._drain(message.epoch))
             case wire.SwapOut():
-                self._start(message.epoch, self._swap_out(message.epoch))
+                self._start(message.epoch, self._swap_out(message))
             case wire.SwapIn():
                 self._start(message.epoch, self._swap_in(message.epoch))
             case wire.RefuseWaiting():
@@ -199,12 +199,12 @@ class Host:
         await self._gate.idle()
         self._channel.send(wire.Drained(epoch))
 
-    async def _swap_out(self, epoch: int) -> None:
+    async def _swap_out(self, order: wire.SwapOut) -> None:
         if self._gate.is_open or self._gate.in_flight:
             raise ProtocolError("SwapOut before Drained")
-        times = await self._engine.swap_out(epoch)
-        self._channel.send(wire.SwappedOut(epoch))
-        log.info("swapped out, epoch %d: pause %.4f s, ranks %.4f s", epoch, *times)
+        times = await self._engine.swap_out(order.epoch, order.keep)
+        self._channel.send(wire.SwappedOut(order.epoch))
+        log.info("swapped out, epoch %d: pause %.4f s, ranks %.4f s", order.epoch, *times)
 
     async def _swap_in(self, epoch: int) -> None:
         times = await self._engine.swap_in(epoch)

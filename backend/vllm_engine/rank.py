@@ -125,7 +125,8 @@ class RankConnection:
             try:
                 match message:
                     case wire.Grant() if message.epoch == epoch and message.count == len(fds) > 0:
-                        space.map(message.region, message.first, fds)
+                        # Of a KV cache that comes back, the next request uses a few blocks only.
+                        space.map(message.region, message.first, fds, touch=epoch == 0 or message.region != "kv")
                     case wire.Refused():
                         raise Refusal(message.code, message.message)
                     case _:

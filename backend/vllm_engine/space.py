@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Mapping
 
 from swap_agent.errors import ProtocolError, TritonSwapError
 from swap_agent.memory import mapping
@@ -43,9 +44,10 @@ class Space:
         """Where the region begins. Raises KeyError when it is not reserved."""
         return self._addresses[region]
 
-    def map(self, region: Region, first: int, fds: list[int]) -> None:
+    def map(self, region: Region, first: int, fds: list[int], *, touch: bool = True) -> None:
         """Map frames `first`… of `region`, one descriptor each; the caller still owns the descriptors.
 
+        `touch`: map their pages as well, now rather than at their first use.
         Raises ProtocolError when they do not fit or are mapped already, OSError.
         """
         indices = range(first, first + len(fds))
@@ -57,19 +59,22 @@ class Space:
         for position, fd in enumerate(fds):
             mapping.map_file(fd, start + position * self.frame_bytes, self.frame_bytes)
             self._mapped[region].add(first + position)
-        if region != "kv":  # of a KV cache, the next request touches a few blocks only
+        if touch:
             mapping.touch(start, len(fds) * self.frame_bytes)
 
     def is_mapped(self, region: Region) -> bool:
         """True when every frame of the region is mapped."""
         return len(self._mapped[region]) == self._frames[region]
 
-    def unmap(self) -> None:
-        """Take every frame out of every region; the addresses stay reserved. Raises OSError."""
+    def unmap(self, keep: Mapping[Region, int]) -> None:
+        """Take all frames of every region but the first `keep` out; the addresses stay reserved. Raises OSError."""
         for region, address in self._addresses.items():
-            if self._mapped[region]:
-                mapping.vacate(address, self._frames[region] * self.frame_bytes)
-                self._mapped[region].clear()
+            first = keep.get(region, 0)
+            gone = {frame for frame in self._mapped[region] if frame >= first}
+            if gone:
+                size = (self._frames[region] - first) * self.frame_bytes
+                mapping.vacate(address + first * self.frame_bytes, size)
+                self._mapped[region] -= gone
 
     def buffer(self, region: Region, offset: int, size: int) -> ctypes.Array[ctypes.c_char]:
         """`size` bytes at `offset` of the region. It owns nothing: using it while frames are not mapped is a fault."""

@@ -13,6 +13,7 @@ import torch
 from vllm.platforms import current_platform
 
 from swap_agent.errors import InvalidModel, TritonSwapError, Unsupported
+from swap_agent.wire.messages import Region
 from vllm_engine import kv_cache, linear, rehome
 from vllm_engine.rank import Endpoint, RankConnection
 from vllm_engine.space import Space
@@ -77,16 +78,14 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
                 super().initialize_from_config(kv_cache_config)
             hook.check_all_replaced()
 
-    def swap_out(self, epoch: int) -> None:
-        """Take every frame out of the address space and acknowledge. Nothing may run on the space after this."""
-        if not self._resident:
-            raise TritonSwapError("swapped out twice")
+    def swap_out(self, epoch: int, keep: dict[Region, int]) -> None:
+        """Take all frames but `keep` out of the address space and acknowledge. Nothing may run on it after this."""
         self._resident = False
-        self._space.unmap()
+        self._space.unmap(keep)
         self._agent.unmapped(epoch)
 
     def swap_in(self, epoch: int) -> tuple[float, float]:
-        """Map the frames granted for `epoch` and wait until they are filled. Returns the seconds of each part."""
+        """Map what was missing, granted for `epoch`, and wait until it is filled. Returns seconds of each part."""
         if self._resident:
             raise TritonSwapError("swapped in twice")
         times = self._agent.swap_in(self._space, epoch)

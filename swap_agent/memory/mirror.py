@@ -27,29 +27,30 @@ class Image:
             raise ValueError("an empty image has no bytes")
         return self._memory.bytes
 
-    def save(self, device: DeviceMemory, frames: list[Frame], during: During) -> None:
-        """Copy from the frames."""
-        for index in range(self._frames(device)):
+    def save(self, device: DeviceMemory, frames: list[Frame], during: During, first: int = 0) -> None:
+        """Copy from the frames of the region, from number `first` on."""
+        for index in range(first, self._frames(device)):
             device.copy_out(frames[index], self._part(device, index), self.region, during)
 
-    def restore(self, device: DeviceMemory, frames: list[Frame]) -> None:
-        """Copy to the frames, and set to zero what lies beyond the image in the last of them.
+    def restore(self, device: DeviceMemory, frames: list[Frame], first: int = 0) -> int:
+        """Copy to the frames of the region, from number `first` on, and set to zero what lies beyond the image.
 
-        With several threads: one core alone does not saturate the memory of a machine.
+        With several threads: one core alone does not saturate the memory of a machine. Returns the bytes copied.
         """
         used = self._frames(device)
 
-        def every_nth(first: int) -> None:
-            for index in range(first, used, COPY_THREADS):
+        def every_nth(start: int) -> None:
+            for index in range(first + start, used, COPY_THREADS):
                 device.copy_in(frames[index], self._part(device, index), self.region, "swap_in")
 
         with ThreadPoolExecutor(COPY_THREADS) as threads:
             for _ in threads.map(every_nth, range(COPY_THREADS)):
                 pass  # raises what a thread raised
-        if tail := self.size_bytes % device.frame_bytes:
+        if first < used and (tail := self.size_bytes % device.frame_bytes):
             device.zero(frames[used - 1], tail)
-        for frame in frames[used:]:
+        for frame in frames[max(first, used) :]:
             device.zero(frame)
+        return max(0, self.size_bytes - first * device.frame_bytes)
 
     def resident_bytes(self) -> int:
         """Memory that the image occupies."""

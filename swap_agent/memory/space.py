@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from swap_agent.memory.device import Frame
@@ -13,6 +13,8 @@ from swap_agent.wire.messages import Region
 
 REGIONS: tuple[Region, ...] = ("weights", "state", "kv")
 """In the order in which regions are granted."""
+_KEEP_ORDER: tuple[Region, ...] = ("state", "weights", "kv")
+"""What stays longest comes first: state is copied when it goes, weights when they come back, a KV cache never."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class RankSpace:
     sizes_frames: dict[Region, int] = field(default_factory=dict)
     mirror: Image | None = None
     staging: Image | None = None
+    _dirty: set[Frame] = field(default_factory=set)
+    """New frames of the swap-in under way that hold somebody else's bytes."""
 
     @property
     def device_bytes(self) -> int:
@@ -67,51 +71,61 @@ class RankSpace:
         self.mirror.save(self.pool.device, self.frames["weights"], "mirror")
         self.staging = Image("triton-swap-staging", "state", state_bytes)
 
-    def take_back(self) -> None:
-        """After the rank unmapped: keep the state, return every frame. Weights are not copied; KV is dropped."""
-        if self.staging:
-            self.staging.save(self.pool.device, self.frames["state"], "swap_out")
-        self._return_frames(recycle=True)
+    def plan_keep(self, frames: int) -> dict[Region, int]:
+        """How many frames of each region stay when the rank keeps `frames` of all it holds: the first of each."""
+        keep: dict[Region, int] = {}
+        for region in _KEEP_ORDER:
+            keep[region] = min(frames, len(self.frames.get(region, ())))
+            frames -= keep[region]
+        return keep
 
-    def grant(self) -> tuple[dict[Region, list[Frame]], int]:
-        """Swap-in: take frames for every region; returns them and how many are dirty, counted in granting order.
+    def take_back(self, keep: Mapping[Region, int]) -> None:
+        """After the rank unmapped all but `keep`: save the state that goes, return the frames that go.
+
+        Weights are not copied; KV is dropped.
+        """
+        if self.staging:
+            self.staging.save(self.pool.device, self.frames["state"], "swap_out", first=keep.get("state", 0))
+        for region, frames in self.frames.items():
+            kept = keep.get(region, 0)
+            self.pool.give_back(self.holder, frames[kept:])
+            del frames[kept:]
+
+    def grant(self) -> dict[Region, int]:
+        """Swap-in: take the frames that are missing. Returns by region how many were there: the rest is new.
 
         Raises OutOfFrames.
         """
-        frames, dirty = self.pool.grant(self.holder, sum(self.sizes_frames.values()))
-        rest = iter(frames)
-        self.frames = {
-            region: [next(rest) for _ in range(self.sizes_frames[region])]
-            for region in REGIONS
-            if region in self.sizes_frames
-        }
-        return self.frames, dirty
+        held: dict[Region, int] = {region: len(self.frames.get(region, ())) for region in self.sizes_frames}
+        new, dirty = self.pool.grant(self.holder, sum(self.sizes_frames.values()) - sum(held.values()))
+        self._dirty = set(new[:dirty])
+        rest = iter(new)
+        for region in REGIONS:
+            missing = self.sizes_frames.get(region, 0) - held.get(region, 0)
+            self.frames.setdefault(region, []).extend(next(rest) for _ in range(missing))
+        return held
 
-    def fill(self, dirty: int, started_s: float, clock: Callable[[], float] = time.monotonic) -> SwapIn:
-        """Swap-in: KV to zero, weights from the mirror, state from the staging."""
+    def fill(self, held: Mapping[Region, int], started_s: float, clock: Callable[[], float] = time.monotonic) -> SwapIn:
+        """Swap-in: set what is new beside `held`. KV to zero, weights from the mirror, state from the staging."""
         device = self.pool.device
-        before = sum(len(self.frames[region]) for region in REGIONS[:2] if region in self.frames)
-        for frame in self.frames.get("kv", [])[: max(0, dirty - before)]:
-            device.zero(frame)
+        for frame in self.frames["kv"][held.get("kv", 0) :]:
+            if frame in self._dirty:
+                device.zero(frame)
         first_copy_s = clock()
         copied = 0
         for image in (self.mirror, self.staging):
             if image:
-                image.restore(device, self.frames[image.region])
-                copied += image.size_bytes
+                copied += image.restore(device, self.frames[image.region], first=held[image.region])
         now_s = clock()
         return SwapIn(seconds=now_s - started_s, copy_seconds=now_s - first_copy_s, bytes=copied)
 
     def lost(self) -> None:
         """The rank's process is gone: release its frames, mirror and staging. Its frames are not recycled."""
-        self._return_frames(recycle=False)
+        for frames in self.frames.values():
+            self.pool.give_back(self.holder, frames, recycle=False)
+        self.frames = {}
         for image in (self.mirror, self.staging):
             if image:
                 image.close()
         self.mirror = self.staging = None
         self.sizes_frames = {}
-
-    def _return_frames(self, *, recycle: bool) -> None:
-        for frames in self.frames.values():
-            self.pool.give_back(self.holder, frames, recycle=recycle)
-        self.frames = {}

@@ -1,8 +1,9 @@
 """The decision tree: `Coordinator.on_event(event) -> actions`, pure and synchronous.
 
-Activations are served first come, first served. Room is made by swapping out idle models, least recently used first.
-When no idle model is left and the head of the queue has waited `TURN_S`, busy models take turns: the one that has been
-resident longest drains. A model is swapped whole. One engine starts at a time.
+Activations are served first come, first served. Idle memory is a cache: a model keeps its frames until somebody needs
+them, and then loses as many as are needed: first idle models, least recently used first. When none is left and the head
+of the queue has waited `TURN_S`, busy models take turns: the one that has been resident longest drains. One engine
+starts at a time.
 """
 
 from __future__ import annotations
@@ -95,18 +96,20 @@ class Coordinator:
     def _drained(self, replica: Replica, event: ev.Drained) -> None:
         if event.epoch == replica.epoch and replica.state is State.DRAINING:
             replica.move(State.SWAPPING_OUT)
-            self._actions.append(ev.SwapOut(replica.name, replica.epoch))
+            self._actions.append(ev.SwapOut(replica.name, replica.epoch, replica.keep_frames))
 
     def _drain_refused(self, replica: Replica, event: ev.DrainRefused) -> None:
         if event.epoch == replica.epoch and replica.state is State.DRAINING:
             replica.move(State.RESIDENT)
             replica.in_flight = max(replica.in_flight, 1)
+            if replica.load_wanted:
+                replica.load_wanted = False
+                self._actions.append(ev.Activated(replica.name))
 
     def _swapped_out(self, replica: Replica, event: ev.SwappedOut) -> None:
         if event.epoch == replica.epoch and replica.state is State.SWAPPING_OUT:
             replica.move(State.SWAPPED)
-            replica.reserved_frames = 0
-            replica.unload_wanted = False
+            replica.reserved_frames = replica.keep_frames
 
     def _swapped_in(self, replica: Replica, event: ev.SwappedIn) -> None:
         if event.epoch == replica.epoch and replica.state is State.SWAPPING_IN:
@@ -137,7 +140,9 @@ class Coordinator:
 
     def _follow_wishes(self, replica: Replica, now_s: float) -> None:
         if replica.unload_wanted and replica.state is State.RESIDENT:
-            self._drain(replica, wait=True, reason="unload")
+            self._drain(replica, 0, wait=True, reason="unload")
+        elif replica.unload_wanted and replica.state is State.SWAPPED and replica.reserved_frames:
+            self._release(replica, 0)
         elif replica.unload_wanted and replica.state in (State.SWAPPED, State.COLD, State.FAILED):
             replica.unload_wanted = False
         if replica.purge_wanted and not replica.unload_wanted and not replica.stopping:
@@ -150,18 +155,25 @@ class Coordinator:
                     replica.move(State.COLD)
 
     def _expire(self, replica: Replica, now_s: float) -> None:
-        if (
-            replica.state is State.RESIDENT
-            and replica.idle
-            and replica.keep_alive_s is not None
-            and now_s - replica.idle_since_s >= replica.keep_alive_s
-        ):
-            self._drain(replica, wait=False, reason="keep_alive")
+        if replica.keep_alive_s is None or not replica.idle or now_s - replica.idle_since_s < replica.keep_alive_s:
+            return
+        if replica.state is State.RESIDENT:
+            self._drain(replica, 0, wait=False, reason="keep_alive")
+        elif replica.state is State.SWAPPED and replica.reserved_frames and not replica.load_wanted:
+            self._release(replica, 0)
 
-    def _drain(self, replica: Replica, *, wait: bool, reason: str) -> None:
+    def _drain(self, replica: Replica, keep_frames: int, *, wait: bool, reason: str) -> None:
         replica.move(State.DRAINING)
         replica.epoch += 1
+        replica.keep_frames = keep_frames
         self._actions.append(ev.Drain(replica.name, replica.epoch, wait, reason))
+
+    def _release(self, replica: Replica, keep_frames: int) -> None:
+        """Take frames from a model that is SWAPPED already."""
+        replica.move(State.SWAPPING_OUT)
+        replica.epoch += 1
+        replica.keep_frames = keep_frames
+        self._actions.append(ev.SwapOut(replica.name, replica.epoch, keep_frames))
 
     # --- 4. the queue -------------------------------------------------------------------------------------------------
 
@@ -200,6 +212,7 @@ class Coordinator:
         self, replica: Replica, candidates: list[str], since_s: float, blocked: set[str], now_s: float
     ) -> None:
         need = replica.need_frames
+        missing = replica.missing_frames
         able = [device for device in candidates if self.inventory.devices[device].frames >= need]
         if not able:  # 5
             largest = max(self.inventory.devices[device].frames for device in candidates)
@@ -209,7 +222,7 @@ class Coordinator:
             message = f"{replica.name} needs {need} frames; the largest device has {largest}"
             self._actions.append(ev.Refuse(replica.name, message))
             return
-        fitting = [device for device in able if device not in blocked and self.inventory.free_frames(device) >= need]
+        fitting = [device for device in able if device not in blocked and self.inventory.free_frames(device) >= missing]
         if fitting:  # 6
             fullest_first = need > 0
             order: Callable[[str], int] = self.inventory.free_frames
@@ -219,7 +232,7 @@ class Coordinator:
             return
         device = max(able, key=lambda name: self._reclaimable_frames(name, now_s - since_s))  # 7
         if device not in blocked:
-            self._make_room(device, need, since_s, now_s)
+            self._make_room(device, replica, missing, since_s, now_s)
             blocked.add(device)
 
     def _admit(self, replica: Replica, device: str, need: int) -> None:
@@ -250,32 +263,55 @@ class Coordinator:
             replica.reserved_frames += beyond
             self._actions.append(ev.GrantFrames(replica.name, frames))
         else:
-            self._make_room(device, beyond, now_s - TURN_S, now_s)
+            self._make_room(device, replica, beyond, now_s - TURN_S, now_s)
             blocked.add(device)
 
-    def _make_room(self, device: str, need: int, since_s: float, now_s: float) -> None:
-        """Swap out until `need` frames of `device` will be free: idle models first, then, after TURN_S, busy ones."""
+    def _make_room(self, device: str, who: Replica, frames: int, since_s: float, now_s: float) -> None:
+        """Have others give back what `who` lacks, no more: until `frames` frames of `device` will be free."""
         coming = self.inventory.free_frames(device)
-        coming += sum(replica.reserved_frames for replica in self.inventory.on(device) if replica.state in _LEAVING)
-        for victim in self._victims(device, now_s - since_s, now_s):
-            if coming >= need:
+        for other in self.inventory.on(device):
+            if other.stopping:
+                coming += other.reserved_frames
+            elif other.state in _LEAVING:
+                coming += other.reserved_frames - other.keep_frames
+        for victim in self._victims(device, who, now_s - since_s, now_s):
+            if coming >= frames:
                 return
-            coming += victim.reserved_frames
-            self._drain(victim, wait=not victim.idle, reason="eviction" if victim.idle else "turn")
+            # What is reserved beyond the footprint is no memory that could be kept.
+            keep = min(victim.footprint_frames, max(0, victim.reserved_frames - (frames - coming)))
+            coming += victim.reserved_frames - keep
+            if victim.state is State.SWAPPED:
+                self._release(victim, keep)
+            else:
+                self._drain(victim, keep, wait=not victim.idle, reason="eviction" if victim.idle else "turn")
 
-    def _victims(self, device: str, waited_s: float, now_s: float) -> Iterator[Replica]:
-        resident = [replica for replica in self.inventory.on(device) if replica.state is State.RESIDENT]
-        yield from sorted((r for r in resident if r.idle), key=lambda r: r.idle_since_s)
+    def _victims(self, device: str, who: Replica, waited_s: float, now_s: float) -> Iterator[Replica]:
+        """Whose frames to take, in order.
+
+        1. Idle models, resident or not, least recently used first.
+        2. Models that wait behind `who`, the last in the queue first: they cannot run yet.
+        3. After TURN_S busy models, the one resident longest first.
+        """
+        holders = [r for r in self.inventory.on(device) if r is not who and r.reserved_frames]
+        resident = [r for r in holders if r.state is State.RESIDENT]
+        swapped = [r for r in holders if r.state is State.SWAPPED and not r.stopping]
+        idle = [r for r in resident if r.idle] + [r for r in swapped if not r.activation_wanted]
+        yield from sorted(idle, key=lambda r: r.idle_since_s)
+        order = list(self._queue)
+        queued = [r for r in swapped if r.activation_wanted]
+        yield from sorted(queued, key=lambda r: order.index(r.name) if r.name in order else len(order), reverse=True)
         if waited_s >= TURN_S:
             busy = [r for r in resident if not r.idle and now_s - r.resident_since_s >= TURN_S]
             yield from sorted(busy, key=lambda r: r.resident_since_s)
 
     def _reclaimable_frames(self, device: str, waited_s: float) -> int:
-        """Frames of `device` that are free, leaving, or held by models that could be asked to leave now."""
+        """Frames of `device` that are free, leaving, or held by models that could be asked for them now."""
         return self.inventory.free_frames(device) + sum(
             replica.reserved_frames
             for replica in self.inventory.on(device)
-            if replica.state in _LEAVING or (replica.state is State.RESIDENT and (replica.idle or waited_s >= TURN_S))
+            if replica.state in _LEAVING
+            or replica.state is State.SWAPPED
+            or (replica.state is State.RESIDENT and (replica.idle or waited_s >= TURN_S))
         )
 
 

@@ -87,7 +87,7 @@ class DrainRefused(Event):
 
 @dataclass(frozen=True)
 class SwappedOut(Event):
-    """Every rank unmapped and every frame is back."""
+    """Every rank unmapped what it was told to, and those frames are back."""
 
     name: str
     epoch: int
@@ -157,14 +157,15 @@ class Drain(Action):
 
 @dataclass(frozen=True)
 class SwapOut(Action):
-    """Unmap and take the frames back; ends in SwappedOut."""
+    """Unmap and take back all but `keep_frames`; ends in SwappedOut."""
 
     epoch: int
+    keep_frames: int
 
 
 @dataclass(frozen=True)
 class SwapIn(Action):
-    """Grant, fill and map frames; ends in SwappedIn."""
+    """Grant, fill and map what is missing; ends in SwappedIn."""
 
     epoch: int
 

@@ -28,6 +28,8 @@ class Replica:
     """Set while an engine exists; an engine never changes its device."""
     reserved_frames: int = 0
     """Frames of the device set aside for it; above zero only in HOLDS_FRAMES."""
+    keep_frames: int = 0
+    """Frames that stay its own when it is SWAPPED, as last decided."""
     footprint_frames: int = 0
     """Frames that its regions take, summed up while the engine starts."""
     in_flight: int = 0
@@ -56,6 +58,11 @@ class Replica:
     def need_frames(self) -> int:
         """Frames it must have to be resident: its guaranteed request, or what it measured."""
         return max(self.request_frames or 0, self.footprint_frames)
+
+    @property
+    def missing_frames(self) -> int:
+        """Frames that it lacks to be resident."""
+        return max(0, self.need_frames - self.reserved_frames)
 
     def move(self, to: State) -> None:
         """Change the state. Raises BooksDoNotBalance when the table has no such move."""

@@ -17,11 +17,11 @@ class State(Enum):
     DRAINING = "DRAINING"
     """The gate is closing; requests that run finish, new ones wait."""
     SWAPPING_OUT = "SWAPPING_OUT"
-    """The gate is closed; ranks unmap, then their frames return."""
+    """The gate is closed; ranks unmap, then their frames return: all, or as many as somebody needs."""
     SWAPPED = "SWAPPED"
-    """Not runnable: the engine is parked, weights in the mirror."""
+    """Not runnable: the engine is parked, weights in the mirror. What nobody has needed yet is still on the device."""
     SWAPPING_IN = "SWAPPING_IN"
-    """Frames are granted and being filled."""
+    """The missing frames are granted and being filled."""
     FAILED = "FAILED"
     """The engine died or could not start; the reason is kept."""
 
@@ -32,11 +32,11 @@ MOVES: dict[State, frozenset[State]] = {
     State.RESIDENT: frozenset({State.DRAINING, State.FAILED}),
     State.DRAINING: frozenset({State.RESIDENT, State.SWAPPING_OUT, State.FAILED}),
     State.SWAPPING_OUT: frozenset({State.SWAPPED, State.FAILED}),
-    State.SWAPPED: frozenset({State.SWAPPING_IN, State.COLD, State.FAILED}),
+    State.SWAPPED: frozenset({State.SWAPPING_IN, State.SWAPPING_OUT, State.COLD, State.FAILED}),
     State.SWAPPING_IN: frozenset({State.RESIDENT, State.FAILED}),
     State.FAILED: frozenset({State.STARTING, State.COLD}),
 }
 """All legal moves."""
 
-HOLDS_FRAMES = frozenset({State.STARTING, State.RESIDENT, State.DRAINING, State.SWAPPING_OUT, State.SWAPPING_IN})
+HOLDS_FRAMES = frozenset(State) - {State.COLD, State.FAILED}
 """States in which a replica's reserved frames count against its device."""

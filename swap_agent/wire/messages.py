@@ -139,13 +139,18 @@ class DrainRefused(Message, frozen=True):
 
 
 class SwapOut(Message, frozen=True):
-    """After `Drained`: pause the scheduler, reset the prefix cache, have every rank synchronise, unmap and ack."""
+    """After `Drained`: pause the scheduler, reset the prefix cache, have every rank synchronise, unmap and ack.
+
+    Also for an engine that is swapped out already and still holds frames.
+    """
 
     epoch: int
+    keep: dict[Region, int] = {}
+    """Frames of each region that stay mapped, the first ones; what KV they hold is void. Absent: none."""
 
 
 class SwappedOut(Message, frozen=True):
-    """Every rank has unmapped its space."""
+    """Every rank has unmapped what it was told to."""
 
     epoch: int
 
@@ -252,7 +257,7 @@ class RankFailed(Message, frozen=True):
 
 
 class Mapped(Message, frozen=True):
-    """All grants of this epoch are mapped at their addresses, and the rank has closed its copies of the descriptors."""
+    """No frame is missing any more, and the rank has closed its copies of the descriptors."""
 
     epoch: int
 
@@ -264,7 +269,7 @@ class Filled(Message, frozen=True):
 
 
 class Unmapped(Message, frozen=True):
-    """The rank has synchronised and unmapped every frame; it holds no reference to any."""
+    """The rank has synchronised and unmapped every frame but those to keep; it holds no reference to any other."""
 
     epoch: int
 

@@ -32,10 +32,14 @@ class Memory:
         self.addresses: dict[wire.Region, int] = {}
         self.counts: dict[wire.Region, int] = {}
         self.swaps = 0
+        self.held: dict[wire.Region, int] = {}
+        """Frames of each region that are mapped."""
+        self.kept: dict[wire.Region, int] = {}
+        """Of these, the ones that stayed over the last swap-out."""
 
     def take(self, region: wire.Region, epoch: int) -> None:
         """Receive and map the grants of one region."""
-        got = 0
+        got = self.held.get(region, 0)
         while got < self.counts[region]:
             message, fds = self.channel.receive(10)
             if isinstance(message, wire.Refused):
@@ -46,10 +50,12 @@ class Memory:
                 mapping.map_file(fd, self.addresses[region] + got * self.frame_bytes, self.frame_bytes)
                 os.close(fd)
                 got += 1
+        self.held[region] = got
 
     def reserve(self, region: wire.Region, frames: int) -> None:
         self.counts[region] = frames
         self.addresses[region] = mapping.reserve(frames * self.frame_bytes)
+        self.held[region] = 0
         if frames:
             self.channel.send(wire.Reserve(region, frames))
             self.take(region, 0)
@@ -81,20 +87,27 @@ class Memory:
         assert np.array_equal(weights[: self.weights_bytes], self.pattern(self.weights_bytes)), "weights differ"
         assert not weights[self.weights_bytes :].any(), "the tail of the weights is not zero"
         assert int(self.view("state")[:8].view(np.uint64)[0]) == self.swaps, "state differs"
-        assert not self.view("kv").any(), "KV is not zeroed"
+        kept = self.kept.get("kv", 0) * self.frame_bytes
+        assert not self.view("kv")[kept:].any(), "KV is not zeroed"
+        assert (self.view("kv")[:kept] == 0xAB).all(), "kept KV was touched"
 
-    def swap_out(self, epoch: int) -> None:
-        self.swaps += 1
-        self.view("state")[:8].view(np.uint64)[0] = self.swaps
-        self.view("kv").fill(0xAB)
-        for region, count in self.counts.items():
-            if count:
-                mapping.vacate(self.addresses[region], count * self.frame_bytes)
+    def swap_out(self, epoch: int, keep: dict[wire.Region, int]) -> None:
+        if self.held == self.counts:
+            self.swaps += 1
+            self.view("state")[:8].view(np.uint64)[0] = self.swaps
+            self.view("kv").fill(0xAB)
+        for region, count in self.held.items():
+            kept = self.held[region] = keep.get(region, 0)
+            assert kept <= count, f"{region}: {kept} frames to keep, {count} held"
+            if kept < count:
+                start = self.addresses[region] + kept * self.frame_bytes
+                mapping.vacate(start, (count - kept) * self.frame_bytes)
+        self.kept = dict(self.held)
         self.channel.send(wire.Unmapped(epoch))
 
     def swap_in(self, epoch: int) -> None:
         for region, count in self.counts.items():
-            if count:
+            if count > self.held.get(region, 0):
                 self.take(region, epoch)
         self.channel.send(wire.Mapped(epoch))
         message, _ = self.channel.receive(30)
@@ -136,7 +149,7 @@ async def main() -> None:
             case wire.SwapOut():
                 if "no_unmap_ack" in faults:
                     threading.Event().wait()
-                memory.swap_out(message.epoch)
+                memory.swap_out(message.epoch, message.keep)
                 agent.send(wire.SwappedOut(message.epoch))
             case wire.SwapIn():
                 if "dies_in_swap_in" in faults:

@@ -105,13 +105,15 @@ async def test_two_models_take_turns_in_the_same_frames_and_find_every_byte(agen
     weights_bytes = 7 * FRAME_BYTES - 100
     assert device.device_to_host["weights", "mirror"] == weights_bytes
     assert isinstance(await b.attach(frames=10), wire.Attached)
-    assert a.report["state"] == "SWAPPED" and a.report["device_bytes"] == 0
+    assert a.report["state"] == "SWAPPED" and a.report["device_bytes"] == 6 * FRAME_BYTES
     mirrors = device.device_to_host["weights", "mirror"]
     for turn in range(5):
         for stub, other in ((a, b), (b, a)):
+            await agent.unload(stub.replica, purge=False)  # it may hold what the other one had no need of
+            assert stub.report["device_bytes"] == 0
             await agent.load(stub.replica)  # the scripted engine checks weights, state and KV
             assert stub.report["state"] == "RESIDENT" and stub.report["device_bytes"] == 10 * FRAME_BYTES
-            assert other.report["state"] == "SWAPPED" and other.report["device_bytes"] == 0
+            assert other.report["state"] == "SWAPPED" and other.report["device_bytes"] == 6 * FRAME_BYTES
             assert device.resident_bytes() <= 16 * FRAME_BYTES
             assert stub.report["swaps_in"] == turn + 1
     assert device.device_to_host["weights", "mirror"] == mirrors, "a swap-out copies no weights"
@@ -119,6 +121,45 @@ async def test_two_models_take_turns_in_the_same_frames_and_find_every_byte(agen
     assert device.host_to_device["weights", "swap_in"] == 10 * weights_bytes, "a swap-in copies exactly what is missing"
     again = await a.attach(frames=10)
     assert again == first, "the engine is the same process"
+
+
+async def test_idle_memory_is_a_cache_to_the_byte(tmp_path: Path) -> None:
+    """Three models of 100, 80 and 60 frames on a device of 160: each transition moves what is missing, no more."""
+    agent = Agent(config(tmp_path, frames=160))
+    async with agent.started():
+        (pool,) = agent.pools.values()
+        device = pool.device
+        sizes = {"a": 100, "b": 80, "c": 60}
+        stubs = {name: await Stub.connect(agent, name) for name in sizes}
+        for name, frames in sizes.items():
+            assert isinstance(await stubs[name].attach(frames=frames, kv_frames=10), wire.Attached)
+
+        def held() -> dict[str, int]:
+            return {name: int(str(stub.report["device_bytes"])) // FRAME_BYTES for name, stub in stubs.items()}
+
+        def weights_bytes(name: str, missing_frames: int) -> int:
+            """KV goes first (10 frames), then weights from the end, of which the last is not quite full, then state."""
+            missing = min(missing_frames - 10, sizes[name] - 10 - 1)
+            return max(0, missing * FRAME_BYTES - 100)
+
+        assert held() == {"a": 20, "b": 80, "c": 60}
+        moves = (
+            # to be resident: its missing frames, then what everybody holds
+            ("a", 80, {"a": 100, "b": 0, "c": 60}),
+            ("c", 0, {"a": 100, "b": 0, "c": 60}),
+            ("b", 80, {"a": 20, "b": 80, "c": 60}),
+            ("a", 80, {"a": 100, "b": 60, "c": 0}),
+            ("b", 20, {"a": 80, "b": 80, "c": 0}),
+            ("c", 60, {"a": 20, "b": 80, "c": 60}),
+        )
+        for name, missing, after in moves:
+            before = device.host_to_device["weights", "swap_in"], device.device_to_host["weights", "swap_out"]
+            await agent.load(stubs[name].replica)  # the scripted engine checks every byte
+            assert held() == after, name
+            copied = device.host_to_device["weights", "swap_in"] - before[0]
+            assert copied == weights_bytes(name, missing), name
+            assert device.device_to_host["weights", "swap_out"] == before[1] == 0
+            assert pool.granted_frames == sum(after.values()) and device.resident_bytes() <= 160 * FRAME_BYTES
 
 
 async def test_detach_parks_and_attach_brings_the_same_engine_back(agent: Agent) -> None:

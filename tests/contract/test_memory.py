@@ -134,10 +134,10 @@ def test_a_space_comes_back_as_it_went_with_zeroed_kv(pool: FramePool) -> None:
             frame.memory.bytes[:] = 5
     space.make_images(pool.device.frame_bytes + 10, 100)
     for _ in range(3):
-        space.take_back()
+        space.take_back({})
         assert space.device_bytes == 0 and pool.free_frames == FRAMES
-        regions, dirty = space.grant()
-        figures = space.fill(dirty, 0.0, clock=iter((1.0, 3.0)).__next__)
+        figures = space.fill(space.grant(), 0.0, clock=iter((1.0, 3.0)).__next__)
+        regions = space.frames
         assert (figures.seconds, figures.copy_seconds, figures.bytes) == (3.0, 2.0, pool.device.frame_bytes + 110)
         assert (regions["weights"][0].memory.bytes == 5).all()
         assert (regions["weights"][1].memory.bytes[:10] == 5).all()
@@ -147,3 +147,45 @@ def test_a_space_comes_back_as_it_went_with_zeroed_kv(pool: FramePool) -> None:
             assert not frame.memory.bytes.any()
     space.lost()
     assert pool.free_frames == FRAMES and space.mirror_bytes == 0
+
+
+def test_a_space_keeps_what_nobody_needs_and_gets_back_only_what_went(pool: FramePool) -> None:
+    space = RankSpace("a", pool)
+    for region, count in (("weights", 3), ("state", 1), ("kv", 2)):
+        for frame in space.reserve(region, count):  # type: ignore[arg-type]
+            frame.memory.bytes[:] = 5
+    size = 3 * pool.device.frame_bytes - 10
+    space.make_images(size, 100)
+    kept = {region: list(frames) for region, frames in space.frames.items()}
+    saved, copied = 0, 0
+    for keep, weights, state, kv in ((5, 3, 1, 1), (4, 3, 1, 0), (2, 1, 1, 0), (0, 0, 0, 0)):
+        plan = space.plan_keep(keep)
+        assert plan == {"weights": weights, "state": state, "kv": kv}
+        space.take_back(plan)
+        assert pool.held_by("a") == keep
+        assert all(frames == kept[region][: plan[region]] for region, frames in space.frames.items())
+        for frames in space.frames.values():
+            for frame in frames:
+                assert (frame.memory.bytes[:100] == 5).all(), "nobody touches what is kept"
+        saved += 0 if state else 100
+        assert pool.device.device_to_host["state", "swap_out"] == saved
+    other, _ = pool.grant("b", 5)  # poisoned, then of somebody else
+    pool.give_back("b", other)
+    for weights in (3, 2, 0):
+        figures = space.fill(space.grant(), 0.0)
+        missing = size - weights * pool.device.frame_bytes if weights < 3 else size
+        if weights == 3:  # the first round brings back everything
+            missing += 100
+        copied += missing
+        assert figures.bytes == missing
+        for region, valid in (("weights", size), ("state", 100)):
+            content = np.concatenate([frame.memory.bytes for frame in space.frames[region]])  # type: ignore[index]
+            assert (content[:valid] == 5).all() and not content[valid:].any()
+        assert not any(frame.memory.bytes.any() for frame in space.frames["kv"])
+        if weights == 3:
+            space.take_back({"weights": 2, "state": 1})
+        elif weights == 2:
+            space.take_back({"state": 1})
+    assert sum(pool.device.host_to_device.values()) == copied
+    space.lost()
+    assert pool.free_frames == FRAMES

@@ -59,7 +59,7 @@ async def test_ps_shows_what_is_where(server: Server, client: Client, prompts: d
     for model in models.values():
         assert model["mirror_bytes"] >= model["weights_bytes"] > 0
         assert model["residue_bytes"] > 0 and model["in_flight"] == model["waiting"] == 0
-        assert (model["state"] == "RESIDENT") == (model["device_bytes"] > 0)
+        assert model["state"] != "RESIDENT" or model["device_bytes"] > 0
     held = sum(model["device_bytes"] for model in models.values())
     assert held == (device["frames_total"] - device["frames_free"]) * device["frame_bytes"]
     table = subprocess.run(command, capture_output=True, text=True, check=True).stdout

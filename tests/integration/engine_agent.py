@@ -90,30 +90,32 @@ class FakeAgent:
             while True:
                 self.receive(wire.Report, 0.2)
 
-    def swap_out(self, epoch: int) -> None:
-        """Drain, unmap, keep the state, poison the frames."""
+    def swap_out(self, epoch: int, keep: dict[wire.Region, int] | None = None) -> None:
+        """Drain, unmap all frames but `keep`, save the state that goes, poison the frames."""
+        keep = keep or {}
         self.host.send(wire.Drain(epoch, wait=True))
         assert self.receive(wire.Drained) == wire.Drained(epoch)
-        self.host.send(wire.SwapOut(epoch))
+        self.host.send(wire.SwapOut(epoch, keep))
         assert self._ack() == wire.Unmapped(epoch)
         assert self.receive(wire.SwappedOut) == wire.SwappedOut(epoch)
-        self.mirror["state"] = [_read(frame) for frame in self.frames.get("state", [])]
-        for frames in self.frames.values():
-            for frame in frames:
+        self.mirror["state"] = [_read(frame) for frame in self.frames["state"]]
+        for region, frames in self.frames.items():
+            for frame in frames[keep.get(region, 0) :]:
                 _write(frame, b"\xff" * FRAME_BYTES)
                 self.free.append(frame)
-        self.frames.clear()
+            del frames[keep.get(region, 0) :]
 
     def swap_in(self, epoch: int) -> None:
-        """Grant all regions, fill them, have the engine resume."""
+        """Grant what is missing, fill it, have the engine resume."""
         self.host.send(wire.SwapIn(epoch))
         self.free.reverse()
+        held = {region: len(frames) for region, frames in self.frames.items()}
         for region, count in self.sizes.items():
-            self._grant(epoch, region, count)
+            self._grant(epoch, region, count - held[region])
         assert self._ack() == wire.Mapped(epoch)
         for region, frames in self.frames.items():
             contents = self.mirror.get(region, [bytes(FRAME_BYTES)] * len(frames))
-            for frame, content in zip(frames, contents, strict=True):
+            for frame, content in list(zip(frames, contents, strict=True))[held[region] :]:
                 _write(frame, content)
         self.rank.send(wire.Filled(epoch))
         assert self.receive(wire.SwappedIn) == wire.SwappedIn(epoch)
@@ -174,10 +176,11 @@ class FakeAgent:
         frames = [self.free.pop() if self.free else _new_frame() for _ in range(count)]
         for frame in frames if zero else ():
             _write(frame, bytes(FRAME_BYTES))
-        self.frames[region] = frames
-        for first in range(0, count, FDS_PER_MESSAGE):
-            batch = frames[first : first + FDS_PER_MESSAGE]
-            self.rank.send(wire.Grant(epoch, region, first, len(batch)), batch)
+        held = self.frames.setdefault(region, [])
+        for start in range(0, count, FDS_PER_MESSAGE):
+            batch = frames[start : start + FDS_PER_MESSAGE]
+            self.rank.send(wire.Grant(epoch, region, len(held) + start, len(batch)), batch)
+        held += frames
 
 
 class Stub:
@@ -212,11 +215,6 @@ class Stub:
         return list(self.items(self.submit(prompt, sampling_parameters, stream)))
 
 
-def smaps(pid: int) -> str:
-    """The mappings of a process."""
-    return Path(f"/proc/{pid}/smaps").read_text()
-
-
 def resident_bytes(pid: int) -> int:
     """Resident memory of a process."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * mmap.PAGESIZE
@@ -229,6 +227,17 @@ def frame_addresses(pid: int) -> list[int]:
         for line in Path(f"/proc/{pid}/maps").read_text().splitlines()
         if "triton-swap-frame" in line
     ]
+
+
+def resident_frame_bytes(pid: int) -> int:
+    """Resident memory that a process has through mapped frames."""
+    of_frame, total = False, 0
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if not line[0].isupper():  # a mapping; the lines about it begin with a capital letter
+            of_frame = "triton-swap-frame" in line
+        elif of_frame and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
 
 
 def _new_frame() -> int:

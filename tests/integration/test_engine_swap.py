@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_agent import FRAME_BYTES, ROOT, FakeAgent, Stub, frame_addresses, resident_bytes
+from engine_agent import FRAME_BYTES, ROOT, FakeAgent, Stub, frame_addresses, resident_bytes, resident_frame_bytes
 from tiny_llama import make_tiny_llama, prompt
 
 from swap_agent.wire import messages as wire
@@ -137,12 +137,35 @@ def test_answers_addresses_and_memory_over_swaps(
 ) -> None:
     addresses = frame_addresses(agent.worker_pid)
     assert len(addresses) == sum(agent.sizes.values())
-    for _ in range(5):
-        before = resident_bytes(agent.worker_pid)
+    for swap in range(5):
+        before, of_frames = resident_bytes(agent.worker_pid), resident_frame_bytes(agent.worker_pid)
+        if swap:  # of the KV cache, only what was used came back
+            assert of_frames >= (agent.sizes["weights"] + agent.sizes["state"]) * FRAME_BYTES
+        else:
+            assert of_frames == sum(agent.sizes.values()) * FRAME_BYTES
         agent.swap_out(epoch())
         assert frame_addresses(agent.worker_pid) == []
-        fallen = before - resident_bytes(agent.worker_pid)
-        assert fallen == pytest.approx(sum(agent.sizes.values()) * FRAME_BYTES, rel=0.02)
+        assert before - resident_bytes(agent.worker_pid) == pytest.approx(of_frames, rel=0.02)
+        agent.swap_in(epoch())
+        assert frame_addresses(agent.worker_pid) == addresses
+        assert [text(stub.ask(each, GREEDY)) for each in PROMPTS] == reference
+
+
+def test_a_swap_of_a_part_moves_a_part(
+    agent: FakeAgent, stub: Stub, reference: list[str], epoch: Callable[[], int]
+) -> None:
+    """In steps, and on: what is kept stays mapped where it is and is not written again."""
+    addresses = frame_addresses(agent.worker_pid)
+    weights, state = agent.sizes["weights"], agent.sizes["state"]
+    keeps: list[dict[wire.Region, int]] = [
+        {"weights": weights, "state": state, "kv": 3},
+        {"weights": weights // 2, "state": state},
+        {"weights": 1},
+    ]
+    for last in range(len(keeps)):
+        for keep in keeps[: last + 1]:
+            agent.swap_out(epoch(), keep)
+            assert len(frame_addresses(agent.worker_pid)) == sum(keep.values())
         agent.swap_in(epoch())
         assert frame_addresses(agent.worker_pid) == addresses
         assert [text(stub.ask(each, GREEDY)) for each in PROMPTS] == reference

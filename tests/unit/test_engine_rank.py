@@ -110,7 +110,7 @@ def test_a_whole_life_start_and_swap(agent: Any, connect: Any) -> None:
     rank.reserve(space, "state", 0)  # nothing to ask for
     assert space.is_mapped("weights")
     assert rank.loaded([], []) == 3 * FRAME
-    space.unmap()
+    space.unmap({})
     rank.unmapped(3)
     times = rank.swap_in(space, 4)
     assert space.is_mapped("weights")
@@ -124,7 +124,7 @@ def test_a_whole_life_start_and_swap(agent: Any, connect: Any) -> None:
         wire.Unmapped(3),
         wire.Mapped(4),
     ]
-    space.unmap()
+    space.unmap({})
 
 
 def test_a_refusal_keeps_its_code_and_words(agent: Any, connect: Any) -> None:

@@ -35,7 +35,7 @@ class Model(torch.nn.Module):  # type: ignore[misc]
 def space() -> Iterator[Space]:
     space = Space(FRAME)
     yield space
-    space.unmap()
+    space.unmap({})
 
 
 def map_region(space: Space, region: rehome.Region, size: int) -> list[int]:

@@ -44,12 +44,12 @@ def test_frames_appear_at_an_address_that_never_changes(frames: list[int]) -> No
     assert space.address("weights") == address
     assert [space.buffer("weights", index * FRAME, 1).raw for index in range(3)] == [b"\1", b"\2", b"\3"]
 
-    space.unmap()
+    space.unmap({})
     assert mapped_frames() == 0
     assert not space.is_mapped("weights")
     space.map("weights", 0, frames[1:4])  # other frames, same place
     assert [space.buffer("weights", index * FRAME, 1).raw for index in range(3)] == [b"\2", b"\3", b"\4"]
-    space.unmap()
+    space.unmap({})
 
 
 def test_what_is_written_reaches_the_frame(frames: list[int]) -> None:
@@ -58,7 +58,7 @@ def test_what_is_written_reaches_the_frame(frames: list[int]) -> None:
     space.map("kv", 0, frames[:1])
     ctypes.memset(space.buffer("kv", FRAME - 4, 4), 7, 4)
     assert os.pread(frames[0], 4, FRAME - 4) == b"\7" * 4
-    space.unmap()
+    space.unmap({})
 
 
 def test_a_mapping_holds_the_frame_after_its_descriptor_is_closed() -> None:
@@ -69,7 +69,7 @@ def test_a_mapping_holds_the_frame_after_its_descriptor_is_closed() -> None:
     space.map("state", 0, [fd])
     os.close(fd)
     assert mapped_frames() == 1
-    space.unmap()
+    space.unmap({})
     assert mapped_frames() == 0
 
 
@@ -93,7 +93,7 @@ def test_a_frame_granted_twice_is_refused(frames: list[int]) -> None:
     space.map("weights", 0, frames[:2])
     with pytest.raises(ProtocolError, match="granted twice"):
         space.map("weights", 1, frames[2:3])
-    space.unmap()
+    space.unmap({})
 
 
 def test_buffers_stay_inside_of_their_region() -> None:
@@ -109,7 +109,7 @@ def test_an_access_where_nothing_is_mapped_is_a_fault() -> None:
         f"space = Space({FRAME}); space.reserve('weights', 1)\n"
         f"fd = os.memfd_create('triton-swap-frame'); os.truncate(fd, {FRAME})\n"
         "space.map('weights', 0, [fd]); buffer = space.buffer('weights', 0, 1); print(buffer.raw, flush=True)\n"
-        "space.unmap(); buffer.raw\n"
+        "space.unmap({}); buffer.raw\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=30)

@@ -49,6 +49,8 @@ class Machinery:
         name = action.name
         match action:
             case ev.StartEngine():
+                if frames := self.replica(name).request_frames:
+                    self.post(ev.FramesWanted, name, frames)
                 self.post(ev.EngineReady, name)
             case ev.StopEngine():
                 self.post(ev.EngineExited, name, "stopped")
@@ -135,6 +137,63 @@ def test_the_least_recently_used_idle_model_makes_room_and_only_as_many_as_neede
     ]
 
 
+def test_a_victim_loses_only_what_is_needed_and_gets_back_only_that() -> None:
+    machine = machinery(a=100, b=80, c=60)
+    held = lambda: {name: machine.replica(name).reserved_frames for name in "abc"}  # noqa: E731
+    machine.load("a", "b")
+    assert held() == {"a": 80, "b": 80, "c": 0}
+    assert machine.state("a") is State.SWAPPED
+    machine.load("c")  # a is the least recently used, whether it runs or not
+    assert held() == {"a": 20, "b": 80, "c": 60}
+    assert machine.state("b") is State.RESIDENT
+    machine.load("a")
+    assert held() == {"a": 100, "b": 0, "c": 60}
+    assert [type(action) for action in machine.done if action.name == "a"][-2:] == [ev.SwapIn, ev.Activated]
+    machine.load("b")
+    assert held() == {"a": 80, "b": 80, "c": 0}
+    assert machine.state("a") is machine.state("c") is State.SWAPPED
+
+
+def test_who_waits_behind_gives_up_its_frames_last_of_the_idle() -> None:
+    machine = machinery(a=100, b=80, c=60)
+    machine.load("a", "b")  # a keeps 80 of its 100 frames
+    machine.report("b", in_flight=1)
+    machine.post(ev.LoadWanted, "c")
+    assert machine.report("a", waiting=1) == [], "c came first and takes frames of a, which waits behind it"
+    machine.busy["c"] = 1
+    machine.settle()
+    assert (machine.state("c"), machine.replica("a").reserved_frames) == (State.RESIDENT, 20)
+    machine.report("b")
+    machine.settle()
+    assert machine.state("a") is State.RESIDENT
+
+
+def test_keep_alive_and_unload_take_the_rest_as_well() -> None:
+    machine = machinery(a=100, b=80)
+    machine.register("a", 100, keep_alive_s=60)
+    machine.load("a", "b")
+    assert machine.replica("a").reserved_frames == 80
+    assert machine.tick(30) == []
+    (release,) = machine.tick(31)
+    assert release == ev.SwapOut("a", machine.replica("a").epoch, keep_frames=0)
+    machine.settle()
+    assert machine.replica("a").reserved_frames == 0
+    machine.load("a")
+    assert machine.replica("b").reserved_frames == 60
+    machine.post(ev.UnloadWanted, "b", False)
+    machine.settle()
+    assert machine.replica("b").reserved_frames == 0 and not machine.replica("b").unload_wanted
+
+
+def test_an_unload_that_comes_during_an_eviction_takes_the_rest() -> None:
+    machine = machinery(a=100, b=80)
+    machine.load("a")
+    machine.post(ev.LoadWanted, "b")
+    machine.post(ev.UnloadWanted, "a", False)
+    machine.settle()
+    assert machine.replica("a").reserved_frames == 0 and not machine.replica("a").unload_wanted
+
+
 def test_a_victim_that_became_busy_is_spared_for_another() -> None:
     machine = machinery(a=80, b=80, c=80)
     machine.load("a", "b")
@@ -146,6 +205,16 @@ def test_a_victim_that_became_busy_is_spared_for_another() -> None:
     assert machine.state("b") is State.DRAINING
     machine.settle()
     assert machine.state("c") is State.RESIDENT
+
+
+def test_a_load_that_comes_while_a_drain_is_refused_is_answered() -> None:
+    machine = machinery(a=80, b=100)
+    machine.load("a")
+    machine.busy["a"] = 1  # not reported yet
+    (drain,) = machine.post(ev.LoadWanted, "b")
+    assert machine.post(ev.LoadWanted, "a") == []
+    machine.open.remove(drain)
+    assert kinds(machine.post(ev.DrainRefused, "a", drain.epoch)) == [("Activated", "a")]  # type: ignore[attr-defined]
 
 
 def test_first_come_first_served_even_when_the_second_would_fit() -> None:
@@ -309,7 +378,7 @@ def test_only_legal_moves() -> None:
     with pytest.raises(BooksDoNotBalance, match="COLD → RESIDENT"):
         replica.move(State.RESIDENT)
     assert set(MOVES) == set(State)
-    assert State.SWAPPED not in HOLDS_FRAMES
+    assert {State.COLD, State.FAILED}.isdisjoint(HOLDS_FRAMES)
 
 
 @pytest.mark.parametrize("seed", range(40))
