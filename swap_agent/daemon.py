@@ -29,6 +29,7 @@ from swap_agent.errors import (
     InvalidUsage,
     PeerGone,
     ProtocolError,
+    TakenBack,
     TritonSwapError,
     Unavailable,
     Unsupported,
@@ -211,8 +212,15 @@ class Agent:
         async def order() -> None:
             assert engine.rank is not None
             acked = self._host_ack(engine, epoch, wire.SwappedIn)
+            undone = self._host_ack(engine, epoch, wire.SwapInFailed)
             self._send(engine, wire.SwapIn(epoch))
-            engine.last_swap_in = await asyncio.to_thread(engine.rank.swap_in, epoch)
+            try:
+                engine.last_swap_in = await asyncio.to_thread(engine.rank.swap_in, epoch)
+            except TakenBack as error:
+                log.error("%s", error)
+                await asyncio.wait_for(undone, ACK_TIMEOUT_S)
+                self.post(ev.SwapInFailed(time.monotonic(), engine.spec.replica, epoch, str(error)))
+                return
             await asyncio.wait_for(acked, ACK_TIMEOUT_S)
             engine.swaps_in += 1
             self.post(ev.SwappedIn(time.monotonic(), engine.spec.replica, epoch))
@@ -223,7 +231,9 @@ class Agent:
         """An order that fails leaves an undefined engine: end it; its frames return when its processes are gone."""
         try:
             await order
-        except (TritonSwapError, TimeoutError) as error:
+        except Exception as error:
+            if not isinstance(error, (TritonSwapError, TimeoutError)):
+                log.exception("%s: %s", engine.spec.replica, what)
             engine.fail(f"{engine.spec.replica}: {what} failed: {error or 'no answer from its engine in time'}")
             self._kill(engine)
 
@@ -395,7 +405,7 @@ class Agent:
                     self.post(ev.Drained(now_s, replica, message.epoch))
                 case wire.DrainRefused():
                     self.post(ev.DrainRefused(now_s, replica, message.epoch))
-                case wire.SwappedOut() | wire.SwappedIn():
+                case wire.SwappedOut() | wire.SwappedIn() | wire.SwapInFailed():
                     future = self._host_acks.pop((replica, message.epoch, type(message)), None)
                     if future and not future.done():
                         future.set_result(None)

@@ -6,6 +6,7 @@ TritonSwapError
 ├── Unavailable        cannot be served now; trying later can succeed
 ├── Unsupported        this version does not do it
 ├── OutOfFrames        a device has not that many free frames
+├── TakenBack          a swap-in failed and was undone: the model is SWAPPED as before
 ├── BooksDoNotBalance  frames were lost or counted twice: a bug
 ├── Refusal            another process of triton-swap said no; carries its code
 ├── PeerGone           the process at the other end of a connection closed it or died
@@ -48,6 +49,10 @@ class Unsupported(TritonSwapError):
 
 class OutOfFrames(Unavailable):
     """A device has not that many free frames."""
+
+
+class TakenBack(Unavailable):
+    """A swap-in failed and was undone: the model is SWAPPED as before, its mirror intact."""
 
 
 class BooksDoNotBalance(TritonSwapError):

@@ -9,11 +9,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-from swap_agent.errors import PeerGone, ProtocolError, TritonSwapError, Unavailable
+from swap_agent.errors import OutOfFrames, PeerGone, ProtocolError, TakenBack, TritonSwapError, Unavailable
 from swap_agent.memory.device import Frame
 from swap_agent.memory.space import RankSpace, SwapIn
 from swap_agent.wire import messages as wire
 from swap_agent.wire.framing import FDS_PER_MESSAGE, Channel
+
+Ack = wire.Mapped | wire.Unmapped
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ class RankLink:
         self.state_bytes = 0
         self._want_frames = want_frames
         self._on_failure = on_failure
-        self._acks: queue.SimpleQueue[wire.Mapped | wire.Unmapped | None] = queue.SimpleQueue()
+        self._acks: queue.SimpleQueue[Ack | None] = queue.SimpleQueue()
 
     def serve(self) -> None:
         """Read until the rank is gone. `want_frames(count)` returns when the policy grants or raises what it says."""
@@ -94,18 +96,30 @@ class RankLink:
 
         Raises Unavailable when it does not answer.
         """
-        self._await(wire.Unmapped, epoch)
+        self._await(epoch, wire.Unmapped)
         self.space.take_back(keep)
 
     def swap_in(self, epoch: int) -> SwapIn:
-        """Take missing frames, send them, fill them while the rank maps. Raises OutOfFrames, PeerGone, Unavailable."""
+        """Take missing frames, send them, fill them while the rank maps.
+
+        Raises TakenBack, PeerGone, Unavailable (no answer: the rank is in an unknown state).
+        """
         started_s = time.monotonic()
-        held = self.space.grant()
-        for region, first in held.items():
-            self._send_grants(epoch, region, self.space.frames[region], first)
-        figures = self.space.fill(held, started_s)
+        held = self.space.held
+        try:
+            self.space.grant()
+            for region, first in held.items():
+                self._send_grants(epoch, region, self.space.frames[region], first)
+            figures = self.space.fill(held, started_s)
+        except (OutOfFrames, OSError, MemoryError) as error:
+            self.channel.send(wire.Refused("UNAVAILABLE", str(error)))
+            self._await(epoch, wire.Unmapped)
+            self.space.undo(held)
+            raise TakenBack(f"{self.space.holder} was not swapped in: {error or type(error).__name__}") from error
         self.channel.send(wire.Filled(epoch))
-        self._await(wire.Mapped, epoch)
+        if isinstance(self._await(epoch, wire.Mapped, wire.Unmapped), wire.Unmapped):
+            self.space.undo(held)
+            raise TakenBack(f"{self.space.holder} was not swapped in: its engine could not map the frames")
         return figures
 
     def _send_grants(self, epoch: int, region: wire.Region, frames: list[Frame], first: int = 0) -> None:
@@ -120,18 +134,19 @@ class RankLink:
                 for fd in fds:
                     os.close(fd)
 
-    def _await(self, kind: type[wire.Mapped] | type[wire.Unmapped], epoch: int) -> None:
-        """Wait for one answer; answers of older epochs are ignored."""
+    def _await(self, epoch: int, *kinds: type[Ack]) -> Ack:
+        """Wait for an answer of one of these kinds; others, and answers of older epochs, are ignored."""
         deadline_s = time.monotonic() + ACK_TIMEOUT_S
         while True:
             try:
                 ack = self._acks.get(timeout=max(0.0, deadline_s - time.monotonic()))
             except queue.Empty:
-                raise Unavailable(f"no {kind.__name__} from rank {self.pid} within {ACK_TIMEOUT_S:.0f} s") from None
+                what = kinds[0].__name__
+                raise Unavailable(f"no {what} from rank {self.pid} within {ACK_TIMEOUT_S:.0f} s") from None
             if ack is None:
                 raise PeerGone(f"rank {self.pid} closed its connection")
-            if isinstance(ack, kind) and ack.epoch == epoch:
-                return
+            if isinstance(ack, kinds) and ack.epoch == epoch:
+                return ack
 
 
 def start_serving(link: RankLink) -> threading.Thread:

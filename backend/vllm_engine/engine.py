@@ -15,7 +15,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from swap_agent.errors import TritonSwapError, Unavailable, Unsupported
+from swap_agent.errors import TakenBack, TritonSwapError, Unavailable, Unsupported
 from swap_agent.wire.messages import Output, Region, Sequence
 from vllm_engine.executor import compute_threads
 from vllm_engine.sampling import CLIENT_ERRORS, InvalidRequest
@@ -101,9 +101,17 @@ class Engine:
         return SwapOutTimes(paused - begin, time.monotonic() - paused)
 
     async def swap_in(self, epoch: int) -> SwapInTimes:
-        """Have every rank map its grants and wait until they are filled, then let the scheduler run."""
+        """Have every rank map its grants and wait until they are filled, then let the scheduler run.
+
+        Raises TakenBack.
+        """
         begin = time.monotonic()
-        ranks: list[tuple[float, float]] = await self._llm.collective_rpc("swap_in", RPC_TIMEOUT_S, (epoch,))
+        answers: list[tuple[float, float] | str] = await self._llm.collective_rpc("swap_in", RPC_TIMEOUT_S, (epoch,))
+        ranks: list[tuple[float, float]] = []
+        for answer in answers:
+            if isinstance(answer, str):
+                raise TakenBack(answer)
+            ranks.append(answer)
         mapped = time.monotonic()
         await self._llm.engine_core.resume_scheduler_async()
         map_s, fill_s = max(ranks, key=sum)

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from swap_agent.errors import PeerGone, ProtocolError, Refusal, TritonSwapError, Unavailable
+from swap_agent.errors import PeerGone, ProtocolError, Refusal, TakenBack, TritonSwapError, Unavailable
 from swap_agent.wire import messages as wire
 from swap_agent.wire.framing import AsyncChannel
 from swap_agent.wire.rendezvous import AGENT_SOCKET
@@ -207,7 +207,12 @@ class Host:
         log.info("swapped out, epoch %d: pause %.4f s, ranks %.4f s", order.epoch, *times)
 
     async def _swap_in(self, epoch: int) -> None:
-        times = await self._engine.swap_in(epoch)
+        try:
+            times = await self._engine.swap_in(epoch)
+        except TakenBack as error:
+            log.warning("swap-in of epoch %d was taken back: %s", epoch, error)
+            self._channel.send(wire.SwapInFailed(epoch, str(error)))
+            return
         self._gate.open()
         self._channel.send(wire.SwappedIn(epoch))
         log.info("swapped in, epoch %d: ranks %.4f s (map %.4f, fill %.4f), resume %.4f s", epoch, *times)

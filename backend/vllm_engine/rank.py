@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 
 import msgspec
 
-from swap_agent.errors import PeerGone, ProtocolError, Refusal, TritonSwapError, Unavailable
+from swap_agent.errors import PeerGone, ProtocolError, Refusal, TakenBack, TritonSwapError, Unavailable
 from swap_agent.wire import messages as wire
 from swap_agent.wire.framing import Channel
 from vllm_engine.space import Space
@@ -98,18 +98,41 @@ class RankConnection:
     def swap_in(self, space: Space, epoch: int) -> SwapInTimes:
         """Map the grants of every region, acknowledge, and wait until they are filled.
 
-        Raises PeerGone, ProtocolError, TimeoutError; the space is then in an undefined state.
+        Raises TakenBack when the agent refuses or nothing can be mapped: the space is then as it was before. Raises
+        PeerGone, ProtocolError, TimeoutError; the space is then in an undefined state.
         """
         begin = time.monotonic()
         deadline = begin + SWAP_TIMEOUT_S
-        self._map_grants(space, [region for region, frames in space.regions.items() if frames], epoch, deadline)
+        held = space.mapped
+        try:
+            self._map_grants(space, [region for region, frames in space.regions.items() if frames], epoch, deadline)
+        except Refusal as error:
+            raise self._taken_back(space, held, epoch, error) from error
+        except OSError as error:
+            if isinstance(error, TimeoutError):
+                raise
+            while isinstance(self._receive(deadline), wire.Grant):
+                pass  # on their way already
+            raise self._taken_back(space, held, epoch, error) from error
         self._channel.send(wire.Mapped(epoch))
         mapped = time.monotonic()
-        message, fds = self._channel.receive(max(0.001, deadline - mapped))
-        _close(fds)
+        message = self._receive(deadline)
+        if isinstance(message, wire.Refused):
+            raise self._taken_back(space, held, epoch, Refusal(message.code, message.message))
         if message != wire.Filled(epoch):
             raise ProtocolError(f"the agent sent {message} where Filled of epoch {epoch} was due")
         return SwapInTimes(mapped - begin, time.monotonic() - mapped)
+
+    def _taken_back(self, space: Space, held: dict[wire.Region, int], epoch: int, reason: Exception) -> TakenBack:
+        space.unmap(held)
+        self._channel.send(wire.Unmapped(epoch))
+        return TakenBack(str(reason))
+
+    def _receive(self, deadline: float) -> wire.ToRank:
+        """The next message; descriptors on it are closed. Raises PeerGone, ProtocolError, TimeoutError."""
+        message, fds = self._channel.receive(max(0.001, deadline - time.monotonic()))
+        _close(fds)
+        return message
 
     def unmapped(self, epoch: int) -> None:
         """Acknowledge that the rank holds no reference to any frame. Raises PeerGone."""
@@ -135,8 +158,7 @@ class RankConnection:
                 _close(fds)  # a mapping keeps its frame; the descriptor is no longer needed
 
     def _answer(self, kind: type[M]) -> M:
-        message, fds = self._channel.receive(START_TIMEOUT_S)
-        _close(fds)
+        message = self._receive(time.monotonic() + START_TIMEOUT_S)
         if isinstance(message, wire.Refused):
             raise Refusal(message.code, message.message)
         if not isinstance(message, kind):

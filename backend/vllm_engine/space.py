@@ -31,6 +31,11 @@ class Space:
         """Reserved regions and their number of frames."""
         return dict(self._frames)
 
+    @property
+    def mapped(self) -> dict[Region, int]:
+        """How many frames of each region are mapped."""
+        return {region: len(frames) for region, frames in self._mapped.items()}
+
     def reserve(self, region: Region, frames: int) -> int:
         """Reserve addresses for `frames` frames; nothing is mapped yet. Returns the address. Raises OSError."""
         if region in self._addresses:
@@ -57,8 +62,8 @@ class Space:
             raise ProtocolError(f"frames {first}..{indices.stop - 1} of region {region} were granted twice")
         start = self._addresses[region] + first * self.frame_bytes
         for position, fd in enumerate(fds):
+            self._mapped[region].add(first + position)  # also if it fails: `unmap` then restores the reservation
             mapping.map_file(fd, start + position * self.frame_bytes, self.frame_bytes)
-            self._mapped[region].add(first + position)
         if touch:
             mapping.touch(start, len(fds) * self.frame_bytes)
 

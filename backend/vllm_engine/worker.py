@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from vllm.platforms import current_platform
 
-from swap_agent.errors import InvalidModel, TritonSwapError, Unsupported
+from swap_agent.errors import InvalidModel, TakenBack, TritonSwapError, Unsupported
 from swap_agent.wire.messages import Region
 from vllm_engine import kv_cache, linear, rehome
 from vllm_engine.rank import Endpoint, RankConnection
@@ -84,11 +84,17 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
         self._space.unmap(keep)
         self._agent.unmapped(epoch)
 
-    def swap_in(self, epoch: int) -> tuple[float, float]:
-        """Map what was missing, granted for `epoch`, and wait until it is filled. Returns seconds of each part."""
+    def swap_in(self, epoch: int) -> tuple[float, float] | str:
+        """Map what was missing, granted for `epoch`, and wait until it is filled. Returns seconds of each part.
+
+        Returns the reason when it was taken back.
+        """
         if self._resident:
             raise TritonSwapError("swapped in twice")
-        times = self._agent.swap_in(self._space, epoch)
+        try:
+            times = self._agent.swap_in(self._space, epoch)
+        except TakenBack as error:
+            return str(error)
         self._resident = True
         return times.map_s, times.fill_s
 

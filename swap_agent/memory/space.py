@@ -86,27 +86,35 @@ class RankSpace:
         """
         if self.staging:
             self.staging.save(self.pool.device, self.frames["state"], "swap_out", first=keep.get("state", 0))
+        self.undo(keep)
+
+    def undo(self, keep: Mapping[Region, int]) -> None:
+        """After the rank unmapped all but `keep`: return the frames that go; their content is of no use."""
         for region, frames in self.frames.items():
             kept = keep.get(region, 0)
             self.pool.give_back(self.holder, frames[kept:])
             del frames[kept:]
 
-    def grant(self) -> dict[Region, int]:
-        """Swap-in: take the frames that are missing. Returns by region how many were there: the rest is new.
+    @property
+    def held(self) -> dict[Region, int]:
+        """Frames of each region that the rank holds."""
+        return {region: len(self.frames.get(region, ())) for region in self.sizes_frames}
 
-        Raises OutOfFrames.
-        """
-        held: dict[Region, int] = {region: len(self.frames.get(region, ())) for region in self.sizes_frames}
+    def grant(self) -> None:
+        """Swap-in: take the frames that are missing. Raises OutOfFrames; then nothing has changed."""
+        held = self.held
         new, dirty = self.pool.grant(self.holder, sum(self.sizes_frames.values()) - sum(held.values()))
         self._dirty = set(new[:dirty])
         rest = iter(new)
         for region in REGIONS:
             missing = self.sizes_frames.get(region, 0) - held.get(region, 0)
             self.frames.setdefault(region, []).extend(next(rest) for _ in range(missing))
-        return held
 
     def fill(self, held: Mapping[Region, int], started_s: float, clock: Callable[[], float] = time.monotonic) -> SwapIn:
-        """Swap-in: set what is new beside `held`. KV to zero, weights from the mirror, state from the staging."""
+        """Swap-in: set what came with `grant`; `held` is what there was before.
+
+        KV to zero, weights from the mirror, state from the staging.
+        """
         device = self.pool.device
         for frame in self.frames["kv"][held.get("kv", 0) :]:
             if frame in self._dirty:

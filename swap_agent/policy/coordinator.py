@@ -116,6 +116,14 @@ class Coordinator:
             replica.move(State.RESIDENT)
             self._settle(replica, event.now_s)
 
+    def _swap_in_failed(self, replica: Replica, event: ev.SwapInFailed) -> None:
+        if event.epoch == replica.epoch and replica.state is State.SWAPPING_IN:
+            replica.move(State.SWAPPED)
+            replica.reserved_frames = replica.keep_frames
+            replica.load_wanted = False
+            replica.waiting = 0  # they are refused; who comes later has it tried again
+            self._actions.append(ev.Refuse(replica.name, event.reason))
+
     def _engine_exited(self, replica: Replica, event: ev.EngineExited) -> None:
         replica.move(State.FAILED)
         if replica.stopping:
@@ -326,5 +334,6 @@ _HANDLERS: dict[type[ev.Event], Callable[..., None]] = {
     ev.DrainRefused: Coordinator._drain_refused,
     ev.SwappedOut: Coordinator._swapped_out,
     ev.SwappedIn: Coordinator._swapped_in,
+    ev.SwapInFailed: Coordinator._swap_in_failed,
     ev.EngineExited: Coordinator._engine_exited,
 }

@@ -102,6 +102,15 @@ class SwappedIn(Event):
 
 
 @dataclass(frozen=True)
+class SwapInFailed(Event):
+    """The swap-in was undone: the replica holds what it held before. `reason` is one line for a person."""
+
+    name: str
+    epoch: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class EngineExited(Event):
     """Every process of the engine is gone and its frames are free again. `reason` is one line for a person."""
 
@@ -165,7 +174,7 @@ class SwapOut(Action):
 
 @dataclass(frozen=True)
 class SwapIn(Action):
-    """Grant, fill and map what is missing; ends in SwappedIn."""
+    """Grant, fill and map what is missing; ends in SwappedIn or SwapInFailed."""
 
     epoch: int
 

@@ -33,7 +33,7 @@ MOVES: dict[State, frozenset[State]] = {
     State.DRAINING: frozenset({State.RESIDENT, State.SWAPPING_OUT, State.FAILED}),
     State.SWAPPING_OUT: frozenset({State.SWAPPED, State.FAILED}),
     State.SWAPPED: frozenset({State.SWAPPING_IN, State.SWAPPING_OUT, State.COLD, State.FAILED}),
-    State.SWAPPING_IN: frozenset({State.RESIDENT, State.FAILED}),
+    State.SWAPPING_IN: frozenset({State.RESIDENT, State.SWAPPED, State.FAILED}),
     State.FAILED: frozenset({State.STARTING, State.COLD}),
 }
 """All legal moves."""

@@ -167,6 +167,13 @@ class SwappedIn(Message, frozen=True):
     epoch: int
 
 
+class SwapInFailed(Message, frozen=True):
+    """The swap-in was undone: every rank has unmapped what it had mapped, the gate is closed, the scheduler paused."""
+
+    epoch: int
+    message: str
+
+
 class OrderFailed(Message, frozen=True):
     """The order of this epoch failed; the host's state is undefined and the agent ends the engine."""
 
@@ -263,13 +270,16 @@ class Mapped(Message, frozen=True):
 
 
 class Filled(Message, frozen=True):
-    """Every byte of this epoch's frames is in place; the rank may run."""
+    """Every byte of this epoch's frames is in place; the rank may run. Instead, `Refused` takes the swap-in back."""
 
     epoch: int
 
 
 class Unmapped(Message, frozen=True):
-    """The rank has synchronised and unmapped every frame but those to keep; it holds no reference to any other."""
+    """The rank has synchronised and unmapped every frame but those to keep; it holds no reference to any other.
+
+    Also instead of `Mapped`, or after it when `Refused` came, when a swap-in is undone: what it had before it keeps.
+    """
 
     epoch: int
 
@@ -330,7 +340,10 @@ class Step(Message, frozen=True):
 
 FromStub = Attach | Detach
 ToStub = Attached | Detached | Refused
-FromHost = HostHello | HostReady | HostFailed | Report | Drained | DrainRefused | SwappedOut | SwappedIn | OrderFailed
+FromHost = (
+    HostHello | HostReady | HostFailed | Report | Drained | DrainRefused | SwappedOut | SwappedIn | SwapInFailed
+    | OrderFailed
+)  # fmt: skip
 ToHost = HostWelcome | Drain | SwapOut | SwapIn | RefuseWaiting | Shutdown | Refused
 FromRank = RankHello | Reserve | Loaded | RankFailed | Mapped | Unmapped
 ToRank = RankWelcome | Grant | Mirrored | Filled | Refused

@@ -1,7 +1,8 @@
 """An engine without vLLM: speaks both of the agent's conversations, maps real frames and checks every byte of them.
 
 model.json: {"weights": bytes, "state": bytes, "kv_frames": n, "faults": [names]}. A fault makes it misbehave:
-`dies_starting`, `refuses` (RankFailed), `no_unmap_ack`, `dies_in_swap_in`, `garbage` (a malformed message).
+`dies_starting`, `refuses` (RankFailed), `no_unmap_ack`, `no_map_ack`, `dies_in_swap_in`, `dies_when_mapped`,
+`dies_in_swap_out`, `dies_when_unmapped`, `garbage` (a malformed message), `cannot_map` (the first swap-in only).
 Weights hold a pattern made from the replica's name; state counts swaps; KV must arrive as zeros.
 """
 
@@ -20,6 +21,10 @@ import numpy as np
 from swap_agent.memory import mapping
 from swap_agent.wire import messages as wire
 from swap_agent.wire.framing import AsyncChannel, Channel
+
+
+class Refused(Exception):
+    """The agent's answer to a rank that waits for frames."""
 
 
 class Memory:
@@ -43,7 +48,7 @@ class Memory:
         while got < self.counts[region]:
             message, fds = self.channel.receive(10)
             if isinstance(message, wire.Refused):
-                raise SystemExit(message.message)
+                raise Refused(message.message)
             assert isinstance(message, wire.Grant) and message.epoch == epoch and message.region == region, message
             assert message.first == got and message.count == len(fds)
             for fd in fds:
@@ -96,23 +101,48 @@ class Memory:
             self.swaps += 1
             self.view("state")[:8].view(np.uint64)[0] = self.swaps
             self.view("kv").fill(0xAB)
+        self.unmap(keep)
+        self.kept = dict(self.held)
+        self.channel.send(wire.Unmapped(epoch))
+
+    def unmap(self, keep: dict[wire.Region, int]) -> None:
         for region, count in self.held.items():
             kept = self.held[region] = keep.get(region, 0)
             assert kept <= count, f"{region}: {kept} frames to keep, {count} held"
             if kept < count:
                 start = self.addresses[region] + kept * self.frame_bytes
                 mapping.vacate(start, (count - kept) * self.frame_bytes)
-        self.kept = dict(self.held)
-        self.channel.send(wire.Unmapped(epoch))
 
-    def swap_in(self, epoch: int) -> None:
+    def swap_in(self, epoch: int, faults: list[str]) -> str | None:
+        """Returns why not, when it was taken back."""
+        try:
+            self.map_and_wait(epoch, faults)
+        except Refused as refused:
+            self.unmap(self.kept)
+            self.channel.send(wire.Unmapped(epoch))
+            return str(refused)
+        self.check()
+        return None
+
+    def map_and_wait(self, epoch: int, faults: list[str]) -> None:
+        if "cannot_map" in faults:
+            faults.remove("cannot_map")
+            while isinstance(message := self.channel.receive(10)[0], wire.Grant):
+                pass
+            assert message == wire.Filled(epoch), message
+            raise Refused("out of addresses")
         for region, count in self.counts.items():
             if count > self.held.get(region, 0):
                 self.take(region, epoch)
+        if "no_map_ack" in faults:
+            threading.Event().wait()
         self.channel.send(wire.Mapped(epoch))
+        if "dies_when_mapped" in faults:
+            os._exit(1)
         message, _ = self.channel.receive(30)
+        if isinstance(message, wire.Refused):
+            raise Refused(message.message)
         assert message == wire.Filled(epoch), message
-        self.check()
 
 
 async def main() -> None:
@@ -149,13 +179,20 @@ async def main() -> None:
             case wire.SwapOut():
                 if "no_unmap_ack" in faults:
                     threading.Event().wait()
+                if "dies_in_swap_out" in faults:
+                    os._exit(1)
                 memory.swap_out(message.epoch, message.keep)
+                if "dies_when_unmapped" in faults:
+                    os._exit(1)
                 agent.send(wire.SwappedOut(message.epoch))
             case wire.SwapIn():
                 if "dies_in_swap_in" in faults:
                     os._exit(1)
-                await asyncio.to_thread(memory.swap_in, message.epoch)
-                agent.send(wire.SwappedIn(message.epoch))
+                undone = await asyncio.to_thread(memory.swap_in, message.epoch, faults)
+                epoch = message.epoch
+                agent.send(wire.SwapInFailed(epoch, undone) if undone else wire.SwappedIn(epoch))
+            case wire.RefuseWaiting():
+                print("told to refuse:", message.message, flush=True)
             case wire.Shutdown():
                 return
 

@@ -10,17 +10,17 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
 from swap_agent.api import report
 from swap_agent.config import AgentConfig, RuntimeDir
 from swap_agent.daemon import Agent
-from swap_agent.errors import InvalidUsage
-from swap_agent.memory.simulated import FRAME_BYTES
+from swap_agent.errors import InvalidUsage, OutOfFrames, Unavailable
+from swap_agent.memory.simulated import FRAME_BYTES, SimulatedFrame
 from swap_agent.policy.lifecycle import State
 from swap_agent.policy.units import DeviceSpec
 from swap_agent.supervisor import group_exists
@@ -248,6 +248,101 @@ async def test_a_killed_engine_gives_everything_back_and_starts_again(agent: Age
     assert "its engine died; see" in str(stub.report["failure"])
     again = await stub.attach()
     assert isinstance(again, wire.Attached) and again.engine_pid != attached.engine_pid
+
+
+class Nth:
+    """Stands in for a method of the device and fails at the n-th call from now on."""
+
+    def __init__(self, real: Callable[..., Any], error: Exception, nth: int) -> None:
+        self.real, self.error, self.left = real, error, nth
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            raise self.error
+        return self.real(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kept", [0, 6])
+@pytest.mark.parametrize(
+    ("what", "nth"),
+    [("create", 1), ("create", 5), ("export", 1), ("export", 5), ("copy_in", 1), ("copy_in", 2), ("zero", 1)],
+)
+async def test_a_swap_in_that_fails_is_taken_back_and_can_be_tried_again(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch, what: str, nth: int, kept: int
+) -> None:
+    """An allocation, an export, a copy or a zeroing fails at the n-th frame: SWAPPED as before, mirror intact."""
+    stub = await Stub.connect(agent, "a")
+    attached = await stub.attach(frames=14, kv_frames=6)
+    if kept:  # by another model that needs ten
+        other = await Stub.connect(agent, "b")
+        await other.attach(frames=10)
+        await agent.unload(other.replica, purge=True)
+    else:
+        await agent.unload(stub.replica, purge=False)
+    (pool,) = agent.pools.values()
+    device = pool.device
+    if what == "create":
+        agent.trim()
+        monkeypatch.setattr(device, "create", Nth(device.create, OutOfFrames("the machine is full"), nth))
+    elif what == "export":
+        failing = Nth(SimulatedFrame.export, OSError(24, "Too many open files"), nth)
+        monkeypatch.setattr(SimulatedFrame, "export", lambda frame: failing(frame))
+    else:
+        monkeypatch.setattr(device, what, Nth(getattr(device, what), OSError(5, "Input/output error"), nth))
+    before = stub.report
+    assert (before["state"], before["device_bytes"]) == ("SWAPPED", kept * FRAME_BYTES)
+    with pytest.raises(Unavailable, match=r"a/1#0 was not swapped in: .*(full|open files|Input)"):
+        await asyncio.wait_for(agent.load(stub.replica), 10)
+    after = stub.report
+    assert {key: after[key] for key in ("state", "device_bytes", "mirror_bytes", "engine_pid")} == {
+        key: before[key] for key in ("state", "device_bytes", "mirror_bytes", "engine_pid")
+    }
+    assert pool.granted_frames == pool.held_by(stub.replica) == kept
+    told = agent.config.runtime.log(stub.replica)
+    await until(lambda: "told to refuse: a/1#0 was not swapped in" in told.read_text())
+    await agent.load(stub.replica)  # the scripted engine checks every byte
+    assert await stub.attach(frames=14, kv_frames=6) == attached, "the engine is the same"
+
+
+async def test_an_engine_that_cannot_map_is_swapped_as_before_and_tried_again(agent: Agent) -> None:
+    stub = await Stub.connect(agent, "a")
+    options = {"frames": 14, "faults": ["cannot_map"]}
+    attached = await stub.attach(**options)  # type: ignore[arg-type]
+    await agent.unload(stub.replica, purge=False)
+    with pytest.raises(Unavailable, match="a/1#0 was not swapped in: its engine could not map the frames"):
+        await asyncio.wait_for(agent.load(stub.replica), 10)
+    assert (stub.report["state"], stub.report["device_bytes"]) == ("SWAPPED", 0)
+    assert next(iter(agent.pools.values())).free_frames == 16
+    await agent.load(stub.replica)
+    assert await stub.attach(**options) == attached  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("fault", ["dies_in_swap_in", "dies_when_mapped", "no_map_ack"])
+async def test_an_engine_lost_in_a_swap_in_is_refused_in_words_and_leaves_nothing(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setattr("swap_agent.rank.ACK_TIMEOUT_S", 0.5)
+    stub = await Stub.connect(agent, "a")
+    attached = await stub.attach(faults=[fault])
+    assert isinstance(attached, wire.Attached)
+    await agent.unload(stub.replica, purge=False)
+    with pytest.raises(Unavailable, match="a/1#0: "):
+        await asyncio.wait_for(agent.load(stub.replica), 10)
+    assert stub.report["state"] == "FAILED" and stub.report["mirror_bytes"] == 0
+    (pool,) = agent.pools.values()
+    assert pool.free_frames == 16 and pool.device.resident_bytes() == 0
+    assert not group_exists(attached.engine_pid)
+
+
+@pytest.mark.parametrize("fault", ["dies_in_swap_out", "dies_when_unmapped"])
+async def test_an_engine_lost_in_a_swap_out_leaves_its_frames_to_who_needs_them(agent: Agent, fault: str) -> None:
+    bad, good = await Stub.connect(agent, "bad"), await Stub.connect(agent, "good")
+    await bad.attach(frames=10, faults=[fault])
+    assert isinstance(await good.attach(frames=10), wire.Attached)
+    assert bad.report["state"] == "FAILED" and str(bad.report["failure"]).startswith("bad/1#0: ")
+    (pool,) = agent.pools.values()
+    assert pool.granted_frames == 10 and good.report["state"] == "RESIDENT"
 
 
 @pytest.mark.parametrize("fault", ["dies_in_swap_in", "garbage"])

@@ -136,7 +136,9 @@ def test_a_space_comes_back_as_it_went_with_zeroed_kv(pool: FramePool) -> None:
     for _ in range(3):
         space.take_back({})
         assert space.device_bytes == 0 and pool.free_frames == FRAMES
-        figures = space.fill(space.grant(), 0.0, clock=iter((1.0, 3.0)).__next__)
+        held = space.held
+        space.grant()
+        figures = space.fill(held, 0.0, clock=iter((1.0, 3.0)).__next__)
         regions = space.frames
         assert (figures.seconds, figures.copy_seconds, figures.bytes) == (3.0, 2.0, pool.device.frame_bytes + 110)
         assert (regions["weights"][0].memory.bytes == 5).all()
@@ -172,7 +174,9 @@ def test_a_space_keeps_what_nobody_needs_and_gets_back_only_what_went(pool: Fram
     other, _ = pool.grant("b", 5)  # poisoned, then of somebody else
     pool.give_back("b", other)
     for weights in (3, 2, 0):
-        figures = space.fill(space.grant(), 0.0)
+        held = space.held
+        space.grant()
+        figures = space.fill(held, 0.0)
         missing = size - weights * pool.device.frame_bytes if weights < 3 else size
         if weights == 3:  # the first round brings back everything
             missing += 100

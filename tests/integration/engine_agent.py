@@ -99,11 +99,7 @@ class FakeAgent:
         assert self._ack() == wire.Unmapped(epoch)
         assert self.receive(wire.SwappedOut) == wire.SwappedOut(epoch)
         self.mirror["state"] = [_read(frame) for frame in self.frames["state"]]
-        for region, frames in self.frames.items():
-            for frame in frames[keep.get(region, 0) :]:
-                _write(frame, b"\xff" * FRAME_BYTES)
-                self.free.append(frame)
-            del frames[keep.get(region, 0) :]
+        self._take(keep)
 
     def swap_in(self, epoch: int) -> None:
         """Grant what is missing, fill it, have the engine resume."""
@@ -119,6 +115,17 @@ class FakeAgent:
                 _write(frame, content)
         self.rank.send(wire.Filled(epoch))
         assert self.receive(wire.SwappedIn) == wire.SwappedIn(epoch)
+
+    def take_back_swap_in(self, epoch: int) -> wire.SwapInFailed:
+        """Grant the missing weights, then refuse the rest. Returns what the host says."""
+        held = {region: len(frames) for region, frames in self.frames.items()}
+        self.host.send(wire.SwapIn(epoch))
+        self._grant(epoch, "weights", self.sizes["weights"] - held["weights"])
+        self.rank.send(wire.Refused("UNAVAILABLE", "the copy failed"))
+        assert self._ack() == wire.Unmapped(epoch)
+        self._take(held)
+        failed: wire.SwapInFailed = self.receive(wire.SwapInFailed)
+        return failed
 
     @property
     def worker_pid(self) -> int:
@@ -168,6 +175,13 @@ class FakeAgent:
                 self.rank_failure = message
             case _:
                 self._acks.put(message)
+
+    def _take(self, keep: dict[wire.Region, int]) -> None:
+        for region, frames in self.frames.items():
+            for frame in frames[keep.get(region, 0) :]:
+                _write(frame, b"\xff" * FRAME_BYTES)
+                self.free.append(frame)
+            del frames[keep.get(region, 0) :]
 
     def _ack(self) -> Any:
         return self._acks.get(timeout=60)

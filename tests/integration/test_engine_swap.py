@@ -171,6 +171,22 @@ def test_a_swap_of_a_part_moves_a_part(
         assert [text(stub.ask(each, GREEDY)) for each in PROMPTS] == reference
 
 
+@pytest.mark.parametrize("keep", [{}, {"weights": 2, "state": 1}])
+def test_a_swap_in_that_was_taken_back_can_be_tried_again(
+    agent: FakeAgent, stub: Stub, reference: list[str], epoch: Callable[[], int], keep: dict[wire.Region, int]
+) -> None:
+    agent.swap_out(epoch(), keep)
+    mapped = frame_addresses(agent.worker_pid)
+    waiting = stub.submit(PROMPTS[0], GREEDY)
+    failed = agent.take_back_swap_in(epoch())
+    assert failed == wire.SwapInFailed(agent.epoch, "the copy failed")
+    assert frame_addresses(agent.worker_pid) == mapped
+    agent.host.send(wire.RefuseWaiting("UNAVAILABLE", "tiny was not swapped in"))
+    assert list(stub.items(waiting)) == [wire.Failed(waiting, "UNAVAILABLE", "tiny was not swapped in")]
+    agent.swap_in(epoch())
+    assert [text(stub.ask(each, GREEDY)) for each in PROMPTS] == reference
+
+
 def test_the_answers_depend_on_the_frames(
     agent: FakeAgent, stub: Stub, reference: list[str], epoch: Callable[[], int]
 ) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from swap_agent.errors import InvalidModel, PeerGone, ProtocolError, Refusal, TritonSwapError, Unavailable
+from swap_agent.errors import InvalidModel, PeerGone, ProtocolError, Refusal, TakenBack, TritonSwapError, Unavailable
+from swap_agent.memory import mapping
 from swap_agent.wire import messages as wire
 from swap_agent.wire.framing import Channel, listen
 from vllm_engine.rank import ENDPOINT_VARIABLE, Endpoint, RankConnection
@@ -124,6 +125,37 @@ def test_a_whole_life_start_and_swap(agent: Any, connect: Any) -> None:
         wire.Unmapped(3),
         wire.Mapped(4),
     ]
+    space.unmap({})
+
+
+def test_what_cannot_be_mapped_is_taken_back_after_the_last_grant(
+    agent: Any, connect: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def script(agent: Agent) -> None:
+        agent.hear()
+        agent.grant(0, "weights", 0, 3)
+        agent.hear()
+        agent.grant(4, "weights", 1, 1)
+        agent.grant(4, "weights", 2, 1)
+        agent.channel.send(wire.Filled(4))
+        agent.hear()
+
+    peer = agent(script)
+    rank, space = connect(peer), Space(FRAME)
+    rank.reserve(space, "weights", 3)
+    space.unmap({"weights": 1})
+    rank.unmapped(3)
+
+    def fail(*_: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mapping, "map_file", fail)
+        with pytest.raises(TakenBack, match="Cannot allocate memory"):
+            rank.swap_in(space, 4)
+    peer.join()
+    assert space.mapped == {"weights": 1} and open_frames() == 0
+    assert peer.heard[-1] == wire.Unmapped(4), "only when nothing of the epoch is on its way any more"
     space.unmap({})
 
 
