@@ -15,7 +15,7 @@ from typing import Any
 from swap_agent import __version__
 from swap_agent.config import AgentConfig, RuntimeDir
 from swap_agent.errors import InvalidUsage, TritonSwapError
-from swap_agent.policy.units import parse_device
+from swap_agent.policy.units import parse_bytes, parse_device
 from swap_agent.wire.rendezvous import default_runtime_dir
 
 
@@ -47,6 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     agent = _verb(verbs, "agent", _agent, "start the swap agent alone")
     for verb in (serve, agent):
         verb.add_argument("--device", help="cuda, or simulated devices such as cpu:2x1GiB (default: cpu:4GiB)")
+        verb.add_argument(
+            "--host-memory", metavar="SIZE", help="bound of mirrors and engine processes together (default: none)"
+        )
         verb.add_argument("--agent-port", type=_port, default=8003, help="admin API on loopback (default: %(default)s)")
     agent.add_argument("--poison", action="store_true", help="fill returned frames with 0xFF, to find use after return")
     agent.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
@@ -90,10 +93,12 @@ def _serve(options: argparse.Namespace) -> int:
     from swap_agent.serve import ServeOptions, serve
 
     _check_device(options.device)
+    _host_memory(options.host_memory)
     return serve(
         ServeOptions(
             model_repository=options.model_repository,
             device=options.device,
+            host_memory=options.host_memory,
             runtime_dir=options.runtime_dir,
             host=options.host,
             http_port=options.http_port,
@@ -104,6 +109,14 @@ def _serve(options: argparse.Namespace) -> int:
             log_verbose=options.log_verbose,
         )
     )
+
+
+def _host_memory(text: str | None) -> int | None:
+    """Bytes. Raises InvalidUsage."""
+    try:
+        return None if text is None else parse_bytes(text)
+    except ValueError as error:
+        raise InvalidUsage(f"--host-memory {error}") from error
 
 
 def _check_device(text: str | None) -> str:
@@ -127,7 +140,8 @@ def _agent(options: argparse.Namespace) -> int:
     logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     device = parse_device(_check_device(options.device))
     runtime = RuntimeDir(options.runtime_dir)
-    asyncio.run(_run_agent(AgentConfig(runtime, device, options.agent_port, poison=options.poison)))
+    host_memory = _host_memory(options.host_memory)
+    asyncio.run(_run_agent(AgentConfig(runtime, device, host_memory, options.agent_port, poison=options.poison)))
     return 0
 
 

@@ -17,9 +17,10 @@ from swap_agent.policy.units import format_bytes
 def ps(runtime: RuntimeDir, *, as_json: bool) -> int:
     """Print devices and models."""
     models = _call(runtime, "GET", "/v1/models")["models"]
-    devices = _call(runtime, "GET", "/v1/devices")["devices"]
+    answer = _call(runtime, "GET", "/v1/devices")
+    devices, host = answer["devices"], answer["host"]
     if as_json:
-        print(json.dumps({"devices": devices, "models": models}, indent=2))
+        print(json.dumps({"devices": devices, "host": host, "models": models}, indent=2))
         return 0
     console = Console()
     if not console.is_terminal:
@@ -48,6 +49,8 @@ def ps(runtime: RuntimeDir, *, as_json: bool) -> int:
     for device in devices:
         total, free = (device[key] * device["frame_bytes"] for key in ("frames_total", "frames_free"))
         console.print(f"{device['name']}: {format_bytes(total)}, {format_bytes(free)} free", highlight=False)
+    bound = f" of {format_bytes(host['limit_bytes'])}" if host["limit_bytes"] is not None else ""
+    console.print(f"host: {format_bytes(host['used_bytes'])}{bound} in mirrors and engines", highlight=False)
     return 0
 
 

@@ -90,6 +90,8 @@ class AgentConfig:
 
     runtime: RuntimeDir
     device: DeviceSpec
+    host_memory_bytes: int | None = None
+    """Bound of mirrors and engine processes together; None: no bound."""
     port: int = 8003
     """Of the admin API, on 127.0.0.1."""
     max_queue: int = 1024

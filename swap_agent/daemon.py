@@ -17,7 +17,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,14 @@ from swap_agent.policy.coordinator import Coordinator
 from swap_agent.policy.inventory import Device, Replica
 from swap_agent.policy.lifecycle import State
 from swap_agent.rank import ACK_TIMEOUT_S, RankLink, start_serving
-from swap_agent.supervisor import end_leftovers, start_engine, subreaper
+from swap_agent.supervisor import end_leftovers, private_bytes, start_engine, subreaper
 from swap_agent.wire import messages as wire
 from swap_agent.wire.framing import AsyncChannel, Channel, listen
 
 log = logging.getLogger(__name__)
 
 _TICK_S = 0.1
+_MEASURE_S = 5.0
 _SPARE_FILES = 1024
 """Open files beside the frames: descriptors on their way to ranks, connections, logs."""
 _HELLO_TIMEOUT_S = 10.0
@@ -74,12 +75,14 @@ class Agent:
         for pool in self.pools.values():
             if pool.device.total_frames == 0:
                 raise InvalidUsage(f"--device: {pool.device.name} is smaller than one frame of 2 MiB")
-        self.coordinator = Coordinator([Device(name, pool.device.total_frames) for name, pool in self.pools.items()])
+        devices = [Device(name, pool.device.total_frames) for name, pool in self.pools.items()]
+        self.coordinator = Coordinator(devices, config.host_memory_bytes)
         self.engines: dict[str, Engine] = {}
         self.specs: dict[str, ModelSpec] = {}
         self._users: dict[str, set[HostChannel]] = {}
         self._activation: dict[str, asyncio.Future[None]] = {}
-        self._growth: dict[str, concurrent.futures.Future[None]] = {}
+        self._asked: dict[str, concurrent.futures.Future[None]] = {}
+        """What a starting rank waits for; it asks for one thing at a time."""
         self._host_acks: dict[tuple[str, int, type[wire.Message]], asyncio.Future[None]] = {}
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -101,11 +104,14 @@ class Agent:
             ranks = listen(runtime.ranks_socket)
             threading.Thread(target=self._accept_ranks, args=(ranks,), name="ranks", daemon=True).start()
             server = await asyncio.start_unix_server(self._converse, sock=listen(runtime.agent_socket))
-            ticking = asyncio.create_task(self._tick())
+            ticking = [asyncio.create_task(self._tick())]
+            if self.config.host_memory_bytes is not None:
+                ticking.append(asyncio.create_task(self._measure()))
             try:
                 yield
             finally:
-                ticking.cancel()
+                for task in ticking:
+                    task.cancel()
                 server.close()
                 ranks.close()
                 await self._end_engines()
@@ -172,11 +178,12 @@ class Agent:
             case _ if engine is None:
                 pass  # it died meanwhile: its end is on the way as an event
             case ev.StopEngine():
-                self._stop_engine(engine, f"model {action.name} was unloaded")
-            case ev.GrantFrames():
-                self._growth.pop(action.name).set_result(None)
-            case ev.RefuseFrames():
-                self._growth.pop(action.name).set_exception(Unavailable(action.message))
+                log.info("%s", action.reason)
+                self._stop_engine(engine, action.reason)
+            case ev.GrantFrames() | ev.GrantHostMemory():
+                self._asked.pop(action.name).set_result(None)
+            case ev.RefuseFrames() | ev.RefuseHostMemory():
+                self._asked.pop(action.name).set_exception(Unavailable(action.message))
             case ev.Drain():
                 self._send(engine, wire.Drain(action.epoch, action.wait))
             case ev.SwapOut():
@@ -270,8 +277,8 @@ class Agent:
         del self.engines[replica]
         engine.socket.unlink(missing_ok=True)
         shutil.rmtree(engine.socket.with_suffix(".vllm"), ignore_errors=True)
-        if growth := self._growth.pop(replica, None):
-            growth.set_exception(Unavailable(engine.failure))
+        if asked := self._asked.pop(replica, None):
+            asked.set_exception(Unavailable(engine.failure))
         for key in [key for key in self._host_acks if key[0] == replica]:
             future = self._host_acks.pop(key)
             if not future.done():
@@ -329,6 +336,7 @@ class Agent:
                 channel,
                 RankSpace(hello.replica, engine.pool),
                 want_frames=lambda frames: self._want_frames(engine, frames),
+                want_host_memory=lambda size: self._want_host_memory(engine, size),
                 on_failure=lambda reason: engine.fail(f"model {hello.replica}: {reason}"),
             )
             request_bytes = engine.spec.settings.request_bytes
@@ -341,17 +349,34 @@ class Agent:
 
     def _want_frames(self, engine: Engine, frames: int) -> None:
         """On a rank's thread: wait until the policy grants. Raises Unavailable."""
-        granted: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._ask(engine, lambda now_s, replica: ev.FramesWanted(now_s, replica, frames))
+
+    def _want_host_memory(self, engine: Engine, mirror_bytes: int) -> None:
+        """On a rank's thread: wait until the policy grants. Raises Unavailable."""
+        total = mirror_bytes + (private_bytes(engine.process.pid) if engine.process else 0)
+        self._ask(engine, lambda now_s, replica: ev.HostMemoryWanted(now_s, replica, total))
+
+    def _ask(self, engine: Engine, wish: Callable[[float, str], ev.Event]) -> None:
+        answer: concurrent.futures.Future[None] = concurrent.futures.Future()
 
         def ask() -> None:
             if self.engines.get(engine.spec.replica) is not engine:
-                granted.set_exception(Unavailable("the engine was stopped"))
+                answer.set_exception(Unavailable("the engine was stopped"))
                 return
-            self._growth[engine.spec.replica] = granted
-            self.post(ev.FramesWanted(time.monotonic(), engine.spec.replica, frames))
+            self._asked[engine.spec.replica] = answer
+            self.post(wish(time.monotonic(), engine.spec.replica))
 
         self._loop.call_soon_threadsafe(ask)
-        granted.result()
+        answer.result()
+
+    async def _measure(self) -> None:
+        """Tell the policy what mirrors and processes take, for as long as the agent runs."""
+        while True:
+            await asyncio.sleep(_MEASURE_S)
+            for engine in list(self.engines.values()):
+                if engine.ready and engine.process and engine.rank:
+                    total = engine.rank.space.mirror_bytes + await asyncio.to_thread(private_bytes, engine.process.pid)
+                    self.post(ev.HostMemoryMeasured(time.monotonic(), engine.spec.replica, total))
 
     # --- control plane ------------------------------------------------------------------------------------------------
 
@@ -442,13 +467,27 @@ class Agent:
             # A stub that lost its engine gets the current one, even when a newer copy of the model changed the spec.
             if not again or replica not in self.specs:
                 await self._adopt(replica, message)
-            await self.load(replica)
-            engine = self.engines.get(replica)
-            if engine is None or engine.process is None:
-                raise Unavailable(f"{replica}: its engine ended right after it was loaded; try again")
+            engine = await self._running_engine(replica)
         except TritonSwapError as error:
             return wire.Refused(error.code, str(error))  # type: ignore[arg-type]
+        assert engine.process is not None
         return wire.Attached(replica, str(engine.socket), engine.process.pid)
+
+    async def _running_engine(self, replica: str) -> Engine:
+        """Its engine, RESIDENT; one that died just now, and of whose end the policy has yet to hear, is replaced.
+
+        Raises Unavailable.
+        """
+        await self.load(replica)
+        engine = self.engines.get(replica)
+        if engine and engine.process and not engine.process.host_lives():
+            while self.engines.get(replica) is engine:
+                await self._changed.wait()
+            await self.load(replica)
+            engine = self.engines.get(replica)
+        if engine is None or engine.process is None:
+            raise Unavailable(f"{replica}: its engine ended right after it was loaded; try again")
+        return engine
 
     async def _adopt(self, replica: str, message: wire.Attach) -> None:
         """Make the stub's request the spec of the replica; an engine of another spec ends first."""

@@ -35,6 +35,7 @@ class RankLink:
         channel: Channel[wire.FromRank],
         space: RankSpace,
         want_frames: Callable[[int], None],
+        want_host_memory: Callable[[int], None],
         on_failure: Callable[[str], None],
     ) -> None:
         self.channel = channel
@@ -43,11 +44,15 @@ class RankLink:
         self.weights_bytes = 0
         self.state_bytes = 0
         self._want_frames = want_frames
+        self._want_host_memory = want_host_memory
         self._on_failure = on_failure
         self._acks: queue.SimpleQueue[Ack | None] = queue.SimpleQueue()
 
     def serve(self) -> None:
-        """Read until the rank is gone. `want_frames(count)` returns when the policy grants or raises what it says."""
+        """Read until the rank is gone.
+
+        `want_frames(count)` and `want_host_memory(bytes)` return when the policy grants or raise what it says.
+        """
         try:
             while True:
                 message, fds = self.channel.receive()
@@ -77,17 +82,22 @@ class RankLink:
             self._want_frames(message.frames)
             frames = self.space.reserve(message.region, message.frames)
         except TritonSwapError as error:
-            self.channel.send(wire.Refused("UNAVAILABLE", str(error)))
+            self._refuse(error)
         else:
             self._send_grants(0, message.region, frames)
+
+    def _refuse(self, error: TritonSwapError) -> None:
+        self._on_failure(str(error))
+        self.channel.send(wire.Refused("UNAVAILABLE", str(error)))
 
     def _loaded(self, message: wire.Loaded) -> None:
         self.weights_bytes = _end(message.weights)
         self.state_bytes = _end(message.state)
         try:
+            self._want_host_memory(self.weights_bytes + self.state_bytes)
             self.space.make_images(self.weights_bytes, self.state_bytes)
         except TritonSwapError as error:
-            self.channel.send(wire.Refused("UNAVAILABLE", str(error)))
+            self._refuse(error)
         else:
             self.channel.send(wire.Mirrored(self.weights_bytes))
 

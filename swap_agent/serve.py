@@ -43,6 +43,8 @@ class ServeOptions:
     model_repository: Path
     device: str | None
     """None: the agent decides."""
+    host_memory: str | None
+    """None: no bound."""
     runtime_dir: Path
     host: str
     http_port: int
@@ -197,6 +199,7 @@ class _Supervisor:
         command = [sys.executable, "-m", "swap_agent", "agent", f"--runtime-dir={options.runtime_dir}"]
         command += [f"--agent-port={options.agent_port}"]  # always on loopback, wherever Triton listens
         command += [f"--device={options.device}"] if options.device else []
+        command += [f"--host-memory={options.host_memory}"] if options.host_memory else []
         self._agent_starts_s.append(time.monotonic())
         self._agent = Child("the swap agent", command, os.environ, self._logs / "agent.log")
         socket_path = RuntimeDir(options.runtime_dir).admin_socket

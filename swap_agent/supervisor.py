@@ -43,6 +43,11 @@ class EngineProcess:
     record_path: Path
     host_pidfd: int
 
+    def host_lives(self) -> bool:
+        """Whether the host has not exited yet; `ended` may take a moment to tell."""
+        fields = _stat(self.pid)
+        return fields is not None and fields[0] not in ("Z", "X")
+
     async def ended(self) -> None:
         """Return when the host has exited, for whatever reason."""
         loop = asyncio.get_running_loop()

@@ -81,7 +81,9 @@ async def _models(request: web.Request) -> web.Response:
 
 
 async def _devices(request: web.Request) -> web.Response:
-    return web.json_response({"devices": report.devices(request.app[_AGENT])})
+    agent = request.app[_AGENT]
+    host = await asyncio.to_thread(report.host, agent)
+    return web.json_response({"devices": report.devices(agent), "host": host})
 
 
 async def _load(request: web.Request) -> web.Response:

@@ -22,6 +22,12 @@ def devices(agent: Agent) -> list[dict[str, Any]]:
     return [_device(agent, name) for name in agent.pools]
 
 
+def host(agent: Agent) -> dict[str, Any]:
+    """What mirrors and engine processes take of the host's memory, and their bound (null: none)."""
+    used = sum(model["mirror_bytes"] + model["residue_bytes"] for model in models(agent))
+    return {"used_bytes": used, "limit_bytes": agent.config.host_memory_bytes}
+
+
 def _model(agent: Agent, replica: Replica) -> dict[str, Any]:
     engine = agent.engines.get(replica.name)
     process = engine.process if engine else None

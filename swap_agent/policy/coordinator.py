@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from swap_agent.policy import events as ev
+from swap_agent.policy.host_memory import HostMemory
 from swap_agent.policy.inventory import Device, Inventory, Replica
 from swap_agent.policy.lifecycle import State
 
@@ -23,7 +24,9 @@ _LEAVING = frozenset({State.DRAINING, State.SWAPPING_OUT})
 class Coordinator:
     """Owns the states of all replicas and the reservations on all devices."""
 
-    def __init__(self, devices: list[Device]) -> None:
+    def __init__(self, devices: list[Device], host_limit_bytes: int | None = None) -> None:
+        """`host_limit_bytes` bounds mirrors and engine processes together; None: no bound."""
+        self._host_memory = HostMemory(host_limit_bytes)
         self.inventory = Inventory({device.name: device for device in devices})
         self._queue: dict[str, float] = {}
         """Replicas that wait for activation, in order, with the time since which they wait."""
@@ -38,6 +41,7 @@ class Coordinator:
         2. Follow up on wishes that had to wait: unload, purge (`_follow_wishes`).
         3. Swap out what has been idle for its keep-alive (`_expire`).
         4. Serve the queue, making room where needed (`_serve_queue`).
+        5. Keep within the host's memory (`_fit_host_memory`).
         """
         self._actions = []
         if not isinstance(event, ev.Tick):
@@ -51,6 +55,7 @@ class Coordinator:
             self._follow_wishes(replica, event.now_s)
             self._expire(replica, event.now_s)
         self._serve_queue(event.now_s)
+        self._fit_host_memory()
         return self._actions
 
     # --- 1. notes -----------------------------------------------------------------------------------------------------
@@ -60,7 +65,7 @@ class Coordinator:
         replica.keep_alive_s = event.keep_alive_s
 
     def _load_wanted(self, replica: Replica, event: ev.LoadWanted) -> None:
-        replica.unload_wanted = replica.purge_wanted = False
+        replica.unload_wanted = replica.purge_wanted = replica.drop_wanted = False
         replica.load_wanted = replica.state is not State.RESIDENT
         if replica.state is State.RESIDENT:
             replica.idle_since_s = event.now_s
@@ -89,6 +94,13 @@ class Coordinator:
         else:
             self._growth[replica.name] = event.frames
 
+    def _host_memory_wanted(self, replica: Replica, event: ev.HostMemoryWanted) -> None:
+        self._host_memory.wanted[replica.name] = event.total_bytes
+
+    def _host_memory_measured(self, replica: Replica, event: ev.HostMemoryMeasured) -> None:
+        if replica.state not in (State.COLD, State.FAILED):
+            replica.host_bytes = event.total_bytes
+
     def _engine_ready(self, replica: Replica, event: ev.EngineReady) -> None:
         replica.move(State.RESIDENT)
         self._settle(replica, event.now_s)
@@ -102,6 +114,7 @@ class Coordinator:
         if event.epoch == replica.epoch and replica.state is State.DRAINING:
             replica.move(State.RESIDENT)
             replica.in_flight = max(replica.in_flight, 1)
+            replica.drop_wanted = False
             if replica.load_wanted:
                 replica.load_wanted = False
                 self._actions.append(ev.Activated(replica.name))
@@ -133,10 +146,12 @@ class Coordinator:
             self._actions.append(ev.Refuse(replica.name, event.reason))
         replica.device = None
         replica.reserved_frames = replica.footprint_frames = replica.in_flight = replica.waiting = 0
-        replica.stopping = replica.unload_wanted = replica.purge_wanted = False
+        replica.host_bytes = 0
+        replica.stopping = replica.unload_wanted = replica.purge_wanted = replica.drop_wanted = False
         # A load that came while the old engine was being stopped is still wanted; one that the failure answers is not.
         replica.load_wanted = replica.load_wanted and not replica.failure
         self._growth.pop(replica.name, None)
+        self._host_memory.wanted.pop(replica.name, None)
 
     def _settle(self, replica: Replica, now_s: float) -> None:
         replica.load_wanted = False
@@ -153,14 +168,25 @@ class Coordinator:
             self._release(replica, 0)
         elif replica.unload_wanted and replica.state in (State.SWAPPED, State.COLD, State.FAILED):
             replica.unload_wanted = False
+        if replica.drop_wanted and replica.state is State.SWAPPED and not replica.stopping:
+            self._drop(replica)
         if replica.purge_wanted and not replica.unload_wanted and not replica.stopping:
             if replica.state is State.SWAPPED:
-                replica.stopping = True
-                self._actions.append(ev.StopEngine(replica.name))
+                self._stop(replica, f"model {replica.name} was unloaded")
             elif replica.state in (State.COLD, State.FAILED):
                 replica.purge_wanted = False
                 if replica.state is State.FAILED:
                     replica.move(State.COLD)
+
+    def _drop(self, replica: Replica) -> None:
+        """End a parked engine for the sake of host memory, unless somebody has come to want it."""
+        replica.drop_wanted = False
+        if not replica.activation_wanted:
+            self._stop(replica, f"{replica.name} becomes COLD: --host-memory is short, and it was idle for longest")
+
+    def _stop(self, replica: Replica, reason: str) -> None:
+        replica.stopping = True
+        self._actions.append(ev.StopEngine(replica.name, reason))
 
     def _expire(self, replica: Replica, now_s: float) -> None:
         if replica.keep_alive_s is None or not replica.idle or now_s - replica.idle_since_s < replica.keep_alive_s:
@@ -262,7 +288,7 @@ class Coordinator:
         if replica.footprint_frames > self.inventory.devices[device].frames:
             del self._growth[replica.name]
             message = (
-                f"{replica.name} needs at least {replica.footprint_frames} frames of {device}, "
+                f"it needs at least {replica.footprint_frames} frames of {device}, "
                 f"which has {self.inventory.devices[device].frames}"
             )
             self._actions.append(ev.RefuseFrames(replica.name, message))
@@ -273,6 +299,21 @@ class Coordinator:
         else:
             self._make_room(device, replica, beyond, now_s - TURN_S, now_s)
             blocked.add(device)
+
+    # --- 5. host memory -----------------------------------------------------------------------------------------------
+
+    def _fit_host_memory(self) -> None:
+        replicas = list(self.inventory.replicas.values())
+        for name, message in self._host_memory.refused():
+            self._actions.append(ev.RefuseHostMemory(name, message))
+        for name in self._host_memory.granted(self.inventory):
+            self._actions.append(ev.GrantHostMemory(name))
+        for victim in self._host_memory.victims(replicas, self.inventory.host_bytes()):
+            victim.drop_wanted = True
+            if victim.state is State.RESIDENT:
+                self._drain(victim, 0, wait=False, reason="host_memory")
+            else:
+                self._drop(victim)
 
     def _make_room(self, device: str, who: Replica, frames: int, since_s: float, now_s: float) -> None:
         """Have others give back what `who` lacks, no more: until `frames` frames of `device` will be free."""
@@ -329,6 +370,8 @@ _HANDLERS: dict[type[ev.Event], Callable[..., None]] = {
     ev.UnloadWanted: Coordinator._unload_wanted,
     ev.LoadReported: Coordinator._load_reported,
     ev.FramesWanted: Coordinator._frames_wanted,
+    ev.HostMemoryWanted: Coordinator._host_memory_wanted,
+    ev.HostMemoryMeasured: Coordinator._host_memory_measured,
     ev.EngineReady: Coordinator._engine_ready,
     ev.Drained: Coordinator._drained,
     ev.DrainRefused: Coordinator._drain_refused,

@@ -63,6 +63,22 @@ class FramesWanted(Event):
 
 
 @dataclass(frozen=True)
+class HostMemoryWanted(Event):
+    """A starting engine is about to have its mirror made; `total_bytes` of host memory with its processes."""
+
+    name: str
+    total_bytes: int
+
+
+@dataclass(frozen=True)
+class HostMemoryMeasured(Event):
+    """Mirror and processes of a running engine take `total_bytes` of host memory."""
+
+    name: str
+    total_bytes: int
+
+
+@dataclass(frozen=True)
 class EngineReady(Event):
     """The engine runs and its mirror is complete."""
 
@@ -137,7 +153,10 @@ class StartEngine(Action):
 
 @dataclass(frozen=True)
 class StopEngine(Action):
-    """End the engine's processes; ends in EngineExited."""
+    """End the engine's processes and drop its mirror; ends in EngineExited."""
+
+    reason: str
+    """One line for a person."""
 
 
 @dataclass(frozen=True)
@@ -155,13 +174,25 @@ class RefuseFrames(Action):
 
 
 @dataclass(frozen=True)
+class GrantHostMemory(Action):
+    """The mirror of a starting engine may be made."""
+
+
+@dataclass(frozen=True)
+class RefuseHostMemory(Action):
+    """A starting engine cannot have a mirror."""
+
+    message: str
+
+
+@dataclass(frozen=True)
 class Drain(Action):
     """Close the gate; ends in Drained or, unless `wait`, in DrainRefused."""
 
     epoch: int
     wait: bool
     reason: str
-    """Why: `unload`, `keep_alive`, `eviction` or `turn`."""
+    """Why: `unload`, `keep_alive`, `eviction`, `turn` or `host_memory`."""
 
 
 @dataclass(frozen=True)

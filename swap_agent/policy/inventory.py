@@ -32,6 +32,8 @@ class Replica:
     """Frames that stay its own when it is SWAPPED, as last decided."""
     footprint_frames: int = 0
     """Frames that its regions take, summed up while the engine starts."""
+    host_bytes: int = 0
+    """Host memory of its mirror and its engine's processes, as last measured."""
     in_flight: int = 0
     waiting: int = 0
     idle_since_s: float = 0.0
@@ -41,6 +43,8 @@ class Replica:
     load_wanted: bool = False
     unload_wanted: bool = False
     purge_wanted: bool = False
+    drop_wanted: bool = False
+    """Host memory is short: once SWAPPED, its engine is to end."""
     stopping: bool = False
     failure: str = ""
 
@@ -85,6 +89,10 @@ class Inventory:
     def free_frames(self, device: str) -> int:
         """Frames of `device` that no replica has reserved."""
         return self.devices[device].frames - sum(replica.reserved_frames for replica in self.on(device))
+
+    def host_bytes(self) -> int:
+        """Host memory of all mirrors and engines."""
+        return sum(replica.host_bytes for replica in self.replicas.values())
 
     def check_integrity(self) -> None:
         """Raises BooksDoNotBalance when a device is overbooked or a reservation has no holder."""

@@ -17,13 +17,15 @@ from swap_agent.policy.lifecycle import HOLDS_FRAMES, MOVES, State
 class Machinery:
     """Obeys orders the way agent and engines do, when told to; keeps the orders that are still open."""
 
-    def __init__(self, *devices: Device) -> None:
-        self.policy = Coordinator(list(devices))
+    def __init__(self, *devices: Device, host_limit_bytes: int | None = None) -> None:
+        self.policy = Coordinator(list(devices), host_limit_bytes)
         self.now_s = 0.0
         self.open: list[ev.Action] = []
         self.done: list[ev.Action] = []
         self.busy: dict[str, int] = {}
         self.waiting: dict[str, int] = {}
+        self.host_bytes: dict[str, int] = {}
+        """Of models whose engines ask for host memory before they are ready."""
 
     def post(self, kind: type[ev.Event], *fields: object) -> list[ev.Action]:
         actions = self.policy.on_event(kind(self.now_s, *fields))
@@ -51,7 +53,14 @@ class Machinery:
             case ev.StartEngine():
                 if frames := self.replica(name).request_frames:
                     self.post(ev.FramesWanted, name, frames)
+                if name in self.host_bytes:
+                    self.post(ev.HostMemoryWanted, name, self.host_bytes[name])
+                else:
+                    self.post(ev.EngineReady, name)
+            case ev.GrantHostMemory():
                 self.post(ev.EngineReady, name)
+            case ev.RefuseHostMemory():
+                self.post(ev.EngineExited, name, action.message)
             case ev.StopEngine():
                 self.post(ev.EngineExited, name, "stopped")
             case ev.Drain():
@@ -135,6 +144,76 @@ def test_the_least_recently_used_idle_model_makes_room_and_only_as_many_as_neede
         State.RESIDENT,
         State.RESIDENT,
     ]
+
+
+def host_machinery(limit: int, **host_bytes: int) -> Machinery:
+    """Models of 10 frames each on a device of 100, with what they take of the host's memory."""
+    machine = Machinery(Device("cpu:0", 100), host_limit_bytes=limit)
+    for name, total in host_bytes.items():
+        machine.register(name, 10)
+        machine.host_bytes[name] = total
+    return machine
+
+
+def test_who_was_parked_longest_becomes_cold_when_host_memory_is_short() -> None:
+    machine = host_machinery(100, a=40, b=40, c=40)
+    machine.load("a", "b")
+    for name in "ab":
+        machine.post(ev.UnloadWanted, name, False)
+        machine.settle()
+    machine.load("c")
+    assert [machine.state(name) for name in "abc"] == [State.COLD, State.SWAPPED, State.RESIDENT]
+    (stop,) = [action for action in machine.done if isinstance(action, ev.StopEngine)]
+    assert stop.reason == "a becomes COLD: --host-memory is short, and it was idle for longest"
+    machine.load("a")  # b is parked, c idle but resident
+    assert [machine.state(name) for name in "abc"] == [State.RESIDENT, State.COLD, State.RESIDENT]
+
+
+def test_idle_resident_models_are_dropped_last_and_busy_ones_never() -> None:
+    machine = host_machinery(100, a=40, b=40, c=40)
+    machine.load("a", "b")
+    machine.report("b", in_flight=1)
+    machine.report("a", in_flight=1)
+    machine.post(ev.LoadWanted, "c")
+    machine.settle()
+    assert machine.state("c") is State.STARTING, "it waits, and nobody who runs is harmed"
+    assert machine.tick(1000) == []
+    machine.report("a")
+    machine.settle()
+    assert [machine.state(name) for name in "abc"] == [State.COLD, State.RESIDENT, State.RESIDENT]
+
+
+def test_a_model_that_somebody_came_to_want_is_not_dropped() -> None:
+    machine = host_machinery(100, a=40, b=40, c=40)
+    machine.load("a", "b")
+    machine.post(ev.LoadWanted, "c")
+    (wish,) = machine.open
+    machine.obey(wish)  # c asks for host memory: a is to drain
+    (drain,) = [action for action in machine.open if isinstance(action, ev.Drain)]
+    assert (drain.name, drain.reason) == ("a", "host_memory")
+    machine.report("a", waiting=1)
+    machine.settle()
+    assert machine.state("a") is State.RESIDENT
+    assert machine.state("b") is State.COLD and machine.state("c") is State.RESIDENT
+
+
+def test_more_host_memory_than_there_is_is_refused_by_name() -> None:
+    machine = host_machinery(100 << 20, a=101 << 20)
+    machine.post(ev.LoadWanted, "a")
+    machine.settle()
+    (refusal,) = [action for action in machine.done if isinstance(action, ev.RefuseHostMemory)]
+    assert refusal.message == (
+        "it needs 101 MiB of host memory for its mirror and its engine's processes; --host-memory is 100 MiB: raise it"
+    )
+
+
+def test_what_grows_beyond_the_bound_costs_a_parked_model() -> None:
+    machine = host_machinery(100, a=40, b=40)
+    machine.load("a", "b")
+    machine.post(ev.UnloadWanted, "a", False)
+    machine.settle()
+    assert machine.post(ev.HostMemoryMeasured, "b", 60) == []
+    assert kinds(machine.post(ev.HostMemoryMeasured, "b", 61)) == [("StopEngine", "a")]
 
 
 def test_a_victim_loses_only_what_is_needed_and_gets_back_only_that() -> None:
@@ -342,7 +421,7 @@ def test_an_undeclared_model_larger_than_the_device_is_refused_with_the_sum() ->
     machine.post(ev.LoadWanted, "b")
     machine.post(ev.FramesWanted, "b", 100)
     (refusal,) = machine.post(ev.FramesWanted, "b", 61)
-    assert refusal == ev.RefuseFrames("b", "b needs at least 161 frames of cpu:0, which has 160")
+    assert refusal == ev.RefuseFrames("b", "it needs at least 161 frames of cpu:0, which has 160")
 
 
 def test_no_engine_gets_more_than_its_request() -> None:
