@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument(
             "--host-memory", metavar="SIZE", help="bound of mirrors and engine processes together (default: none)"
         )
+        verb.add_argument("--verify", action="store_true", help="check weights by checksums at every swap; slow")
         verb.add_argument("--agent-port", type=_port, default=8003, help="admin API on loopback (default: %(default)s)")
     agent.add_argument("--poison", action="store_true", help="fill returned frames with 0xFF, to find use after return")
     agent.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
@@ -99,6 +100,7 @@ def _serve(options: argparse.Namespace) -> int:
             model_repository=options.model_repository,
             device=options.device,
             host_memory=options.host_memory,
+            verify=options.verify,
             runtime_dir=options.runtime_dir,
             host=options.host,
             http_port=options.http_port,
@@ -141,7 +143,8 @@ def _agent(options: argparse.Namespace) -> int:
     device = parse_device(_check_device(options.device))
     runtime = RuntimeDir(options.runtime_dir)
     host_memory = _host_memory(options.host_memory)
-    asyncio.run(_run_agent(AgentConfig(runtime, device, host_memory, options.agent_port, poison=options.poison)))
+    port, poison, verify = options.agent_port, options.poison, options.verify
+    asyncio.run(_run_agent(AgentConfig(runtime, device, host_memory, port, poison=poison, verify=verify)))
     return 0
 
 

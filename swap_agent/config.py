@@ -101,6 +101,8 @@ class AgentConfig:
     """Starts an engine host; --runtime-dir, --replica and --token are added."""
     poison: bool = False
     """Fill every returned frame with 0xFF; for tests."""
+    verify: bool = False
+    """Check weights by checksums at every swap."""
 
 
 @dataclass(frozen=True)

@@ -334,7 +334,7 @@ class Agent:
             capacity_bytes = device.total_frames * device.frame_bytes
             engine.rank = RankLink(
                 channel,
-                RankSpace(hello.replica, engine.pool),
+                RankSpace(hello.replica, engine.pool, verify=self.config.verify),
                 want_frames=lambda frames: self._want_frames(engine, frames),
                 want_host_memory=lambda size: self._want_host_memory(engine, size),
                 on_failure=lambda reason: engine.fail(f"model {hello.replica}: {reason}"),

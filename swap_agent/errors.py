@@ -7,6 +7,7 @@ TritonSwapError
 ├── Unsupported        this version does not do it
 ├── OutOfFrames        a device has not that many free frames
 ├── TakenBack          a swap-in failed and was undone: the model is SWAPPED as before
+├── Damaged            weights in memory are not what they were: bad memory, or a bug
 ├── BooksDoNotBalance  frames were lost or counted twice: a bug
 ├── Refusal            another process of triton-swap said no; carries its code
 ├── PeerGone           the process at the other end of a connection closed it or died
@@ -53,6 +54,10 @@ class OutOfFrames(Unavailable):
 
 class TakenBack(Unavailable):
     """A swap-in failed and was undone: the model is SWAPPED as before, its mirror intact."""
+
+
+class Damaged(TritonSwapError):
+    """Weights in memory are not what they were."""
 
 
 class BooksDoNotBalance(TritonSwapError):

@@ -60,5 +60,8 @@ class DeviceMemory(Protocol):
     def copy_out(self, frame: Frame, target: Bytes, region: Region, during: During) -> None:
         """Copy the start of the frame to `target` (at most a frame) and count its bytes."""
 
+    def checksum(self, frame: Frame, size_bytes: int) -> int:
+        """CRC-32 of the first bytes of the frame, as `zlib.crc32` computes it. No copy is counted."""
+
     def resident_bytes(self) -> int:
         """Physical memory that frames of this device occupy now, whoever maps them."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
+from swap_agent.errors import Damaged
 from swap_agent.memory.device import Bytes, DeviceMemory, During, Frame
 from swap_agent.memory.hostmem import HostMemory
 from swap_agent.wire.messages import Region
@@ -19,6 +21,8 @@ class Image:
         self.region = region
         self.size_bytes = size_bytes
         self._memory = HostMemory(name, size_bytes) if size_bytes else None
+        self._sums: list[int] = []
+        """CRC-32 of each frame's part; empty unless sealed."""
 
     @property
     def bytes(self) -> Bytes:
@@ -32,15 +36,28 @@ class Image:
         for index in range(first, self._frames(device)):
             device.copy_out(frames[index], self._part(device, index), self.region, during)
 
+    def seal(self, device: DeviceMemory) -> None:
+        """From now on the content is not to change: `restore` and `compare` check it."""
+        self._sums = [zlib.crc32(self._part(device, index).data) for index in range(self._frames(device))]
+
+    def compare(self, device: DeviceMemory, frames: list[Frame]) -> None:
+        """Raises Damaged when one of the frames, the first ones of the region, differs from a sealed image."""
+        for index, (frame, expected) in enumerate(zip(frames, self._sums, strict=False)):
+            if device.checksum(frame, self._part(device, index).size) != expected:
+                raise Damaged(f"frame {index} of its weights changed on the device")
+
     def restore(self, device: DeviceMemory, frames: list[Frame], first: int = 0) -> int:
         """Copy to the frames of the region, from number `first` on, and set to zero what lies beyond the image.
 
         With several threads: one core alone does not saturate the memory of a machine. Returns the bytes copied.
+        Raises Damaged when the image is sealed and has changed.
         """
         used = self._frames(device)
 
         def every_nth(start: int) -> None:
             for index in range(first + start, used, COPY_THREADS):
+                if self._sums and zlib.crc32(self._part(device, index).data) != self._sums[index]:
+                    raise Damaged(f"frame {index} of its weights changed in host memory")
                 device.copy_in(frames[index], self._part(device, index), self.region, "swap_in")
 
         with ThreadPoolExecutor(COPY_THREADS) as threads:

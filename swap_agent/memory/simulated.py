@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -72,6 +73,10 @@ class SimulatedDevice:
         np.copyto(target, _own(frame).memory.bytes[: target.size])
         with self._counting:
             self.device_to_host[region, during] += target.size
+
+    def checksum(self, frame: Frame, size_bytes: int) -> int:
+        """CRC-32 of the first bytes."""
+        return zlib.crc32(_own(frame).memory.bytes[:size_bytes].data)
 
     def resident_bytes(self) -> int:
         """Sum over the frames that exist."""

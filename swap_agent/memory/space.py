@@ -39,6 +39,8 @@ class RankSpace:
     sizes_frames: dict[Region, int] = field(default_factory=dict)
     mirror: Image | None = None
     staging: Image | None = None
+    verify: bool = False
+    """Check the weights by checksums whenever they come and go."""
     _dirty: set[Frame] = field(default_factory=set)
     """New frames of the swap-in under way that hold somebody else's bytes."""
 
@@ -69,6 +71,8 @@ class RankSpace:
         """After load: copy the weights to the mirror, once, and prepare the staging. Raises OutOfFrames."""
         self.mirror = Image("triton-swap-mirror", "weights", weights_bytes)
         self.mirror.save(self.pool.device, self.frames["weights"], "mirror")
+        if self.verify:
+            self.mirror.seal(self.pool.device)
         self.staging = Image("triton-swap-staging", "state", state_bytes)
 
     def plan_keep(self, frames: int) -> dict[Region, int]:
@@ -82,8 +86,10 @@ class RankSpace:
     def take_back(self, keep: Mapping[Region, int]) -> None:
         """After the rank unmapped all but `keep`: save the state that goes, return the frames that go.
 
-        Weights are not copied; KV is dropped.
+        Weights are not copied; KV is dropped. Raises Damaged when the space is verified and its weights have changed.
         """
+        if self.verify and self.mirror:
+            self.mirror.compare(self.pool.device, self.frames["weights"])
         if self.staging:
             self.staging.save(self.pool.device, self.frames["state"], "swap_out", first=keep.get("state", 0))
         self.undo(keep)

@@ -32,11 +32,9 @@ from swap_agent.wire.framing import AsyncChannel
 ENGINE = (sys.executable, str(Path(__file__).with_name("scripted_engine.py")))
 
 
-def config(path: Path, frames: int = 16, host_memory_bytes: int | None = None) -> AgentConfig:
+def config(path: Path, frames: int = 16, **settings: Any) -> AgentConfig:
     device = DeviceSpec("cpu", (frames * FRAME_BYTES,))
-    return AgentConfig(
-        RuntimeDir(path), device, host_memory_bytes, engine_command=ENGINE, drain_timeout_s=1, poison=True
-    )
+    return AgentConfig(RuntimeDir(path), device, engine_command=ENGINE, drain_timeout_s=1, poison=True, **settings)
 
 
 @pytest.fixture
@@ -346,6 +344,34 @@ async def test_a_swap_in_that_fails_is_taken_back_and_can_be_tried_again(
     await until(lambda: "told to refuse: a/1#0 was not swapped in" in told.read_text())
     await agent.load(stub.replica)  # the scripted engine checks every byte
     assert await stub.attach(frames=14, kv_frames=6) == attached, "the engine is the same"
+
+
+@pytest.mark.parametrize("where", ["host memory", "device"])
+async def test_verify_finds_damaged_weights_and_the_next_load_reads_them_anew(tmp_path: Path, where: str) -> None:
+    agent = Agent(config(tmp_path, verify=True))
+    async with agent.started():
+        stub = await Stub.connect(agent, "a")
+        attached = await stub.attach(frames=14)
+        for _ in range(2):
+            await agent.unload(stub.replica, purge=False)
+            await agent.load(stub.replica)
+        rank = agent.engines[stub.replica].rank
+        assert rank is not None and rank.space.mirror is not None
+        if where == "device":
+            frame = rank.space.frames["weights"][3]
+            assert isinstance(frame, SimulatedFrame)
+            frame.memory.bytes[77] ^= 1
+        await agent.unload(stub.replica, purge=False)
+        if where == "host memory":
+            rank.space.mirror.bytes[3 * FRAME_BYTES + 77] ^= 1
+            with pytest.raises(Unavailable, match="a/1#0: swap-in failed: frame 3 of its weights changed in host"):
+                await agent.load(stub.replica)
+        assert stub.report["state"] == "FAILED"
+        assert f"frame 3 of its weights changed {'in' if where == 'host memory' else 'on the'}" in str(
+            stub.report["failure"]
+        )
+        again = await stub.attach(frames=14)
+        assert isinstance(again, wire.Attached) and again != attached
 
 
 async def test_an_engine_that_cannot_map_is_swapped_as_before_and_tried_again(agent: Agent) -> None:

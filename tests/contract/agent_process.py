@@ -1,0 +1,26 @@
+"""A real agent with scripted engines, a process of its own, to be killed: python agent_process.py RUNTIME_DIR FRAMES"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+from swap_agent.config import AgentConfig, RuntimeDir
+from swap_agent.daemon import Agent
+from swap_agent.memory.simulated import FRAME_BYTES
+from swap_agent.policy.units import DeviceSpec
+
+ENGINE = (sys.executable, str(Path(__file__).with_name("scripted_engine.py")))
+
+
+async def main() -> None:
+    device = DeviceSpec("cpu", (int(sys.argv[2]) * FRAME_BYTES,))
+    runtime = RuntimeDir(Path(sys.argv[1]))
+    async with Agent(AgentConfig(runtime, device, engine_command=ENGINE, drain_timeout_s=1)).started():
+        print("ready", flush=True)
+        await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
