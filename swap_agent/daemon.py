@@ -87,6 +87,8 @@ class Agent:
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._channels: set[HostChannel] = set()
+        self.books_violations = 0
+        """How often policy and pools, or the policy's own books, did not agree."""
         self._numbers = 0
         self._loop: asyncio.AbstractEventLoop
 
@@ -138,6 +140,19 @@ class Agent:
         while True:
             await asyncio.sleep(_TICK_S)
             self.post(ev.Tick(time.monotonic()))
+            self._audit()
+
+    def _audit(self) -> None:
+        """Compare the policy's books with the pools', which own the truth; repair the former. A violation is a bug."""
+        for replica in self.coordinator.inventory.replicas.values():
+            engine = self.engines.get(replica.name)
+            if engine and engine.clearing:
+                continue
+            held = sum(pool.held_by(replica.name) for pool in self.pools.values())
+            if wrong := self.coordinator.inventory.audit(replica, held):
+                log.error("the books do not balance: %s", wrong)
+                self.books_violations += 1
+                replica.reserved_frames = max(held, replica.need_frames if replica.state is State.RESIDENT else 0)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -158,6 +173,7 @@ class Agent:
             self.coordinator.inventory.check_integrity()
         except BooksDoNotBalance:
             log.exception("after %s the books do not balance", event)
+            self.books_violations += 1
         if not isinstance(event, ev.Tick):
             self._changed.set()
             self._changed = asyncio.Event()
@@ -268,6 +284,7 @@ class Agent:
         else:
             await engine.process.ended()
             await engine.process.kill()
+            engine.clearing = True
             if not engine.ready:
                 engine.fail(f"{replica}: its engine ended while starting; see {engine.process.log_path}")
             engine.fail(f"{replica}: its engine died; see {engine.process.log_path}")

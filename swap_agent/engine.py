@@ -46,6 +46,8 @@ class Engine:
     rank: RankLink | None = None
     ready: bool = False
     stopping: bool = False
+    clearing: bool = False
+    """Its processes have ended, and its frames are being released."""
     failure: str = ""
     """Why it failed, in its own words; the first reason wins."""
     swaps_in: int = 0

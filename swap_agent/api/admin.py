@@ -83,7 +83,8 @@ async def _models(request: web.Request) -> web.Response:
 async def _devices(request: web.Request) -> web.Response:
     agent = request.app[_AGENT]
     host = await asyncio.to_thread(report.host, agent)
-    return web.json_response({"devices": report.devices(agent), "host": host})
+    violations = agent.books_violations
+    return web.json_response({"devices": report.devices(agent), "host": host, "books_violations": violations})
 
 
 async def _load(request: web.Request) -> web.Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterable
 
 from swap_agent.errors import BooksDoNotBalance, OutOfFrames
@@ -22,6 +23,7 @@ class FramePool:
         self._lock = threading.Lock()
         self._dirty: list[Frame] = []
         self._granted: dict[Frame, str] = {}
+        self._held: Counter[str] = Counter()
 
     @property
     def granted_frames(self) -> int:
@@ -35,8 +37,7 @@ class FramePool:
 
     def held_by(self, holder: str) -> int:
         """Frames granted to `holder`."""
-        with self._lock:
-            return sum(1 for owner in self._granted.values() if owner == holder)
+        return self._held[holder]
 
     def grant(self, holder: str, count: int) -> tuple[list[Frame], int]:
         """`count` frames for `holder`, and how many of them, at the front of the list, are dirty.
@@ -55,6 +56,7 @@ class FramePool:
                 self._dirty.extend(frames)
                 raise
             self._granted.update(dict.fromkeys(frames, holder))
+            self._held[holder] += len(frames)
         return frames, len(recycled)
 
     def give_back(self, holder: str, frames: Iterable[Frame], *, recycle: bool = True) -> None:
@@ -64,9 +66,12 @@ class FramePool:
         """
         frames = list(frames)
         with self._lock:
+            if len(set(frames)) != len(frames):
+                raise BooksDoNotBalance(f"{holder} gives back a frame of {self.device.name} twice")
             for frame in frames:
                 if self._granted.get(frame) != holder:
                     raise BooksDoNotBalance(f"{holder} gives back a frame of {self.device.name} that it does not hold")
+            self._held[holder] -= len(frames)
             for frame in frames:
                 del self._granted[frame]
                 if recycle:

@@ -90,6 +90,24 @@ class Inventory:
         """Frames of `device` that no replica has reserved."""
         return self.devices[device].frames - sum(replica.reserved_frames for replica in self.on(device))
 
+    def audit(self, replica: Replica, held_frames: int) -> str:
+        """What is wrong when `replica` holds so many frames, one line; empty when nothing is. Settled states only."""
+        match replica.state:
+            case State.RESIDENT:
+                balanced = held_frames == replica.footprint_frames <= replica.reserved_frames
+            case State.SWAPPED:
+                balanced = held_frames == replica.reserved_frames
+            case State.COLD | State.FAILED:
+                balanced = held_frames == 0
+            case _:
+                return ""
+        if balanced:
+            return ""
+        return (
+            f"{replica.name}: {held_frames} frames granted while {replica.state.value} with {replica.reserved_frames} "
+            f"reserved and a footprint of {replica.footprint_frames}"
+        )
+
     def host_bytes(self) -> int:
         """Host memory of all mirrors and engines."""
         return sum(replica.host_bytes for replica in self.replicas.values())

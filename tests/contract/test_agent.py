@@ -42,6 +42,8 @@ async def agent(tmp_path: Path) -> AsyncIterator[Agent]:
     agent = Agent(config(tmp_path))
     async with agent.started():
         yield agent
+        agent._audit()
+        assert agent.books_violations == 0
     assert not agent.engines
     (pool,) = agent.pools.values()
     assert pool.free_frames == 16, "every frame is back when the agent ends"
@@ -289,6 +291,18 @@ async def test_who_attaches_while_a_dead_engine_is_being_cleared_away_gets_the_n
     assert stub.report["state"] == "RESIDENT", "the policy has not heard yet"
     again = await stub.attach()
     assert isinstance(again, wire.Attached) and again.engine_pid != attached.engine_pid
+
+
+async def test_books_that_differ_are_noticed_and_repaired(tmp_path: Path) -> None:
+    agent = Agent(config(tmp_path))
+    async with agent.started():
+        stub = await Stub.connect(agent, "a")
+        await stub.attach()
+        await agent.unload(stub.replica, purge=False)
+        agent.replica(stub.replica).reserved_frames = 3  # a bug
+        await until(lambda: agent.books_violations > 0)
+        assert agent.books_violations == 1 and agent.replica(stub.replica).reserved_frames == 0
+        assert isinstance(await stub.attach(), wire.Attached)
 
 
 class Nth:

@@ -89,9 +89,12 @@ def test_nobody_gives_back_what_he_does_not_hold(pool: FramePool) -> None:
     frames, _ = pool.grant("a", 2)
     with pytest.raises(BooksDoNotBalance, match="b gives back a frame"):
         pool.give_back("b", frames)
+    with pytest.raises(BooksDoNotBalance, match="twice"):
+        pool.give_back("a", [frames[0], frames[0]])
     pool.give_back("a", frames)
     with pytest.raises(BooksDoNotBalance):
         pool.give_back("a", frames)
+    assert pool.held_by("a") == 0
 
 
 def test_trim_and_the_frames_of_the_killed_leave_the_device(pool: FramePool) -> None:
