@@ -14,17 +14,9 @@ def make_tiny_llama(
 ) -> Path:
     """Write config, tokenizer and bf16 safetensors of a seeded random Llama into `folder`."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder.mkdir(parents=True, exist_ok=True)
-    words = {"<s>": 0, "</s>": 1, **{f"w{token}": token for token in range(2, vocabulary)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<s>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"})
-    )
+    write_tokenizer(folder, vocabulary)
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -41,6 +33,20 @@ def make_tiny_llama(
     torch.manual_seed(seed)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     return folder
+
+
+def write_tokenizer(folder: Path, vocabulary: int) -> None:
+    """A tokenizer of words, one token each, into `folder`, which is made."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    words = {"<s>": 0, "</s>": 1, **{f"w{token}": token for token in range(2, vocabulary)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"})
+    )
 
 
 def prompt(seed: int, tokens: int = 8) -> str:
