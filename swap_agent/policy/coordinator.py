@@ -8,17 +8,14 @@ starts at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from swap_agent.policy import events as ev
+from swap_agent.policy import eviction
+from swap_agent.policy.eviction import LEAVING, TURN_S
 from swap_agent.policy.host_memory import HostMemory
 from swap_agent.policy.inventory import Device, Inventory, Replica
 from swap_agent.policy.lifecycle import State
-
-TURN_S = 2.0
-"""How long a waiting model leaves busy ones in peace, and how long a busy one stays at least."""
-
-_LEAVING = frozenset({State.DRAINING, State.SWAPPING_OUT})
 
 
 class Coordinator:
@@ -226,13 +223,13 @@ class Coordinator:
         for name, frames in list(self._growth.items()):  # 1
             self._grow(self.inventory.replicas[name], frames, blocked, now_s)
         for replica in self.inventory.replicas.values():  # 2
-            if replica.activation_wanted and replica.state in (State.COLD, State.FAILED, State.SWAPPED, *_LEAVING):
+            if replica.activation_wanted and replica.state in (State.COLD, State.FAILED, State.SWAPPED, *LEAVING):
                 self._queue.setdefault(replica.name, now_s)
             else:
                 self._queue.pop(replica.name, None)
         for name, since_s in list(self._queue.items()):
             replica = self.inventory.replicas[name]
-            if replica.state in _LEAVING or replica.stopping:  # 3
+            if replica.state in LEAVING or replica.stopping:  # 3
                 continue
             if replica.state is State.SWAPPED:
                 candidates = [str(replica.device)]
@@ -264,7 +261,7 @@ class Coordinator:
             self._queue.pop(replica.name)
             self._admit(replica, device, need)
             return
-        device = max(able, key=lambda name: self._reclaimable_frames(name, now_s - since_s))  # 7
+        device = max(able, key=lambda name: self._within_reach(name, now_s - since_s))  # 7
         if device not in blocked:
             self._make_room(device, replica, missing, since_s, now_s)
             blocked.add(device)
@@ -300,6 +297,25 @@ class Coordinator:
             self._make_room(device, replica, beyond, now_s - TURN_S, now_s)
             blocked.add(device)
 
+    def _make_room(self, device: str, who: Replica, frames: int, since_s: float, now_s: float) -> None:
+        """Have others give back what `who` lacks, no more: until `frames` frames of `device` will be free."""
+        on_device = self.inventory.on(device)
+        coming = self.inventory.free_frames(device) + eviction.coming_frames(on_device)
+        for victim in eviction.victims(on_device, who, list(self._queue), now_s - since_s, now_s):
+            if coming >= frames:
+                return
+            # What is reserved beyond the footprint is no memory that could be kept.
+            keep = min(victim.footprint_frames, max(0, victim.reserved_frames - (frames - coming)))
+            coming += victim.reserved_frames - keep
+            if victim.state is State.SWAPPED:
+                self._release(victim, keep)
+            else:
+                self._drain(victim, keep, wait=not victim.idle, reason="eviction" if victim.idle else "turn")
+
+    def _within_reach(self, device: str, waited_s: float) -> int:
+        reclaimable = eviction.reclaimable_frames(self.inventory.on(device), waited_s)
+        return self.inventory.free_frames(device) + reclaimable
+
     # --- 5. host memory -----------------------------------------------------------------------------------------------
 
     def _fit_host_memory(self) -> None:
@@ -314,54 +330,6 @@ class Coordinator:
                 self._drain(victim, 0, wait=False, reason="host_memory")
             else:
                 self._drop(victim)
-
-    def _make_room(self, device: str, who: Replica, frames: int, since_s: float, now_s: float) -> None:
-        """Have others give back what `who` lacks, no more: until `frames` frames of `device` will be free."""
-        coming = self.inventory.free_frames(device)
-        for other in self.inventory.on(device):
-            if other.stopping:
-                coming += other.reserved_frames
-            elif other.state in _LEAVING:
-                coming += other.reserved_frames - other.keep_frames
-        for victim in self._victims(device, who, now_s - since_s, now_s):
-            if coming >= frames:
-                return
-            # What is reserved beyond the footprint is no memory that could be kept.
-            keep = min(victim.footprint_frames, max(0, victim.reserved_frames - (frames - coming)))
-            coming += victim.reserved_frames - keep
-            if victim.state is State.SWAPPED:
-                self._release(victim, keep)
-            else:
-                self._drain(victim, keep, wait=not victim.idle, reason="eviction" if victim.idle else "turn")
-
-    def _victims(self, device: str, who: Replica, waited_s: float, now_s: float) -> Iterator[Replica]:
-        """Whose frames to take, in order.
-
-        1. Idle models, resident or not, least recently used first.
-        2. Models that wait behind `who`, the last in the queue first: they cannot run yet.
-        3. After TURN_S busy models, the one resident longest first.
-        """
-        holders = [r for r in self.inventory.on(device) if r is not who and r.reserved_frames]
-        resident = [r for r in holders if r.state is State.RESIDENT]
-        swapped = [r for r in holders if r.state is State.SWAPPED and not r.stopping]
-        idle = [r for r in resident if r.idle] + [r for r in swapped if not r.activation_wanted]
-        yield from sorted(idle, key=lambda r: r.idle_since_s)
-        order = list(self._queue)
-        queued = [r for r in swapped if r.activation_wanted]
-        yield from sorted(queued, key=lambda r: order.index(r.name) if r.name in order else len(order), reverse=True)
-        if waited_s >= TURN_S:
-            busy = [r for r in resident if not r.idle and now_s - r.resident_since_s >= TURN_S]
-            yield from sorted(busy, key=lambda r: r.resident_since_s)
-
-    def _reclaimable_frames(self, device: str, waited_s: float) -> int:
-        """Frames of `device` that are free, leaving, or held by models that could be asked for them now."""
-        return self.inventory.free_frames(device) + sum(
-            replica.reserved_frames
-            for replica in self.inventory.on(device)
-            if replica.state in _LEAVING
-            or replica.state is State.SWAPPED
-            or (replica.state is State.RESIDENT and (replica.idle or waited_s >= TURN_S))
-        )
 
 
 _HANDLERS: dict[type[ev.Event], Callable[..., None]] = {

@@ -9,7 +9,8 @@ import pytest
 
 from swap_agent.errors import BooksDoNotBalance
 from swap_agent.policy import events as ev
-from swap_agent.policy.coordinator import TURN_S, Coordinator
+from swap_agent.policy.coordinator import Coordinator
+from swap_agent.policy.eviction import TURN_S
 from swap_agent.policy.inventory import Device, Replica
 from swap_agent.policy.lifecycle import HOLDS_FRAMES, MOVES, State
 
