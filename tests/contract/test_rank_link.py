@@ -1,0 +1,125 @@
+"""The agent's end of a rank's connection, against a rank that says what a test wants."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from swap_agent.errors import PeerGone, TakenBack, Unavailable
+from swap_agent.memory.frames import FramePool
+from swap_agent.memory.simulated import FRAME_BYTES, SimulatedDevice
+from swap_agent.memory.space import RankSpace
+from swap_agent.rank import RankLink, start_serving
+from swap_agent.wire import messages as wire
+from swap_agent.wire.framing import Channel
+
+FRAMES = 6
+
+
+class Rank:
+    """A link with a started space of four frames, and the other end of its connection."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX)
+        self.pool = FramePool(SimulatedDevice("cpu:0", FRAMES * FRAME_BYTES), poison=True)
+        self.space = RankSpace("m/1#0", self.pool)
+        self.failures: list[str] = []
+        self.link = RankLink(
+            Channel(ours, wire.FromRank), self.space, lambda _: None, lambda _: None, self.failures.append
+        )
+        self.peer: Channel[wire.ToRank] = Channel(theirs, wire.ToRank)
+        for region, count in (("weights", 2), ("state", 1), ("kv", 1)):
+            for frame in self.space.reserve(region, count):  # type: ignore[arg-type]
+                frame.memory.bytes[:] = 7  # type: ignore[attr-defined]
+        self.space.make_images(2 * FRAME_BYTES - 10, 100)
+        self.thread = start_serving(self.link)
+
+    def swap_out(self, epoch: int) -> None:
+        self.peer.send(wire.Unmapped(epoch))
+        self.link.swap_out(epoch, {})
+
+    def receive_grants(self) -> int:
+        """Take grants up to the next other message; returns how many frames there were."""
+        frames = 0
+        while True:
+            message, fds = self.peer.receive(5)
+            for fd in fds:
+                os.close(fd)
+            frames += len(fds)
+            if not isinstance(message, wire.Grant):
+                return frames
+
+
+@pytest.fixture
+def rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rank]:
+    monkeypatch.setattr("swap_agent.rank.ACK_TIMEOUT_S", 0.5)
+    rank = Rank()
+    yield rank
+    rank.peer.close()
+    rank.thread.join(5)
+    rank.space.lost()
+    assert rank.pool.free_frames == FRAMES
+
+
+def test_acks_of_older_epochs_are_ignored(rank: Rank) -> None:
+    rank.peer.send(wire.Unmapped(4))
+    rank.peer.send(wire.Mapped(4))
+    with pytest.raises(Unavailable, match="no Unmapped from rank"):
+        rank.link.swap_out(5, {})
+    assert rank.space.device_bytes == 4 * FRAME_BYTES, "frames stay with a rank that may still map them"
+    rank.swap_out(6)
+    assert rank.space.device_bytes == 0
+
+
+def test_frames_are_filled_before_the_rank_is_told(rank: Rank) -> None:
+    rank.swap_out(1)
+    rank.peer.send(wire.Mapped(2))
+    swapping = threading.Thread(target=rank.link.swap_in, args=(2,))
+    swapping.start()
+    assert rank.receive_grants() == 4
+    contents = [frame.memory.bytes for frame in rank.space.frames["weights"]]  # type: ignore[attr-defined]
+    assert (contents[0] == 7).all() and (contents[1][:-10] == 7).all() and not contents[1][-10:].any()
+    swapping.join(5)
+
+
+def test_a_rank_that_answers_unmapped_to_a_swap_in_has_taken_it_back(rank: Rank) -> None:
+    rank.swap_out(1)
+    rank.peer.send(wire.Unmapped(2))
+    with pytest.raises(TakenBack):
+        rank.link.swap_in(2)
+    assert rank.pool.free_frames == FRAMES
+
+
+def test_a_rank_that_goes_away_is_told_apart_from_a_slow_one(rank: Rank) -> None:
+    rank.peer.close()
+    with pytest.raises(PeerGone):
+        rank.link.swap_out(1, {})
+
+
+def test_10000_cycles_leak_no_descriptor_and_no_frame() -> None:
+    pool = FramePool(SimulatedDevice("cpu:0", 3 * FRAME_BYTES))
+    space = RankSpace("m/1#0", pool)
+    for region in ("weights", "state", "kv"):
+        space.reserve(region, 1)  # type: ignore[arg-type]
+    space.make_images(4096, 64)
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    for cycle in range(10_000):
+        keep = {"state": 1} if cycle % 2 else {}
+        space.take_back(keep)  # type: ignore[arg-type]
+        held = space.held
+        space.grant()
+        for frames in space.frames.values():
+            for frame in frames:
+                os.close(frame.export())
+        space.fill(held, 0.0)
+    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
+    assert pool.granted_frames == pool.held_by("m/1#0") == 3 and pool.device.resident_bytes() == 3 * FRAME_BYTES
+    copied = pool.device.host_to_device
+    assert copied["weights", "swap_in"] == 10_000 * 4096 and copied["state", "swap_in"] == 5_000 * 64
+    space.lost()
+    assert pool.free_frames == 3
