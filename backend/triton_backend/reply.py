@@ -15,7 +15,8 @@ from triton_backend.response import ERROR_TEXT_OUTPUT, output_tensors
 class TritonReply:
     """A `call.Reply` over a decoupled request's response sender.
 
-    The sender may not be asked anything after its final response: tritonserver frees the request then.
+    The sender may not be asked anything after its final response: tritonserver frees the request then. It is let go
+    with that response: a sender that lives on may keep its model from unloading (python_backend pull request 358).
     """
 
     def __init__(self, sender: Any) -> None:
@@ -37,7 +38,10 @@ class TritonReply:
         return bool(self._sender.is_cancelled())
 
     def _send(self, response: Any, final: bool) -> None:
+        sender = self._sender
+        if final:
+            self._sender = None
         try:
-            self._sender.send(response, pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
+            sender.send(response, pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
         except pb_utils.TritonModelException as error:
             pb_utils.Logger.log_error(f"tritonserver did not take a response: {error}")

@@ -173,6 +173,19 @@ def test_a_request_that_waits_for_its_engine_can_be_cancelled(world: World) -> N
     assert [submit.prompt for submit in world.agent.seen.submitted] == ["echo kept"]
 
 
+def test_a_request_that_waited_for_its_engine_does_not_hold_up_the_unload(world: World) -> None:
+    world.agent.kill_engines()
+    world.agent.attach_delay_s = 1
+    try:
+        thread, answers = in_background(world, "echo waited")
+        thread.join()
+    finally:
+        world.agent.attach_delay_s = 0
+    assert answers[0].is_success
+    world.triton.unload("echo")
+    wait_for(lambda: world.agent.seen.detached == ["echo"])
+
+
 def test_a_refused_attach_fails_the_request_that_asked_for_it(world: World) -> None:
     world.agent.kill_engines()
     world.agent.refusals["echo"] = Refused("UNAVAILABLE", "model echo: its engine cannot start")
