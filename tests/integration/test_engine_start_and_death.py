@@ -66,21 +66,12 @@ def gone_within(session: int, seconds: float) -> bool:
     return True
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        ({"max_modle_len": 9}, 'no engine argument "max_modle_len": did you mean "max_model_len"?'),
-        ({"model": "./nowhere"}, "/tiny/1/nowhere: create it, or correct the path"),
-        ({"dtype": "float17"}, "key \"dtype\" is 'float17': Input should be 'auto'"),
-    ],
-    ids=["unknown key", "missing folder", "value that vLLM refuses"],
-)
-def test_a_bad_model_json_is_one_clear_line(start: Start, arguments: dict[str, Any], says: str) -> None:
-    agent, failed = start(arguments)
+def test_a_value_that_vllm_refuses_is_one_clear_line(start: Start) -> None:
+    agent, failed = start({"dtype": "float17"})
     assert isinstance(failed, wire.HostFailed)
     assert failed.code == "INVALID_ARG"
     assert failed.message.startswith("tiny/1#0: model.json")
-    assert says in failed.message
+    assert "key \"dtype\" is 'float17': Input should be 'auto'" in failed.message
     assert "\n" not in failed.message
     assert agent.process is not None
     assert agent.process.wait(30) == 1
