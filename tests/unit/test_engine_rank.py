@@ -46,7 +46,7 @@ class Agent:
         return self.heard[-1]
 
     def grant(self, epoch: int, region: wire.Region, first: int, count: int, fds: int | None = None) -> None:
-        frames = [os.memfd_create("triton-swap-frame") for _ in range(count if fds is None else fds)]
+        frames = [os.memfd_create("frame-of-test-rank") for _ in range(count if fds is None else fds)]
         for frame in frames:
             os.truncate(frame, FRAME)
         self.channel.send(wire.Grant(epoch, region, first, count), frames)
@@ -89,7 +89,7 @@ def open_frames() -> int:
     count = 0
     for link in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
-            count += "triton-swap-frame" in str(link.readlink())
+            count += "frame-of-test-rank" in str(link.readlink())
     return count
 
 

@@ -21,7 +21,7 @@ FRAME = 2 << 20
 def frames() -> Iterator[list[int]]:
     fds = []
     for number in range(4):
-        fds.append(os.memfd_create("triton-swap-frame"))
+        fds.append(os.memfd_create("frame-of-test-space"))
         os.truncate(fds[-1], FRAME)
         os.pwrite(fds[-1], bytes([number + 1]) * 16, 0)
     yield fds
@@ -30,7 +30,7 @@ def frames() -> Iterator[list[int]]:
 
 
 def mapped_frames() -> int:
-    return Path("/proc/self/maps").read_text().count("triton-swap-frame")
+    return Path("/proc/self/maps").read_text().count("frame-of-test-space")
 
 
 def test_frames_appear_at_an_address_that_never_changes(frames: list[int]) -> None:
@@ -64,7 +64,7 @@ def test_what_is_written_reaches_the_frame(frames: list[int]) -> None:
 def test_a_mapping_holds_the_frame_after_its_descriptor_is_closed() -> None:
     space = Space(FRAME)
     space.reserve("state", 1)
-    fd = os.memfd_create("triton-swap-frame")
+    fd = os.memfd_create("frame-of-test-space")
     os.truncate(fd, FRAME)
     space.map("state", 0, [fd])
     os.close(fd)
