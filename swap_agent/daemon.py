@@ -40,7 +40,7 @@ from swap_agent.memory.space import RankSpace
 from swap_agent.policy import events as ev
 from swap_agent.policy.coordinator import Coordinator
 from swap_agent.policy.inventory import Device, Replica
-from swap_agent.policy.lifecycle import State
+from swap_agent.policy.lifecycle import HOLDS_FRAMES, State
 from swap_agent.rank import ACK_TIMEOUT_S, RankLink, start_serving
 from swap_agent.supervisor import end_leftovers, private_bytes, start_engine, subreaper
 from swap_agent.wire import messages as wire
@@ -152,7 +152,8 @@ class Agent:
             if wrong := self.coordinator.inventory.audit(replica, held):
                 log.error("the books do not balance: %s", wrong)
                 self.books_violations += 1
-                replica.reserved_frames = max(held, replica.need_frames if replica.state is State.RESIDENT else 0)
+                if replica.state in HOLDS_FRAMES:
+                    replica.reserved_frames = max(held, replica.need_frames if replica.state is State.RESIDENT else 0)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -240,11 +241,13 @@ class Agent:
             try:
                 engine.last_swap_in = await asyncio.to_thread(engine.rank.swap_in, epoch)
             except TakenBack as error:
+                self._host_acks.pop((engine.spec.replica, epoch, wire.SwappedIn), None)
                 log.error("%s", error)
                 await asyncio.wait_for(undone, ACK_TIMEOUT_S)
                 self.post(ev.SwapInFailed(time.monotonic(), engine.spec.replica, epoch, str(error)))
                 return
             await asyncio.wait_for(acked, ACK_TIMEOUT_S)
+            self._host_acks.pop((engine.spec.replica, epoch, wire.SwapInFailed), None)
             engine.swaps_in += 1
             self.post(ev.SwappedIn(time.monotonic(), engine.spec.replica, epoch))
 
