@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from loadtest.server import Server
-from swap_agent.memory.mirror import COPY_THREADS
+from swap_agent.memory.simulated import COPY_THREADS
 
 REPEATS = 7
 
@@ -26,7 +26,7 @@ class SwapInSpeed:
     seconds: float
     """From taking frames to FILLED."""
     copy_seconds: float
-    """From the first copied byte to the last."""
+    """From the first copied or zeroed byte to the last."""
     gb_per_s: float
     """`bytes` over `copy_seconds`."""
     plain_copy_gb_per_s: float

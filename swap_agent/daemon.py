@@ -69,7 +69,7 @@ class Agent:
             )
         self.config = config
         self.pools = {
-            f"cpu:{index}": FramePool(SimulatedDevice(f"cpu:{index}", size), poison=config.poison)
+            f"cpu:{index}": FramePool(SimulatedDevice(f"cpu:{index}", size, late=config.poison), poison=config.poison)
             for index, size in enumerate(config.device.sizes_bytes)
         }
         for pool in self.pools.values():

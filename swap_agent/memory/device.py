@@ -7,6 +7,7 @@ gone; frames change hands only through the pool; every byte that crosses between
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import AbstractContextManager
 from typing import Literal, Protocol
 
 import numpy as np
@@ -17,8 +18,8 @@ from swap_agent.wire.messages import Region
 Bytes = npt.NDArray[np.uint8]
 """Host memory, shape [bytes]."""
 
-During = Literal["mirror", "swap_in", "swap_out"]
-"""What a copy is part of."""
+During = Literal["start", "mirror", "swap_in", "swap_out"]
+"""What a transfer is part of. Nobody waits for a `mirror`: it goes last."""
 
 Copied = Counter[tuple[Region, During]]
 """Bytes copied, by region and occasion."""
@@ -31,6 +32,29 @@ class Frame(Protocol):
         """A new descriptor of the frame, to be sent and then closed by the caller. Raises OSError."""
 
 
+class Transfer(Protocol):
+    """Copies and fills under way together, in no order of their own; at most one of each byte."""
+
+    def copy_in(self, frame: Frame, source: Bytes, region: Region) -> None:
+        """Copy `source` (at most a frame) to the start of the frame and count its bytes. Raises OSError."""
+
+    def copy_out(self, frame: Frame, target: Bytes, region: Region) -> None:
+        """Copy the start of the frame to `target` (at most a frame) and count its bytes. Raises OSError."""
+
+    def fill(self, frame: Frame, value: int, start: int = 0) -> None:
+        """Set bytes `start`… of the frame to `value`. That is no copy and not counted. Raises OSError."""
+
+
+class HostBuffer(Protocol):
+    """Host memory that a device copies from and to."""
+
+    bytes: Bytes
+    resident_bytes: int
+
+    def close(self) -> None:
+        """Give the memory back; only when no transfer uses it."""
+
+
 class DeviceMemory(Protocol):
     """One device. Methods may be called from several threads, never for the same frame at once."""
 
@@ -38,7 +62,7 @@ class DeviceMemory(Protocol):
     frame_bytes: int
     total_frames: int
     host_to_device: Copied
-    """Bytes copied into frames. Zeroing is no copy."""
+    """Bytes copied into frames. Filling is no copy."""
     device_to_host: Copied
     """Bytes copied out of frames."""
 
@@ -48,17 +72,14 @@ class DeviceMemory(Protocol):
     def destroy(self, frame: Frame) -> None:
         """Drop the agent's mapping and descriptor: the memory is free once no other process maps it."""
 
-    def zero(self, frame: Frame, start: int = 0) -> None:
-        """Set bytes `start`… of the frame to zero."""
+    def transfer(self, during: During) -> AbstractContextManager[Transfer]:
+        """What the transfer is asked runs at once; leaving the `with` block waits until all has been seen to be done.
 
-    def poison(self, frame: Frame) -> None:
-        """Set every byte of the frame to 0xFF: whoever reads it unfilled computes NaN, not a plausible answer."""
+        Then raises OSError when a part failed.
+        """
 
-    def copy_in(self, frame: Frame, source: Bytes, region: Region, during: During) -> None:
-        """Copy `source` (at most a frame) to the start of the frame and count its bytes."""
-
-    def copy_out(self, frame: Frame, target: Bytes, region: Region, during: During) -> None:
-        """Copy the start of the frame to `target` (at most a frame) and count its bytes."""
+    def host_buffer(self, name: str, size_bytes: int) -> HostBuffer:
+        """Zeroed host memory from which copies are fast. Raises OutOfFrames."""
 
     def checksum(self, frame: Frame, size_bytes: int) -> int:
         """CRC-32 of the first bytes of the frame, as `zlib.crc32` computes it. No copy is counted."""

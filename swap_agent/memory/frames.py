@@ -72,11 +72,13 @@ class FramePool:
                 if self._granted.get(frame) != holder:
                     raise BooksDoNotBalance(f"{holder} gives back a frame of {self.device.name} that it does not hold")
             self._held[holder] -= len(frames)
+            if self._poison and recycle:
+                with self.device.transfer("swap_out") as transfer:
+                    for frame in frames:
+                        transfer.fill(frame, 0xFF)  # who reads it unfilled computes NaN, not a plausible answer
             for frame in frames:
                 del self._granted[frame]
                 if recycle:
-                    if self._poison:
-                        self.device.poison(frame)
                     self._dirty.append(frame)
                 else:
                     self.device.destroy(frame)

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 
 from swap_agent.errors import Damaged
-from swap_agent.memory.device import Bytes, DeviceMemory, During, Frame
-from swap_agent.memory.hostmem import HostMemory
+from swap_agent.memory.device import Bytes, DeviceMemory, During, Frame, Transfer
 from swap_agent.wire.messages import Region
-
-COPY_THREADS = min(4, os.cpu_count() or 1)
 
 
 class Image:
     """Host memory that holds the first `size_bytes` of a region's frames, in order. Raises OutOfFrames."""
 
-    def __init__(self, name: str, region: Region, size_bytes: int) -> None:
+    def __init__(self, device: DeviceMemory, name: str, region: Region, size_bytes: int) -> None:
         self.region = region
         self.size_bytes = size_bytes
-        self._memory = HostMemory(name, size_bytes) if size_bytes else None
+        self._device = device
+        self._memory = device.host_buffer(name, size_bytes) if size_bytes else None
         self._sums: list[int] = []
         """CRC-32 of each frame's part; empty unless sealed."""
 
@@ -31,43 +27,37 @@ class Image:
             raise ValueError("an empty image has no bytes")
         return self._memory.bytes
 
-    def save(self, device: DeviceMemory, frames: list[Frame], during: During, first: int = 0) -> None:
+    def save(self, frames: list[Frame], during: During, first: int = 0) -> None:
         """Copy from the frames of the region, from number `first` on."""
-        for index in range(first, self._frames(device)):
-            device.copy_out(frames[index], self._part(device, index), self.region, during)
+        with self._device.transfer(during) as transfer:
+            for index in range(first, self._frames()):
+                transfer.copy_out(frames[index], self._part(index), self.region)
 
-    def seal(self, device: DeviceMemory) -> None:
+    def seal(self) -> None:
         """From now on the content is not to change: `restore` and `compare` check it."""
-        self._sums = [zlib.crc32(self._part(device, index).data) for index in range(self._frames(device))]
+        self._sums = [zlib.crc32(self._part(index).data) for index in range(self._frames())]
 
-    def compare(self, device: DeviceMemory, frames: list[Frame]) -> None:
+    def compare(self, frames: list[Frame]) -> None:
         """Raises Damaged when one of the frames, the first ones of the region, differs from a sealed image."""
         for index, (frame, expected) in enumerate(zip(frames, self._sums, strict=False)):
-            if device.checksum(frame, self._part(device, index).size) != expected:
+            if self._device.checksum(frame, self._part(index).size) != expected:
                 raise Damaged(f"frame {index} of its weights changed on the device")
 
-    def restore(self, device: DeviceMemory, frames: list[Frame], first: int = 0) -> int:
+    def restore(self, transfer: Transfer, frames: list[Frame], first: int = 0) -> int:
         """Copy to the frames of the region, from number `first` on, and set to zero what lies beyond the image.
 
-        With several threads: one core alone does not saturate the memory of a machine. Returns the bytes copied.
-        Raises Damaged when the image is sealed and has changed.
+        Returns the bytes copied. Raises Damaged when the image is sealed and has changed.
         """
-        used = self._frames(device)
-
-        def every_nth(start: int) -> None:
-            for index in range(first + start, used, COPY_THREADS):
-                if self._sums and zlib.crc32(self._part(device, index).data) != self._sums[index]:
-                    raise Damaged(f"frame {index} of its weights changed in host memory")
-                device.copy_in(frames[index], self._part(device, index), self.region, "swap_in")
-
-        with ThreadPoolExecutor(COPY_THREADS) as threads:
-            for _ in threads.map(every_nth, range(COPY_THREADS)):
-                pass  # raises what a thread raised
-        if first < used and (tail := self.size_bytes % device.frame_bytes):
-            device.zero(frames[used - 1], tail)
+        used = self._frames()
+        for index in range(first, used):
+            if self._sums and zlib.crc32(self._part(index).data) != self._sums[index]:
+                raise Damaged(f"frame {index} of its weights changed in host memory")
+            transfer.copy_in(frames[index], self._part(index), self.region)
+        if first < used and (tail := self.size_bytes % self._device.frame_bytes):
+            transfer.fill(frames[used - 1], 0, tail)
         for frame in frames[max(first, used) :]:
-            device.zero(frame)
-        return max(0, self.size_bytes - first * device.frame_bytes)
+            transfer.fill(frame, 0)
+        return max(0, self.size_bytes - first * self._device.frame_bytes)
 
     def resident_bytes(self) -> int:
         """Memory that the image occupies."""
@@ -80,9 +70,9 @@ class Image:
         if memory:
             memory.close()
 
-    def _frames(self, device: DeviceMemory) -> int:
-        return -(-self.size_bytes // device.frame_bytes)
+    def _frames(self) -> int:
+        return -(-self.size_bytes // self._device.frame_bytes)
 
-    def _part(self, device: DeviceMemory, index: int) -> Bytes:
-        start = index * device.frame_bytes
-        return self.bytes[start : min(start + device.frame_bytes, self.size_bytes)]
+    def _part(self, index: int) -> Bytes:
+        start = index * self._device.frame_bytes
+        return self.bytes[start : min(start + self._device.frame_bytes, self.size_bytes)]

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import os
+import random
 import threading
+import time
 import zlib
 from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 
 from swap_agent.memory.device import Bytes, Copied, During, Frame
 from swap_agent.memory.hostmem import HostMemory
+from swap_agent.memory.pace import Pace
 from swap_agent.wire.messages import Region
 
 FRAME_BYTES = 2 << 20
 """One huge page: a frame is one page-table entry wherever the kernel grants it."""
+
+COPY_THREADS = min(4, os.cpu_count() or 1)
+"""One core alone does not saturate the memory of a machine."""
+_LATE_S = 0.002
+"""Longest delay of one copy of a late device."""
 
 
 class SimulatedFrame:
@@ -29,14 +40,18 @@ class SimulatedFrame:
 
 
 class SimulatedDevice:
-    """A device of fixed size in host memory; implements `DeviceMemory`."""
+    """A device of fixed size in host memory; implements `DeviceMemory`. Its copies run on threads, as a GPU's do."""
 
-    def __init__(self, name: str, size_bytes: int) -> None:
+    def __init__(self, name: str, size_bytes: int, *, late: bool = False) -> None:
+        """`late`: copies wait until their transfer waits for them, and then complete in any order; for tests."""
         self.name = name
         self.frame_bytes = FRAME_BYTES
         self.total_frames = size_bytes // FRAME_BYTES
         self.host_to_device: Copied = Counter()
         self.device_to_host: Copied = Counter()
+        self.late = late
+        self.pace = Pace()
+        self.threads = ThreadPoolExecutor(COPY_THREADS, thread_name_prefix=f"copies {name}")
         self._counting = threading.Lock()
         self._resident_bytes = 0
 
@@ -54,13 +69,31 @@ class SimulatedDevice:
             self._resident_bytes -= own.memory.resident_bytes
         own.memory.close()
 
-    def zero(self, frame: Frame, start: int = 0) -> None:
-        """Set bytes `start`… to zero."""
-        _own(frame).memory.bytes[start:].fill(0)
+    @contextmanager
+    def transfer(self, during: During) -> Iterator[SimulatedTransfer]:
+        """Copies on threads, several at once."""
+        background = during == "mirror"
+        with nullcontext() if background else self.pace.urgent():
+            transfer = SimulatedTransfer(self, during, background)
+            try:
+                yield transfer
+            finally:
+                transfer.finish()
+            transfer.check()
 
-    def poison(self, frame: Frame) -> None:
-        """Set every byte to 0xFF."""
-        _own(frame).memory.bytes.fill(0xFF)
+    def host_buffer(self, name: str, size_bytes: int) -> HostMemory:
+        """Plain host memory."""
+        return HostMemory(name, size_bytes)
+
+    def checksum(self, frame: Frame, size_bytes: int) -> int:
+        """CRC-32 of the first bytes."""
+        return zlib.crc32(_own(frame).memory.bytes[:size_bytes].data)
+
+    def resident_bytes(self) -> int:
+        """Sum over the frames that exist."""
+        return self._resident_bytes
+
+    # What the threads do.
 
     def copy_in(self, frame: Frame, source: Bytes, region: Region, during: During) -> None:
         """Copy host memory to the start of the frame."""
@@ -74,13 +107,58 @@ class SimulatedDevice:
         with self._counting:
             self.device_to_host[region, during] += target.size
 
-    def checksum(self, frame: Frame, size_bytes: int) -> int:
-        """CRC-32 of the first bytes."""
-        return zlib.crc32(_own(frame).memory.bytes[:size_bytes].data)
+    def fill(self, frame: Frame, value: int, start: int) -> None:
+        """Set bytes `start`… to `value`."""
+        _own(frame).memory.bytes[start:].fill(value)
 
-    def resident_bytes(self) -> int:
-        """Sum over the frames that exist."""
-        return self._resident_bytes
+
+class SimulatedTransfer:
+    """Copies and fills handed to the device's threads."""
+
+    def __init__(self, device: SimulatedDevice, during: During, background: bool) -> None:
+        self._device = device
+        self._during = during
+        self._background = background
+        self._held: list[Callable[[], None]] = []
+        self._running: list[Future[None]] = []
+
+    def copy_in(self, frame: Frame, source: Bytes, region: Region) -> None:
+        """Copy host memory to the start of the frame."""
+        self._queue(lambda: self._device.copy_in(frame, source, region, self._during))
+
+    def copy_out(self, frame: Frame, target: Bytes, region: Region) -> None:
+        """Copy the start of the frame to host memory."""
+        self._queue(lambda: self._device.copy_out(frame, target, region, self._during))
+
+    def fill(self, frame: Frame, value: int, start: int = 0) -> None:
+        """Set bytes `start`… to `value`."""
+        self._queue(lambda: self._device.fill(frame, value, start))
+
+    def _queue(self, work: Callable[[], None]) -> None:
+        if self._device.late:
+            self._held.append(work)
+            return
+        if self._background:
+            self._device.pace.give_way()
+            if len(self._running) >= COPY_THREADS:  # no more in flight than run: what is urgent comes next
+                self._running[-COPY_THREADS].exception()
+        self._running.append(self._device.threads.submit(work))
+
+    def finish(self) -> None:
+        """Wait for all; nothing touches frame or host memory after this."""
+        random.shuffle(self._held)
+        self._running += [self._device.threads.submit(_late, work) for work in self._held]
+        wait(self._running)
+
+    def check(self) -> None:
+        """Raise what one of them raised."""
+        for future in self._running:
+            future.result()
+
+
+def _late(work: Callable[[], None]) -> None:
+    time.sleep(random.uniform(0, _LATE_S))
+    work()
 
 
 def _own(frame: Frame) -> SimulatedFrame:

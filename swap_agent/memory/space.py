@@ -24,7 +24,7 @@ class SwapIn:
     seconds: float
     """From taking frames to FILLED."""
     copy_seconds: float
-    """From the first copied byte to the last."""
+    """From the first copied or zeroed byte to the last."""
     bytes: int
     """Copied from host to device."""
 
@@ -63,17 +63,19 @@ class RankSpace:
         frames, dirty = self.pool.grant(self.holder, count)
         self.frames[region] = frames
         self.sizes_frames[region] = count
-        for frame in frames[:dirty]:
-            self.pool.device.zero(frame)
+        with self.pool.device.transfer("start") as transfer:
+            for frame in frames[:dirty]:
+                transfer.fill(frame, 0)
         return frames
 
     def make_images(self, weights_bytes: int, state_bytes: int) -> None:
         """After load: copy the weights to the mirror, once, and prepare the staging. Raises OutOfFrames."""
-        self.mirror = Image("triton-swap-mirror", "weights", weights_bytes)
-        self.mirror.save(self.pool.device, self.frames["weights"], "mirror")
+        device = self.pool.device
+        self.mirror = Image(device, "triton-swap-mirror", "weights", weights_bytes)
+        self.mirror.save(self.frames["weights"], "mirror")
         if self.verify:
-            self.mirror.seal(self.pool.device)
-        self.staging = Image("triton-swap-staging", "state", state_bytes)
+            self.mirror.seal()
+        self.staging = Image(device, "triton-swap-staging", "state", state_bytes)
 
     def plan_keep(self, frames: int) -> dict[Region, int]:
         """How many frames of each region stay when the rank keeps `frames` of all it holds: the first of each."""
@@ -89,9 +91,9 @@ class RankSpace:
         Weights are not copied; KV is dropped. Raises Damaged when the space is verified and its weights have changed.
         """
         if self.verify and self.mirror:
-            self.mirror.compare(self.pool.device, self.frames["weights"])
+            self.mirror.compare(self.frames["weights"])
         if self.staging:
-            self.staging.save(self.pool.device, self.frames["state"], "swap_out", first=keep.get("state", 0))
+            self.staging.save(self.frames["state"], "swap_out", first=keep.get("state", 0))
         self.undo(keep)
 
     def undo(self, keep: Mapping[Region, int]) -> None:
@@ -121,15 +123,15 @@ class RankSpace:
 
         KV to zero, weights from the mirror, state from the staging.
         """
-        device = self.pool.device
-        for frame in self.frames["kv"][held.get("kv", 0) :]:
-            if frame in self._dirty:
-                device.zero(frame)
         first_copy_s = clock()
         copied = 0
-        for image in (self.mirror, self.staging):
-            if image:
-                copied += image.restore(device, self.frames[image.region], first=held[image.region])
+        with self.pool.device.transfer("swap_in") as transfer:
+            for image in (self.mirror, self.staging):
+                if image:
+                    copied += image.restore(transfer, self.frames[image.region], first=held[image.region])
+            for frame in self.frames["kv"][held.get("kv", 0) :]:
+                if frame in self._dirty:
+                    transfer.fill(frame, 0)
         now_s = clock()
         return SwapIn(seconds=now_s - started_s, copy_seconds=now_s - first_copy_s, bytes=copied)
 

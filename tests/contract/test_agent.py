@@ -322,7 +322,7 @@ class Nth:
 @pytest.mark.parametrize("kept", [0, 6])
 @pytest.mark.parametrize(
     ("what", "nth"),
-    [("create", 1), ("create", 5), ("export", 1), ("export", 5), ("copy_in", 1), ("copy_in", 2), ("zero", 1)],
+    [("create", 1), ("create", 5), ("export", 1), ("export", 5), ("copy_in", 1), ("copy_in", 2), ("fill", 1)],
 )
 async def test_a_swap_in_that_fails_is_taken_back_and_can_be_tried_again(
     agent: Agent, monkeypatch: pytest.MonkeyPatch, what: str, nth: int, kept: int

@@ -49,11 +49,13 @@ def test_copies_reach_whoever_maps_the_frame_and_are_counted(device: SimulatedDe
     frame = device.create()
     view = mapped(frame, device)
     source = np.arange(1000, dtype=np.uint64).view(np.uint8)
-    device.copy_in(frame, source, "weights", "swap_in")
+    with device.transfer("swap_in") as transfer:
+        transfer.copy_in(frame, source, "weights")
     assert np.array_equal(view[: source.size], source)
     view[:4] = 7
     target = np.zeros(4, dtype=np.uint8)
-    device.copy_out(frame, target, "state", "swap_out")
+    with device.transfer("swap_out") as transfer:
+        transfer.copy_out(frame, target, "state")
     assert target.tolist() == [7] * 4
     assert dict(device.host_to_device) == {("weights", "swap_in"): source.size}
     assert dict(device.device_to_host) == {("state", "swap_out"): 4}
@@ -114,14 +116,16 @@ def test_an_image_is_memory_of_its_own_and_restores_every_byte(pool: FramePool) 
     content = rng.integers(0, 256, 3 * device.frame_bytes, dtype=np.uint8)
     for index, frame in enumerate(frames):
         frame.memory.bytes[:] = content[index * device.frame_bytes : (index + 1) * device.frame_bytes]
-    image = Image("test", "weights", size)
-    image.save(device, frames, "mirror")
+    image = Image(device, "test", "weights", size)
+    image.save(frames, "mirror")
     assert image.resident_bytes() >= size
     frames[0].memory.bytes[:] = 0
     assert np.array_equal(image.bytes, content[:size]), "frames and image are different memory"
-    for frame in frames:
-        device.poison(frame)
-    image.restore(device, frames)
+    with device.transfer("swap_out") as transfer:
+        for frame in frames:
+            transfer.fill(frame, 0xFF)
+    with device.transfer("swap_in") as transfer:
+        image.restore(transfer, frames)
     restored = np.concatenate([frame.memory.bytes for frame in frames])
     assert np.array_equal(restored[:size], content[:size])
     assert not restored[size:].any(), "the tail of the last frame is zeroed"
