@@ -19,8 +19,8 @@ from swap_agent.errors import Unsupported
 from swap_agent.wire.messages import Extent, Region
 from vllm_engine.space import Space
 
-ALIGNMENT_BYTES = 64
-"""Cache line and AVX-512 vector; torch's own allocations are aligned to it."""
+ALIGNMENT_BYTES = 512
+"""What torch's allocator aligns to on a GPU (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize); on a CPU it is 64."""
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ class Layout:
     weights: list[Extent]
     state: list[Extent]
     storages: dict[Region, list[torch.UntypedStorage]]
+    device: torch.device
 
     def size(self, region: Region) -> int:
         """Bytes of one region, up to the end of its last extent."""
@@ -43,11 +44,11 @@ class Layout:
         return {"weights": self.weights, "state": self.state}.get(region, [])
 
 
-def plan(module: torch.nn.Module) -> Layout:
-    """Lay out every distinct storage behind the parameters and buffers of `module`.
+def plan(module: torch.nn.Module, device: torch.device) -> Layout:
+    """Lay out every distinct storage behind the parameters and buffers of `module`, which computes on `device`.
 
     A storage that a parameter and a buffer share is state: it may change. Raises Unsupported for a tensor that is not
-    in plain CPU memory.
+    in plain memory of the one device.
     """
     found: dict[int, tuple[Region, str, torch.Tensor]] = {}
     named: Iterable[tuple[Region, str, torch.Tensor]] = [
@@ -57,8 +58,9 @@ def plan(module: torch.nn.Module) -> Layout:
     for region, name, tensor in named:
         if tensor.is_meta or tensor.numel() == 0:
             continue
-        if tensor.device.type != "cpu" or tensor.layout != torch.strided:
-            raise Unsupported(f"{name} is {tensor.layout} on {tensor.device}: only plain CPU tensors can be swapped")
+        if tensor.device.type != device.type or tensor.layout != torch.strided:
+            where = f"{tensor.layout} on {tensor.device}"
+            raise Unsupported(f"{name} is {where}: only plain tensors on {device.type} can be swapped")
         key = tensor.untyped_storage().data_ptr()
         if key in found:
             _, first_name, first = found[key]
@@ -66,7 +68,7 @@ def plan(module: torch.nn.Module) -> Layout:
         else:
             found[key] = (region, name, tensor)
 
-    layout = Layout([], [], {"weights": [], "state": []})
+    layout = Layout([], [], {"weights": [], "state": []}, device)
     for region, name, tensor in found.values():
         storage = tensor.untyped_storage()
         offset = -(-layout.size(region) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
@@ -82,12 +84,12 @@ def move(layout: Layout, space: Space) -> None:
     originals: list[torch.UntypedStorage] = []
     for region, storages in layout.storages.items():
         for extent, storage in zip(layout.extents(region), storages, strict=True):
-            home = storage_at(space.buffer(region, extent.offset, extent.bytes))
+            home = storage_at(space.place(region, extent.offset, extent.bytes), extent.bytes, layout.device)
             home.copy_(storage)
             homes[storage.data_ptr()] = home
             originals.append(storage)
         storages.clear()
-    for tensor in _tensors_over(homes):
+    for tensor in _tensors_over(homes, layout.device):
         home = homes[tensor.untyped_storage().data_ptr()]
         tensor.data = _view(home, tensor)
     # A name that refers to the last tensor or storage would keep it alive.
@@ -97,12 +99,27 @@ def move(layout: Layout, space: Space) -> None:
     if kept:
         log.warning("%d bytes stay in private memory: something outside of Python still refers to them", kept)
     originals.clear()
+    if layout.device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
     release_freed_memory()
 
 
-def storage_at(buffer: ctypes.Array[ctypes.c_char]) -> torch.UntypedStorage:
-    """A storage over memory that somebody else owns."""
-    return torch.frombuffer(buffer, dtype=torch.uint8).untyped_storage()
+def storage_at(address: int, size: int, device: torch.device) -> torch.UntypedStorage:
+    """A storage over mapped memory of `device` that somebody else owns."""
+    if device.type == "cpu":
+        memory = (ctypes.c_char * size).from_address(address)
+        return torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+    return torch.as_tensor(_CudaMemory(address, size), device=device).untyped_storage()
+
+
+class _CudaMemory:
+    """What `torch.as_tensor` takes for a tensor of uint8 (CUDA Array Interface, version 3)."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (size,), "typestr": "|u1", "data": (address, False), "version": 3
+        }  # fmt: skip
 
 
 def release_freed_memory() -> None:
@@ -114,7 +131,7 @@ def release_freed_memory() -> None:
             getattr(libc, function)(*([] if argument is None else [argument]))
 
 
-def _tensors_over(storages: dict[int, torch.UntypedStorage]) -> list[torch.Tensor]:
+def _tensors_over(storages: dict[int, torch.UntypedStorage], device: torch.device) -> list[torch.Tensor]:
     """Every living Python tensor on one of `storages`, also those that a module keeps as plain attributes."""
     return [
         candidate
@@ -122,12 +139,12 @@ def _tensors_over(storages: dict[int, torch.UntypedStorage]) -> list[torch.Tenso
         # type(), not isinstance(): the latter calls into lazy proxies of other libraries.
         if issubclass(type(candidate), torch.Tensor)
         and candidate.layout == torch.strided
-        and candidate.device.type == "cpu"
+        and candidate.device.type == device.type
         and candidate.numel() > 0
         and candidate.untyped_storage().data_ptr() in storages
     ]
 
 
 def _view(storage: torch.UntypedStorage, like: torch.Tensor) -> Any:
-    empty = torch.empty(0, dtype=like.dtype, device="cpu")
+    empty = torch.empty(0, dtype=like.dtype, device=storage.device)
     return empty.set_(storage, like.storage_offset(), like.shape, like.stride())

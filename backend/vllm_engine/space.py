@@ -1,27 +1,28 @@
-"""The address space of one engine rank: regions of frames at addresses that never change (Linux, mmap(2)).
+"""The address space of one engine rank: regions of frames at addresses that never change.
 
-A region is reserved once with PROT_NONE; frames are mapped into it and taken out of it whole. Where nothing is mapped,
+A region is reserved once; frames are mapped into it and taken out of it whole. Where nothing is mapped,
 any access faults. Knows neither torch nor vLLM.
 """
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 from collections.abc import Mapping
 
 from swap_agent.errors import ProtocolError, TritonSwapError
-from swap_agent.memory import mapping
 from swap_agent.wire.messages import Region
+from vllm_engine.addresses import Addresses, HostAddresses
 
 
 class Space:
     """Addresses of one rank. Not thread safe: the rank calls it in its paused state only."""
 
-    def __init__(self, frame_bytes: int) -> None:
+    def __init__(self, frame_bytes: int, addresses: Addresses | None = None) -> None:
+        """`addresses` of the device that the frames are of; None: a simulated one."""
         if frame_bytes % mmap.PAGESIZE:
             raise ProtocolError(f"frames of {frame_bytes} bytes are not a multiple of the page size")
         self.frame_bytes = frame_bytes
+        self._device = addresses or HostAddresses()
         self._addresses: dict[Region, int] = {}
         self._frames: dict[Region, int] = {}
         self._mapped: dict[Region, set[int]] = {}
@@ -40,7 +41,7 @@ class Space:
         """Reserve addresses for `frames` frames; nothing is mapped yet. Returns the address. Raises OSError."""
         if region in self._addresses:
             raise TritonSwapError(f"region {region} is reserved already")
-        self._addresses[region] = mapping.reserve(frames * self.frame_bytes)
+        self._addresses[region] = self._device.reserve(frames * self.frame_bytes)
         self._frames[region] = frames
         self._mapped[region] = set()
         return self._addresses[region]
@@ -61,11 +62,8 @@ class Space:
         if not self._mapped[region].isdisjoint(indices):
             raise ProtocolError(f"frames {first}..{indices.stop - 1} of region {region} were granted twice")
         start = self._addresses[region] + first * self.frame_bytes
-        for position, fd in enumerate(fds):
-            self._mapped[region].add(first + position)  # also if it fails: `unmap` then restores the reservation
-            mapping.map_file(fd, start + position * self.frame_bytes, self.frame_bytes)
-        if touch:
-            mapping.touch(start, len(fds) * self.frame_bytes)
+        self._mapped[region].update(indices)  # also if it fails: `unmap` then restores the reservation
+        self._device.map(start, fds, self.frame_bytes, touch=touch)
 
     def is_mapped(self, region: Region) -> bool:
         """True when every frame of the region is mapped."""
@@ -78,11 +76,11 @@ class Space:
             gone = {frame for frame in self._mapped[region] if frame >= first}
             if gone:
                 size = (self._frames[region] - first) * self.frame_bytes
-                mapping.vacate(address + first * self.frame_bytes, size)
+                self._device.vacate(address + first * self.frame_bytes, size)
                 self._mapped[region] -= gone
 
-    def buffer(self, region: Region, offset: int, size: int) -> ctypes.Array[ctypes.c_char]:
-        """`size` bytes at `offset` of the region. It owns nothing: using it while frames are not mapped is a fault."""
+    def place(self, region: Region, offset: int, size: int) -> int:
+        """Address of `size` bytes at `offset` of the region. Using it while frames are not mapped is a fault."""
         if offset < 0 or offset + size > self._frames[region] * self.frame_bytes:
             raise TritonSwapError(f"bytes {offset}..{offset + size} are outside of region {region}")
-        return (ctypes.c_char * size).from_address(self._addresses[region] + offset)
+        return self._addresses[region] + offset

@@ -50,7 +50,7 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
         """Load as vLLM does, then move weights and state into frames and have the mirror made."""
         with self._agent.reporting("load the model"):
             linear.load_with_ordinary_weights(lambda: super(SwappableWorker, self).load_model(**kwargs), self.get_model)
-            layout = rehome.plan(self.get_model())
+            layout = rehome.plan(self.get_model(), self.device)
             self._kv_bytes = self._plan_kv_cache(layout)
             for region in ("weights", "state"):
                 self._agent.reserve(self._space, region, self._frames(layout.size(region)))
@@ -141,9 +141,9 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
 
         def allocate(size: int) -> torch.Tensor:
             nonlocal offset
-            storage = rehome.storage_at(self._space.buffer("kv", offset, size))
+            storage = rehome.storage_at(self._space.place("kv", offset, size), size, self.device)
             offset += size
-            return torch.empty(0, dtype=torch.int8).set_(storage)
+            return torch.empty(0, dtype=torch.int8, device=storage.device).set_(storage)
 
         return allocate
 

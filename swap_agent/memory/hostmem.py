@@ -12,26 +12,30 @@ from swap_agent.memory.device import Bytes
 class HostMemory:
     """A zeroed memfd of fixed size, mapped and populated: a copy to or from it takes no page fault.
 
+    On `numa_node` where that is given and has room.
+
     Raises OutOfFrames when the machine has no memory left.
     """
 
-    def __init__(self, name: str, size_bytes: int) -> None:
+    def __init__(self, name: str, size_bytes: int, numa_node: int | None = None) -> None:
         self.size_bytes = size_bytes
         self.fd = os.memfd_create(name, os.MFD_CLOEXEC)
         try:
             os.ftruncate(self.fd, size_bytes)
-            self._address = mapping.reserve(size_bytes)
-            mapping.map_file(self.fd, self._address, size_bytes)
-            mapping.populate(self._address, size_bytes)
+            self.address = mapping.reserve(size_bytes)
+            mapping.map_file(self.fd, self.address, size_bytes)
+            if numa_node is not None:
+                mapping.prefer_node(self.address, size_bytes, numa_node)
+            mapping.populate(self.address, size_bytes)
         except OSError as error:
             os.close(self.fd)
             raise OutOfFrames(f"the machine has no {size_bytes} bytes left for {name}: {error.strerror}") from error
-        self.bytes: Bytes = mapping.bytes_at(self._address, size_bytes)
+        self.bytes: Bytes = mapping.bytes_at(self.address, size_bytes)
         self.resident_bytes = os.fstat(self.fd).st_blocks * 512
         """Memory behind the file, which stays until `close` (`st_blocks` is in units of 512)."""
 
     def close(self) -> None:
         """Drop the mapping and the descriptor; the memory is free once nobody else maps it."""
         del self.bytes
-        mapping.unmap(self._address, self.size_bytes)
+        mapping.unmap(self.address, self.size_bytes)
         os.close(self.fd)

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import mmap
 import os
+import platform
 
 import numpy as np
 
@@ -20,6 +21,9 @@ _MAP_NORESERVE = 0x4000
 _MADV_POPULATE_WRITE = 23
 _FAULT_AROUND_BYTES = 64 << 10
 """The kernel's default; where less is set, `touch` maps less."""
+_MBIND = {"x86_64": 237, "aarch64": 235}
+_MPOL_PREFERRED = 1
+_BITS_PER_LONG = 64
 _FAILED = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -57,6 +61,19 @@ def populate(address: int, size_bytes: int) -> None:
     _libc.madvise(address, size_bytes, mmap.MADV_HUGEPAGE)  # advice: a kernel without it maps small pages
     if _libc.madvise(address, size_bytes, _MADV_POPULATE_WRITE) != 0 and ctypes.get_errno() != errno.EINVAL:
         raise _error("madvise(MADV_POPULATE_WRITE)")
+
+
+def prefer_node(address: int, size_bytes: int, node: int) -> None:
+    """Have pages that do not exist yet come from a NUMA node, as long as it has some (mbind(2), MPOL_PREFERRED).
+
+    Where the kernel refuses, or on a machine whose call number is not known here, they come from anywhere.
+    """
+    number = _MBIND.get(platform.machine())
+    if number is not None:
+        mask = (ctypes.c_ulong * (node // _BITS_PER_LONG + 1))()
+        mask[node // _BITS_PER_LONG] = 1 << node % _BITS_PER_LONG
+        bits = ctypes.c_ulong(len(mask) * _BITS_PER_LONG + 1)
+        _libc.syscall(number, ctypes.c_void_p(address), ctypes.c_ulong(size_bytes), _MPOL_PREFERRED, mask, bits, 0)
 
 
 def touch(address: int, size_bytes: int) -> None:

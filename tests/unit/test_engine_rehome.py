@@ -13,6 +13,7 @@ from vllm_engine import rehome  # noqa: E402
 from vllm_engine.space import Space  # noqa: E402
 
 FRAME = 2 << 20
+CPU = torch.device("cpu")
 
 
 class Model(torch.nn.Module):  # type: ignore[misc]
@@ -54,7 +55,7 @@ def inside(space: Space, region: rehome.Region, tensor: torch.Tensor) -> bool:
 
 
 def test_the_layout_counts_every_storage_once_and_keeps_alignment() -> None:
-    layout = rehome.plan(Model())
+    layout = rehome.plan(Model(), CPU)
     assert [(extent.name, extent.bytes) for extent in layout.weights] == [
         ("embedding", 700 * 512 * 4),
         ("transposed", 64 * 300 * 4),
@@ -70,7 +71,7 @@ def test_moved_tensors_keep_value_shape_stride_and_sharing(space: Space) -> None
     names = ["embedding", "head", "transposed", "bias", "scale", "plain_alias", "plain_scale"]
     before = {name: getattr(model, name).clone() for name in names}
     strides = {name: getattr(model, name).stride() for name in names}
-    layout = rehome.plan(model)
+    layout = rehome.plan(model, CPU)
     fds = map_region(space, "weights", layout.size("weights")) + map_region(space, "state", layout.size("state"))
     rehome.move(layout, space)
     for name in names:
@@ -98,7 +99,7 @@ def test_the_originals_are_freed(space: Space) -> None:
     module = torch.nn.Module()
     for number in range(16):
         module.register_parameter(f"p{number}", torch.nn.Parameter(torch.ones(1 << 20), requires_grad=False))
-    layout = rehome.plan(module)
+    layout = rehome.plan(module, CPU)
     fds = map_region(space, "weights", layout.size("weights"))
     before = resident_bytes()
     rehome.move(layout, space)
@@ -113,7 +114,7 @@ def test_a_storage_that_a_buffer_shares_is_state() -> None:
     weight = torch.nn.Parameter(torch.ones(8), requires_grad=False)
     module.register_parameter("weight", weight)
     module.register_buffer("view", weight.data[2:4])
-    layout = rehome.plan(module)
+    layout = rehome.plan(module, CPU)
     assert (layout.weights, [extent.name for extent in layout.state]) == ([], ["weight"])
 
 
@@ -121,4 +122,4 @@ def test_a_tensor_that_cannot_be_swapped_is_named() -> None:
     module = torch.nn.Module()
     module.register_buffer("sparse", torch.eye(3).to_sparse())
     with pytest.raises(Unsupported, match=r"sparse is torch\.sparse_coo on cpu"):
-        rehome.plan(module)
+        rehome.plan(module, CPU)

@@ -12,6 +12,7 @@ import pytest
 
 from swap_agent.errors import ProtocolError, TritonSwapError
 from swap_agent.memory.mapping import ALIGNMENT
+from swap_agent.wire.messages import Region
 from vllm_engine.space import Space
 
 FRAME = 2 << 20
@@ -29,6 +30,10 @@ def frames() -> Iterator[list[int]]:
         os.close(fd)
 
 
+def at(space: Space, region: Region, offset: int, size: int) -> ctypes.Array[ctypes.c_char]:
+    return (ctypes.c_char * size).from_address(space.place(region, offset, size))
+
+
 def mapped_frames() -> int:
     return Path("/proc/self/maps").read_text().count("frame-of-test-space")
 
@@ -42,13 +47,13 @@ def test_frames_appear_at_an_address_that_never_changes(frames: list[int]) -> No
     space.map("weights", 1, frames[1:3])
     assert space.is_mapped("weights")
     assert space.address("weights") == address
-    assert [space.buffer("weights", index * FRAME, 1).raw for index in range(3)] == [b"\1", b"\2", b"\3"]
+    assert [at(space, "weights", index * FRAME, 1).raw for index in range(3)] == [b"\1", b"\2", b"\3"]
 
     space.unmap({})
     assert mapped_frames() == 0
     assert not space.is_mapped("weights")
     space.map("weights", 0, frames[1:4])  # other frames, same place
-    assert [space.buffer("weights", index * FRAME, 1).raw for index in range(3)] == [b"\2", b"\3", b"\4"]
+    assert [at(space, "weights", index * FRAME, 1).raw for index in range(3)] == [b"\2", b"\3", b"\4"]
     space.unmap({})
 
 
@@ -56,7 +61,7 @@ def test_what_is_written_reaches_the_frame(frames: list[int]) -> None:
     space = Space(FRAME)
     space.reserve("kv", 1)
     space.map("kv", 0, frames[:1])
-    ctypes.memset(space.buffer("kv", FRAME - 4, 4), 7, 4)
+    ctypes.memset(space.place("kv", FRAME - 4, 4), 7, 4)
     assert os.pread(frames[0], 4, FRAME - 4) == b"\7" * 4
     space.unmap({})
 
@@ -100,15 +105,16 @@ def test_buffers_stay_inside_of_their_region() -> None:
     space = Space(FRAME)
     space.reserve("weights", 1)
     with pytest.raises(TritonSwapError, match="outside of region weights"):
-        space.buffer("weights", FRAME - 1, 2)
+        space.place("weights", FRAME - 1, 2)
 
 
 def test_an_access_where_nothing_is_mapped_is_a_fault() -> None:
     script = (
-        "import os; from vllm_engine.space import Space\n"
+        "import ctypes, os; from vllm_engine.space import Space\n"
         f"space = Space({FRAME}); space.reserve('weights', 1)\n"
         f"fd = os.memfd_create('triton-swap-frame'); os.truncate(fd, {FRAME})\n"
-        "space.map('weights', 0, [fd]); buffer = space.buffer('weights', 0, 1); print(buffer.raw, flush=True)\n"
+        "space.map('weights', 0, [fd]); address = space.place('weights', 0, 1)\n"
+        "buffer = (ctypes.c_char * 1).from_address(address); print(buffer.raw, flush=True)\n"
         "space.unmap({}); buffer.raw\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
