@@ -12,9 +12,10 @@ fail() { echo "set-up: $*" >&2; exit 1; }
 command -v "$python" >/dev/null || fail "there is no $python; install Python 3.11 or say where it is: make PYTHON=/path/to/python3.11"
 [[ -f "$lock" ]] || fail "$python is $("$python" -V 2>&1); Python 3.11 is needed (3.12 is untested): make PYTHON=python3.11"
 
-# What the wheels take from the system, as Debian packages: vLLM wants libnuma, Triton's Python stub the shared libpython.
+# What is taken from the system, as Debian packages: vLLM wants libnuma, Triton's Python stub the shared libpython; gcc
+# compiles the imitation of NVIDIA's driver that the tests use.
 missing=$("$python" - <<'EOF'
-import ctypes, importlib.util, sys, sysconfig
+import ctypes, importlib.util, pathlib, shutil, sys, sysconfig
 version = sysconfig.get_python_version()
 def loads(*names):
     for name in names:
@@ -32,6 +33,10 @@ if not loads(libpython, f"{sysconfig.get_config_var('LIBDIR')}/{libpython}"):
 for library, package in (("libnuma.so.1", "libnuma1"), ("libstdc++.so.6", "libstdc++6"), ("libz.so.1", "zlib1g"), ("libexpat.so.1", "libexpat1")):
     if not loads(library):
         print(package)
+if shutil.which("gcc") is None:
+    print("gcc")
+if not pathlib.Path("/usr/include/stdio.h").exists():
+    print("libc6-dev")
 EOF
 )
 missing=${missing//$'\n'/ }

@@ -1,0 +1,96 @@
+"""A machine with imitated NVIDIA GPUs: builds `libcuda.c` and starts processes that find it as the driver."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+SOURCE = Path(__file__).with_name("libcuda.c")
+
+
+def build_libcuda(folder: Path, *flags: str) -> Path:
+    """Compile the imitation into `folder`, which then serves as LD_LIBRARY_PATH. Raises CalledProcessError."""
+    library = folder / "libcuda.so.1"
+    command = ["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread", *flags]
+    subprocess.run([*command, "-Wl,-soname,libcuda.so.1", "-o", str(library), str(SOURCE), "-ldl"], check=True)
+    (folder / "libcuda.so").symlink_to(library.name)  # for a linker's -lcuda
+    return folder
+
+
+class FakeCuda:
+    """Devices that the processes started with `environment()` share, until `close()`."""
+
+    def __init__(self, library: Path, folder: Path, devices: str = "1x256MiB") -> None:
+        self.devices = devices
+        self.library = library
+        self.log_path = folder / "calls.log"
+        self.faults_path = folder / "faults"
+        # A container's /dev/shm may be small; then device memory is files on disk, slower and otherwise the same.
+        shared = Path("/dev/shm")
+        roomy = shared.is_dir() and os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > 2 << 30
+        self.state = Path(tempfile.mkdtemp(prefix="fake-cuda-", dir=shared if roomy else folder))
+
+    def __enter__(self) -> FakeCuda:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """The environment of a process on this machine: ours, the imitation, then `more` (FAKE_CUDA_…, libcuda.c)."""
+        paths = [str(self.library), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+        return {
+            **os.environ,
+            "LD_LIBRARY_PATH": os.pathsep.join(paths),
+            "FAKE_CUDA_STATE": str(self.state),
+            "FAKE_CUDA_DEVICES": self.devices,
+            "FAKE_CUDA_LOG": str(self.log_path),
+            "FAKE_CUDA_FAULTS": str(self.faults_path),
+            **more,
+        }
+
+    def start(self, *arguments: str, **more: str) -> subprocess.Popen[str]:
+        """Python with `arguments` on this machine, text pipes on stdin and stdout; stderr is ours."""
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            [sys.executable, *arguments], env=self.environment(**more), stdin=pipe, stdout=pipe, text=True
+        )
+
+    def fail(self, function: str, call: int | str, error: int) -> None:
+        """From now, let call number `call` ("*": every call) of `function` fail with `error`; counts start anew."""
+        new = self.faults_path.with_suffix(".new")
+        old = self.faults_path.read_text("utf-8") if self.faults_path.exists() else ""
+        new.write_text(f"{old}{function} {call} {error}\n", "utf-8")
+        new.replace(self.faults_path)
+
+    def heal(self) -> None:
+        """No more faults."""
+        self.faults_path.unlink(missing_ok=True)
+
+    def calls(self, *functions: str) -> list[str]:
+        """The log so far, of all processes: lines `PID [done ]FUNCTION(ARGUMENTS) = RESULT`; of `functions` only."""
+        lines = self.log_path.read_text("utf-8").splitlines() if self.log_path.exists() else []
+        return [one for one in lines if not functions or one.partition("(")[0].rpartition(" ")[2] in functions]
+
+    def used_bytes(self, device: int = 0) -> int:
+        """Device memory that any process holds by a handle, a descriptor or a mapping."""
+        used = 0
+        for path in self.state.glob(f"{device}-*"):
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                used += os.fstat(fd).st_size
+            finally:
+                os.close(fd)
+        return used
+
+    def close(self) -> None:
+        """Remove what the devices held; processes that still run keep theirs."""
+        shutil.rmtree(self.state)
