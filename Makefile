@@ -30,7 +30,8 @@ check: $(STAMP) ## format, lint, types
 bench: $(STAMP) ## speed, as JSON and tables under out/ (12 minutes)
 	@$(BIN)/python -m loadtest.bench
 
-soak: $(STAMP) ## half an hour of mixed load; fails on the first lost request
+soak: $(STAMP) ## half an hour of mixed load, and 10,000 swap cycles; fails on the first lost request
+	@TRITON_SWAP_SOAK=1 $(BIN)/python -m pytest -q tests/contract/test_rank_link.py tests/contract/test_cuda_device.py
 	@$(BIN)/python -m loadtest.load --duration 30m --out out/soak.json
 
 gpu: $(STAMP) ## the tests that need an NVIDIA GPU

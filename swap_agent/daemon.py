@@ -32,10 +32,9 @@ from swap_agent.errors import (
     TakenBack,
     TritonSwapError,
     Unavailable,
-    Unsupported,
 )
+from swap_agent.memory.devices import open_devices
 from swap_agent.memory.frames import FramePool
-from swap_agent.memory.simulated import SimulatedDevice
 from swap_agent.memory.space import RankSpace
 from swap_agent.policy import events as ev
 from swap_agent.policy.coordinator import Coordinator
@@ -62,19 +61,12 @@ class Agent:
     """Devices, engines and the conversations with stubs, hosts and ranks."""
 
     def __init__(self, config: AgentConfig) -> None:
-        """Raises Unsupported for a kind of device that this version cannot run."""
-        if config.device.kind != "cpu":
-            raise Unsupported(
-                "--device cuda: GPUs are not supported yet; use simulated devices, e.g. --device cpu:1GiB"
-            )
+        """Raises InvalidUsage and Unsupported for devices that this machine does not have."""
         self.config = config
         self.pools = {
-            f"cpu:{index}": FramePool(SimulatedDevice(f"cpu:{index}", size, late=config.poison), poison=config.poison)
-            for index, size in enumerate(config.device.sizes_bytes)
+            device.name: FramePool(device, poison=config.poison)
+            for device in open_devices(config.device, late=config.poison)
         }
-        for pool in self.pools.values():
-            if pool.device.total_frames == 0:
-                raise InvalidUsage(f"--device: {pool.device.name} is smaller than one frame of 2 MiB")
         devices = [Device(name, pool.device.total_frames) for name, pool in self.pools.items()]
         self.coordinator = Coordinator(devices, config.host_memory_bytes)
         self.engines: dict[str, Engine] = {}
@@ -123,7 +115,7 @@ class Agent:
                     path.unlink(missing_ok=True)
 
     def _raise_file_limit(self) -> None:
-        """A simulated frame is an open file; exporting it opens another. Raises InvalidUsage when too few may be."""
+        """A frame may be an open file; exporting it opens another. Raises InvalidUsage when too few may be."""
         needed = sum(pool.device.total_frames for pool in self.pools.values()) + _SPARE_FILES
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if hard != resource.RLIM_INFINITY and needed > hard:
@@ -281,7 +273,9 @@ class Agent:
         """Start the process and see it to its end; then nothing of it is left and its frames are free."""
         replica = engine.spec.replica
         try:
-            engine.process = start_engine(self.config.runtime, self.config.engine_command, replica, engine.token)
+            engine.process = start_engine(
+                self.config.runtime, self.config.engine_command, replica, engine.token, engine.pool.device.visible_name
+            )
         except OSError as error:
             engine.fail(f"{replica}: its engine process cannot be started: {error}")
         else:

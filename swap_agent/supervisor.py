@@ -79,15 +79,21 @@ class EngineProcess:
         return " | ".join(line.strip() for line in text.splitlines()[-lines:] if line.strip())
 
 
-def start_engine(runtime: RuntimeDir, command: tuple[str, ...], replica: str, token: str) -> EngineProcess:
-    """Start an engine host in a process group and session of its own. Raises OSError."""
+def start_engine(
+    runtime: RuntimeDir, command: tuple[str, ...], replica: str, token: str, visible_gpu: str | None = None
+) -> EngineProcess:
+    """Start an engine host in a process group and session of its own; it sees that GPU only. Raises OSError.
+
+    posix_spawn(3) and not fork(2): a process that uses CUDA must not fork.
+    """
     log_path = runtime.log(replica)
     arguments = [*command, "--runtime-dir", str(runtime.path), "--replica", replica, "--token", token]
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    environment = os.environ if visible_gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": visible_gpu}
     pid = os.posix_spawn(
         command[0],
         arguments,
-        os.environ,
+        environment,
         file_actions=[
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
             (os.POSIX_SPAWN_OPEN, 1, str(log_path), flags, 0o600),

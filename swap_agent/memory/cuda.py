@@ -39,34 +39,37 @@ class CudaFrame:
 
     def export(self) -> int:
         """A new descriptor of the allocation. Raises CudaError."""
+        self.context.use()
         return int(call("cuMemExportToShareableHandle", self.handle, self.context.handle_type, 0))
 
 
 class CudaDevice:
     """One GPU; implements `DeviceMemory`."""
 
-    def __init__(self, name: str, ordinal: int, size_bytes: int | None = None) -> None:
+    def __init__(self, name: str, ordinal: int, size_bytes: int | None = None, frame_bytes: int = FRAME_BYTES) -> None:
         """`size_bytes` of the GPU are for frames; None: what is free now but for max(1 GiB, 2 %).
 
         Raises InvalidUsage when there is not that much, Unsupported, CudaError.
         """
         self.name = name
-        self.frame_bytes = FRAME_BYTES
+        self.visible_name: str | None
+        self.frame_bytes = frame_bytes
         self.context = Context(ordinal)
+        self.visible_name = self.context.visible_name()
         free_bytes, total_bytes = self.context.free_and_total_bytes()
         headroom_bytes = max(_LEAST_HEADROOM_BYTES, total_bytes // 50)
         if size_bytes is None:
             size_bytes = max(0, free_bytes - headroom_bytes)
         elif size_bytes > free_bytes:
             raise InvalidUsage(f"--device: {name} has {free_bytes} bytes free, {size_bytes} were asked for")
-        self.total_frames = size_bytes // FRAME_BYTES
+        self.total_frames = size_bytes // frame_bytes
         self.host_to_device: Copied = Counter()
         self.device_to_host: Copied = Counter()
         self.pace = Pace()
         self._outside_at_start_bytes = total_bytes - free_bytes
         self._lock = threading.Lock()
         self._existing = 0
-        self._base = self.context.reserve(max(1, self.total_frames) * FRAME_BYTES)
+        self._base = self.context.reserve(max(1, self.total_frames) * self.frame_bytes)
         self._slots = list(range(self.total_frames))
         flags = driver().CUstream_flags.CU_STREAM_NON_BLOCKING
         lowest, highest = call("cuCtxGetStreamPriorityRange")
@@ -77,15 +80,15 @@ class CudaDevice:
     def create(self) -> CudaFrame:
         """A new zeroed allocation, mapped. Raises OutOfFrames when the GPU has no memory left."""
         self.context.use()
-        handle = call("cuMemCreate", FRAME_BYTES, self.context.allocation, 0)
+        handle = call("cuMemCreate", self.frame_bytes, self.context.allocation, 0)
         with self._lock:
             if not self._slots:
                 raise OutOfFrames(f"{self.name} has all its {self.total_frames} frames already")
             slot = self._slots.pop()
-        frame = CudaFrame(self.context, handle, self._base + slot * FRAME_BYTES)
+        frame = CudaFrame(self.context, handle, self._base + slot * self.frame_bytes)
         try:
-            self.context.map(frame.address, FRAME_BYTES, handle)
-            self.context.allow(frame.address, FRAME_BYTES)
+            self.context.map(frame.address, self.frame_bytes, handle)
+            self.context.allow(frame.address, self.frame_bytes)
         except OSError:
             call("cuMemRelease", handle)
             self._slots.append(slot)
@@ -100,11 +103,11 @@ class CudaDevice:
         """Unmap and release: the memory is free once no other process maps it."""
         own = _own(frame)
         self.context.use()
-        self.context.unmap(own.address, FRAME_BYTES)
+        self.context.unmap(own.address, self.frame_bytes)
         call("cuMemRelease", own.handle)
         with self._lock:
             self._existing -= 1
-            self._slots.append((own.address - self._base) // FRAME_BYTES)
+            self._slots.append((own.address - self._base) // self.frame_bytes)
 
     @contextmanager
     def transfer(self, during: During) -> Iterator[CudaTransfer]:
@@ -133,7 +136,7 @@ class CudaDevice:
 
     def resident_bytes(self) -> int:
         """All frames that exist."""
-        return self._existing * FRAME_BYTES
+        return self._existing * self.frame_bytes
 
     def outside_bytes(self) -> int:
         """Memory of the GPU in use outside of frames since the agent started: what engines keep for themselves."""
@@ -170,7 +173,7 @@ class CudaTransfer:
 
     def fill(self, frame: Frame, value: int, start: int = 0) -> None:
         """Queue a fill of bytes `start`…."""
-        self._queue("cuMemsetD8Async", _own(frame).address + start, value, FRAME_BYTES - start)
+        self._queue("cuMemsetD8Async", _own(frame).address + start, value, self._device.frame_bytes - start)
 
     def _queue(self, function: str, *arguments: Any) -> None:
         if self._background:

@@ -7,7 +7,7 @@ Facts about the calls: CUDA Driver API Reference Manual, "Virtual Memory Managem
 from __future__ import annotations
 
 import errno
-import uuid
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -103,8 +103,9 @@ class Context:
         return int(free), int(total)
 
     def visible_name(self) -> str:
-        """The name by which `CUDA_VISIBLE_DEVICES` selects this GPU, whatever this process sees of the others."""
-        return f"GPU-{uuid.UUID(bytes=bytes(call('cuDeviceGetUuid', self.device).bytes))}"
+        """What a child process has to have as `CUDA_VISIBLE_DEVICES` to see this GPU only."""
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return visible.split(",")[self.ordinal].strip() if visible else str(self.ordinal)
 
     def numa_node(self) -> int | None:
         """The NUMA node nearest to the GPU; None where the machine has no such thing."""

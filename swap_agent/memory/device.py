@@ -59,6 +59,8 @@ class DeviceMemory(Protocol):
     """One device. Methods may be called from several threads, never for the same frame at once."""
 
     name: str
+    visible_name: str | None
+    """How `CUDA_VISIBLE_DEVICES` names it to an engine; None for a device that no driver knows."""
     frame_bytes: int
     total_frames: int
     host_to_device: Copied

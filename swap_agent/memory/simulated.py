@@ -45,6 +45,7 @@ class SimulatedDevice:
     def __init__(self, name: str, size_bytes: int, *, late: bool = False) -> None:
         """`late`: copies wait until their transfer waits for them, and then complete in any order; for tests."""
         self.name = name
+        self.visible_name: str | None = None
         self.frame_bytes = FRAME_BYTES
         self.total_frames = size_bytes // FRAME_BYTES
         self.host_to_device: Copied = Counter()
@@ -135,13 +136,13 @@ class SimulatedTransfer:
         self._queue(lambda: self._device.fill(frame, value, start))
 
     def _queue(self, work: Callable[[], None]) -> None:
-        if self._device.late:
-            self._held.append(work)
-            return
         if self._background:
             self._device.pace.give_way()
             if len(self._running) >= COPY_THREADS:  # no more in flight than run: what is urgent comes next
                 self._running[-COPY_THREADS].exception()
+        elif self._device.late:
+            self._held.append(work)
+            return
         self._running.append(self._device.threads.submit(work))
 
     def finish(self) -> None:

@@ -69,20 +69,20 @@ class DeviceSpec:
     kind: str
     """`cpu` (simulated) or `cuda`."""
     sizes_bytes: tuple[int, ...]
-    """One per device; empty for cuda, where the driver tells."""
+    """One per device; empty for `cuda`: all GPUs, with all the memory that is free on them."""
 
 
 def parse_device(text: str) -> DeviceSpec:
-    """`cpu:2x1GiB` (two simulated devices), `cpu:1GiB` (one) or `cuda`."""
-    if text == "cuda" or text.startswith("cuda:"):
+    """`cpu:2x1GiB` (two simulated devices), `cpu:1GiB` (one), `cuda` (all GPUs), `cuda:40GiB` (of the first one)."""
+    if text == "cuda":
         return DeviceSpec("cuda", ())
-    match = re.fullmatch(r"cpu:(?:([1-9][0-9]*)x)?(.+)", text)
+    match = re.fullmatch(r"(cpu|cuda):(?:([1-9][0-9]*)x)?(.+)", text)
     if not match:
-        raise ValueError(f"{text!r} is not a device such as cpu:1GiB, cpu:2x1GiB or cuda")
-    size = parse_bytes(match[2])
+        raise ValueError(f"{text!r} is not a device such as cpu:1GiB, cpu:2x1GiB, cuda or cuda:40GiB")
+    size = parse_bytes(match[3])
     if size <= 0:
         raise ValueError(f"{text!r} has no memory")
-    return DeviceSpec("cpu", (size,) * int(match[1] or 1))
+    return DeviceSpec(match[1], (size,) * int(match[2] or 1))
 
 
 def _split(text: str, wanted: str) -> tuple[float, str]:

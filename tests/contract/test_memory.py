@@ -1,77 +1,119 @@
-"""What every kind of device memory must do; runs against the simulated device."""
+"""What every kind of device memory must do; see devices.py for the kinds."""
 
 from __future__ import annotations
 
-import os
+import threading
+import zlib
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from devices import FRAME_BYTES, Mapped, contents, make_device, put
 
 from swap_agent.errors import BooksDoNotBalance, OutOfFrames
-from swap_agent.memory import mapping
+from swap_agent.memory.device import DeviceMemory
 from swap_agent.memory.frames import FramePool
 from swap_agent.memory.mirror import Image
-from swap_agent.memory.simulated import SimulatedDevice
 from swap_agent.memory.space import RankSpace
 
 FRAMES = 8
 
 
 @pytest.fixture
-def device() -> SimulatedDevice:
-    return SimulatedDevice("cpu:0", FRAMES * SimulatedDevice("x", 0).frame_bytes)
+def device() -> DeviceMemory:
+    return make_device(FRAMES)
 
 
 @pytest.fixture
-def pool(device: SimulatedDevice) -> Iterator[FramePool]:
+def pool(device: DeviceMemory) -> Iterator[FramePool]:
     pool = FramePool(device, poison=True)
     yield pool
     assert pool.free_frames + pool.granted_frames == FRAMES
 
 
-def mapped(frame: object, device: SimulatedDevice) -> np.ndarray:
-    """The frame as another process sees it: through its descriptor only."""
-    fd = frame.export()  # type: ignore[attr-defined]
-    address = mapping.reserve(device.frame_bytes)
-    mapping.map_file(fd, address, device.frame_bytes)
-    os.close(fd)
-    return mapping.bytes_at(address, device.frame_bytes)
-
-
-def test_a_new_frame_is_zero_whole_and_exists(device: SimulatedDevice) -> None:
+def test_a_new_frame_is_zero_whole_and_exists(device: DeviceMemory) -> None:
     frame = device.create()
-    assert not mapped(frame, device).any()
+    assert not Mapped(frame).read().any()
     assert device.resident_bytes() == device.frame_bytes
 
 
-def test_copies_reach_whoever_maps_the_frame_and_are_counted(device: SimulatedDevice) -> None:
+def test_copies_reach_whoever_maps_the_frame_and_are_counted(device: DeviceMemory) -> None:
     frame = device.create()
-    view = mapped(frame, device)
+    view = Mapped(frame)
     source = np.arange(1000, dtype=np.uint64).view(np.uint8)
     with device.transfer("swap_in") as transfer:
         transfer.copy_in(frame, source, "weights")
-    assert np.array_equal(view[: source.size], source)
-    view[:4] = 7
+    assert np.array_equal(view.read()[: source.size], source)
+    view.write(np.full(4, 7, np.uint8))
     target = np.zeros(4, dtype=np.uint8)
     with device.transfer("swap_out") as transfer:
         transfer.copy_out(frame, target, "state")
     assert target.tolist() == [7] * 4
+    assert device.checksum(frame, 4) == zlib.crc32(target.data)
     assert dict(device.host_to_device) == {("weights", "swap_in"): source.size}
     assert dict(device.device_to_host) == {("state", "swap_out"): 4}
 
 
-def test_a_destroyed_frame_lives_until_its_last_mapping(device: SimulatedDevice) -> None:
+def test_a_transfer_is_over_when_every_part_of_it_is(device: DeviceMemory) -> None:
+    frames = [device.create() for _ in range(FRAMES)]
+    buffer = device.host_buffer("test", FRAMES * FRAME_BYTES)
+    buffer.bytes[:] = np.random.default_rng(3).integers(0, 256, buffer.bytes.size, dtype=np.uint8)
+    parts = np.split(buffer.bytes, FRAMES)
+    for _ in range(5):
+        with device.transfer("swap_in") as transfer:
+            for frame, part in zip(frames, parts, strict=True):
+                transfer.copy_in(frame, part[:-100], "weights")
+                transfer.fill(frame, 9, FRAME_BYTES - 100)
+        for frame, part in zip(frames, parts, strict=True):
+            assert np.array_equal(contents(frame)[:-100], part[:-100])
+            assert (contents(frame)[-100:] == 9).all()
+            put(frame, 0xFF)
+    buffer.close()
+
+
+def test_what_nobody_waits_for_gives_way(device: DeviceMemory) -> None:
+    """A mirror that is being made stops between two frames while a swap-in runs, and goes on after it."""
+    frames = [device.create() for _ in range(FRAMES)]
+    buffer = device.host_buffer("test", FRAMES * FRAME_BYTES)
+    halfway, done = threading.Event(), threading.Event()
+    for frame in frames:
+        put(frame, 5)
+
+    def mirror() -> None:
+        with device.transfer("mirror") as transfer:
+            for index, frame in enumerate(frames):
+                transfer.copy_out(frame, buffer.bytes[index * FRAME_BYTES :][:FRAME_BYTES], "weights")
+                if index == 3:
+                    halfway.set()
+                    urgent.wait(10)
+        done.set()
+
+    urgent = threading.Event()
+    thread = threading.Thread(target=mirror)
+    thread.start()
+    assert halfway.wait(10)
+    with device.transfer("swap_in") as transfer:
+        urgent.set()
+        transfer.fill(frames[0], 5)
+        assert not done.wait(0.3)
+    assert done.wait(10) and (buffer.bytes == 5).all()
+    thread.join()
+    buffer.close()
+
+
+def test_a_destroyed_frame_lives_until_its_last_mapping(device: DeviceMemory) -> None:
     frame = device.create()
-    view = mapped(frame, device)
+    view = Mapped(frame)
     device.destroy(frame)
-    view[0] = 1  # would fault if the memory were gone
+    view.write(np.full(1, 1, np.uint8))  # would fault if the memory were gone
+    assert view.read()[0] == 1
     assert device.resident_bytes() == 0, "the device's books count what the agent owns"
+    view.close()
 
 
 def test_grants_are_all_or_none(pool: FramePool) -> None:
     pool.grant("a", 5)
-    with pytest.raises(OutOfFrames, match="cpu:0 has 3 free frames, b needs 4"):
+    with pytest.raises(OutOfFrames, match="0 has 3 free frames, b needs 4"):
         pool.grant("b", 4)
     assert (pool.granted_frames, pool.held_by("a"), pool.held_by("b")) == (5, 5, 0)
 
@@ -83,8 +125,8 @@ def test_returned_frames_are_poisoned_recycled_and_said_to_be_dirty(pool: FrameP
     again, dirty = pool.grant("b", 4)
     assert dirty == 3 and set(frames) == set(again[:3])
     for frame in frames:
-        assert (frame.memory.bytes == 0xFF).all()
-    assert not again[3].memory.bytes.any()
+        assert (contents(frame) == 0xFF).all()
+    assert not contents(again[3]).any()
 
 
 def test_nobody_gives_back_what_he_does_not_hold(pool: FramePool) -> None:
@@ -115,22 +157,22 @@ def test_an_image_is_memory_of_its_own_and_restores_every_byte(pool: FramePool) 
     rng = np.random.default_rng(1)
     content = rng.integers(0, 256, 3 * device.frame_bytes, dtype=np.uint8)
     for index, frame in enumerate(frames):
-        frame.memory.bytes[:] = content[index * device.frame_bytes : (index + 1) * device.frame_bytes]
+        put(frame, content[index * device.frame_bytes : (index + 1) * device.frame_bytes])
     image = Image(device, "test", "weights", size)
     image.save(frames, "mirror")
     assert image.resident_bytes() >= size
-    frames[0].memory.bytes[:] = 0
+    put(frames[0], 0)
     assert np.array_equal(image.bytes, content[:size]), "frames and image are different memory"
     with device.transfer("swap_out") as transfer:
         for frame in frames:
             transfer.fill(frame, 0xFF)
     with device.transfer("swap_in") as transfer:
         image.restore(transfer, frames)
-    restored = np.concatenate([frame.memory.bytes for frame in frames])
+    restored = np.concatenate([contents(frame) for frame in frames])
     assert np.array_equal(restored[:size], content[:size])
     assert not restored[size:].any(), "the tail of the last frame is zeroed"
     image.bytes[:] = 0
-    assert np.array_equal(np.concatenate([frame.memory.bytes for frame in frames])[:size], content[:size])
+    assert np.array_equal(np.concatenate([contents(frame) for frame in frames])[:size], content[:size])
     image.close()
 
 
@@ -138,7 +180,7 @@ def test_a_space_comes_back_as_it_went_with_zeroed_kv(pool: FramePool) -> None:
     space = RankSpace("a", pool)
     for region, count in (("weights", 2), ("state", 1), ("kv", 3)):
         for frame in space.reserve(region, count):  # type: ignore[arg-type]
-            frame.memory.bytes[:] = 5
+            put(frame, 5)
     space.make_images(pool.device.frame_bytes + 10, 100)
     for _ in range(3):
         space.take_back({})
@@ -148,12 +190,12 @@ def test_a_space_comes_back_as_it_went_with_zeroed_kv(pool: FramePool) -> None:
         figures = space.fill(held, 0.0, clock=iter((1.0, 3.0)).__next__)
         regions = space.frames
         assert (figures.seconds, figures.copy_seconds, figures.bytes) == (3.0, 2.0, pool.device.frame_bytes + 110)
-        assert (regions["weights"][0].memory.bytes == 5).all()
-        assert (regions["weights"][1].memory.bytes[:10] == 5).all()
-        assert not regions["weights"][1].memory.bytes[10:].any()
-        assert (regions["state"][0].memory.bytes[:100] == 5).all()
+        assert (contents(regions["weights"][0]) == 5).all()
+        assert (contents(regions["weights"][1])[:10] == 5).all()
+        assert not contents(regions["weights"][1])[10:].any()
+        assert (contents(regions["state"][0])[:100] == 5).all()
         for frame in regions["kv"]:
-            assert not frame.memory.bytes.any()
+            assert not contents(frame).any()
     space.lost()
     assert pool.free_frames == FRAMES and space.mirror_bytes == 0
 
@@ -162,7 +204,7 @@ def test_a_space_keeps_what_nobody_needs_and_gets_back_only_what_went(pool: Fram
     space = RankSpace("a", pool)
     for region, count in (("weights", 3), ("state", 1), ("kv", 2)):
         for frame in space.reserve(region, count):  # type: ignore[arg-type]
-            frame.memory.bytes[:] = 5
+            put(frame, 5)
     size = 3 * pool.device.frame_bytes - 10
     space.make_images(size, 100)
     kept = {region: list(frames) for region, frames in space.frames.items()}
@@ -175,7 +217,7 @@ def test_a_space_keeps_what_nobody_needs_and_gets_back_only_what_went(pool: Fram
         assert all(frames == kept[region][: plan[region]] for region, frames in space.frames.items())
         for frames in space.frames.values():
             for frame in frames:
-                assert (frame.memory.bytes[:100] == 5).all(), "nobody touches what is kept"
+                assert (contents(frame)[:100] == 5).all(), "nobody touches what is kept"
         saved += 0 if state else 100
         assert pool.device.device_to_host["state", "swap_out"] == saved
     other, _ = pool.grant("b", 5)  # poisoned, then of somebody else
@@ -190,9 +232,9 @@ def test_a_space_keeps_what_nobody_needs_and_gets_back_only_what_went(pool: Fram
         copied += missing
         assert figures.bytes == missing
         for region, valid in (("weights", size), ("state", 100)):
-            content = np.concatenate([frame.memory.bytes for frame in space.frames[region]])  # type: ignore[index]
+            content = np.concatenate([contents(frame) for frame in space.frames[region]])  # type: ignore[index]
             assert (content[:valid] == 5).all() and not content[valid:].any()
-        assert not any(frame.memory.bytes.any() for frame in space.frames["kv"])
+        assert not any(contents(frame).any() for frame in space.frames["kv"])
         if weights == 3:
             space.take_back({"weights": 2, "state": 1})
         elif weights == 2:

@@ -43,7 +43,8 @@ def test_durations() -> None:
 def test_devices() -> None:
     assert parse_device("cpu:2x1GiB") == DeviceSpec("cpu", (GIB, GIB))
     assert parse_device("cpu:512MiB") == DeviceSpec("cpu", (512 * MIB,))
-    assert parse_device("cuda").kind == "cuda"
+    assert parse_device("cuda") == DeviceSpec("cuda", ())
+    assert parse_device("cuda:2x40GiB") == DeviceSpec("cuda", (40 << 30, 40 << 30))
     for text in ("gpu", "cpu", "cpu:", "cpu:0x1GiB", "cpu:lots", "cpu:0"):
         with pytest.raises(ValueError, match=r"is not a|no memory"):
             parse_device(text)

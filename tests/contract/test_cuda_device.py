@@ -1,0 +1,30 @@
+"""The contract suite over again, on a GPU: the project's CUDA code and NVIDIA's bindings on the tests' own driver.
+
+`TRITON_SWAP_TEST_DEVICE=cuda` runs the same files on a real GPU (`make gpu`).
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fakes.cuda import FakeCuda
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.timeout(300)
+
+
+def run_suite(machine: FakeCuda, *arguments: str, **environment: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    more = {"TRITON_SWAP_TEST_DEVICE": "cuda", "FAKE_CUDA_DELAY_US": "200", **environment}
+    ended = subprocess.run(
+        command, env=machine.environment(**more), cwd=HERE.parents[1], capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stdout[-8000:]
+
+
+def test_memory_and_ranks(fake_cuda: FakeCuda) -> None:
+    run_suite(fake_cuda, str(HERE / "test_memory.py"), str(HERE / "test_rank_link.py"))
+    assert fake_cuda.used_bytes() == 0
