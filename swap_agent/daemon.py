@@ -111,6 +111,8 @@ class Agent:
                 await self._end_engines()
                 for channel in list(self._channels):
                     await channel.closed()
+                for pool in self.pools.values():
+                    pool.close()
                 for path in (runtime.agent_socket, runtime.ranks_socket):
                     path.unlink(missing_ok=True)
 

@@ -46,14 +46,14 @@ class CudaFrame:
 class CudaDevice:
     """One GPU; implements `DeviceMemory`."""
 
-    def __init__(self, name: str, ordinal: int, size_bytes: int | None = None, frame_bytes: int = FRAME_BYTES) -> None:
+    def __init__(self, name: str, ordinal: int, size_bytes: int | None = None) -> None:
         """`size_bytes` of the GPU are for frames; None: what is free now but for max(1 GiB, 2 %).
 
         Raises InvalidUsage when there is not that much, Unsupported, CudaError.
         """
         self.name = name
         self.visible_name: str | None
-        self.frame_bytes = frame_bytes
+        self.frame_bytes = FRAME_BYTES
         self.context = Context(ordinal)
         self.visible_name = self.context.visible_name()
         free_bytes, total_bytes = self.context.free_and_total_bytes()
@@ -62,13 +62,13 @@ class CudaDevice:
             size_bytes = max(0, free_bytes - headroom_bytes)
         elif size_bytes > free_bytes:
             raise InvalidUsage(f"--device: {name} has {free_bytes} bytes free, {size_bytes} were asked for")
-        self.total_frames = size_bytes // frame_bytes
+        self.total_frames = size_bytes // self.frame_bytes
         self.host_to_device: Copied = Counter()
         self.device_to_host: Copied = Counter()
         self.pace = Pace()
         self._outside_at_start_bytes = total_bytes - free_bytes
         self._lock = threading.Lock()
-        self._existing = 0
+        self._frames: set[CudaFrame] = set()
         self._base = self.context.reserve(max(1, self.total_frames) * self.frame_bytes)
         self._slots = list(range(self.total_frames))
         flags = driver().CUstream_flags.CU_STREAM_NON_BLOCKING
@@ -94,7 +94,7 @@ class CudaDevice:
             self._slots.append(slot)
             raise
         with self._lock:
-            self._existing += 1
+            self._frames.add(frame)
         with self.transfer("start") as transfer:
             transfer.fill(frame, 0)
         return frame
@@ -106,7 +106,7 @@ class CudaDevice:
         self.context.unmap(own.address, self.frame_bytes)
         call("cuMemRelease", own.handle)
         with self._lock:
-            self._existing -= 1
+            self._frames.remove(own)
             self._slots.append((own.address - self._base) // self.frame_bytes)
 
     @contextmanager
@@ -136,12 +136,22 @@ class CudaDevice:
 
     def resident_bytes(self) -> int:
         """All frames that exist."""
-        return self._existing * self.frame_bytes
+        return len(self._frames) * self.frame_bytes
 
     def outside_bytes(self) -> int:
         """Memory of the GPU in use outside of frames since the agent started: what engines keep for themselves."""
         free_bytes, total_bytes = self.context.free_and_total_bytes()
         return total_bytes - free_bytes - self.resident_bytes() - self._outside_at_start_bytes
+
+    def close(self) -> None:
+        """Give frames, streams and addresses back, end the registrar's thread."""
+        self._registrar.close()
+        for frame in list(self._frames):
+            self.destroy(frame)
+        self.context.use()
+        for stream in (self._urgent_stream, self._background_stream):
+            call("cuStreamDestroy", stream)
+        self.context.free(self._base, max(1, self.total_frames) * self.frame_bytes)
 
     def count(self, copied: Copied, region: Region, during: During, size_bytes: int) -> None:
         """Take a copy into the books."""

@@ -84,6 +84,10 @@ class Context:
         """A range of addresses with nothing behind it. Raises CudaError."""
         return int(call("cuMemAddressReserve", size_bytes, 0, 0, 0))
 
+    def free(self, address: int, size_bytes: int) -> None:
+        """Give a reserved range back in which nothing is mapped. Raises CudaError."""
+        call("cuMemAddressFree", address, size_bytes)
+
     def map(self, address: int, size_bytes: int, handle: Any) -> None:
         """Put one allocation at `address`; nobody may touch it before `allow`. Raises CudaError."""
         call("cuMemMap", address, size_bytes, 0, handle, 0)

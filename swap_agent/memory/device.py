@@ -88,3 +88,6 @@ class DeviceMemory(Protocol):
 
     def resident_bytes(self) -> int:
         """Physical memory that frames of this device occupy now, whoever maps them."""
+
+    def close(self) -> None:
+        """Let go of the device and of all its frames."""

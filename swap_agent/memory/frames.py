@@ -90,3 +90,7 @@ class FramePool:
             for frame in released:
                 self.device.destroy(frame)
         return len(released)
+
+    def close(self) -> None:
+        """Let go of the device; nothing is granted or taken back after this."""
+        self.device.close()

@@ -31,9 +31,10 @@ class Registrar:
     def __init__(self, context: Context, pace: Pace) -> None:
         self._context = context
         self._pace = pace
-        self._work: queue.SimpleQueue[tuple[PinnedMemory, int, int] | tuple[PinnedMemory, threading.Event]]
+        self._work: queue.SimpleQueue[tuple[PinnedMemory, int, int] | tuple[PinnedMemory, threading.Event] | None]
         self._work = queue.SimpleQueue()
-        threading.Thread(target=self._run, name=f"registration {context.ordinal}", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name=f"registration {context.ordinal}", daemon=True)
+        self._thread.start()
 
     def register(self, memory: PinnedMemory) -> None:
         """Register all pieces of `memory`, some time from now."""
@@ -46,9 +47,16 @@ class Registrar:
         self._work.put((memory, done))
         done.wait()
 
+    def close(self) -> None:
+        """End the thread."""
+        self._work.put(None)
+        self._thread.join()
+
     def _run(self) -> None:
         while True:
             match self._work.get():
+                case None:
+                    return
                 case memory, int(address), int(size):
                     self._register(memory, address, size)
                 case memory, threading.Event() as done:

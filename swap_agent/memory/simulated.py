@@ -54,20 +54,18 @@ class SimulatedDevice:
         self.pace = Pace()
         self.threads = ThreadPoolExecutor(COPY_THREADS, thread_name_prefix=f"copies {name}")
         self._counting = threading.Lock()
-        self._resident_bytes = 0
+        self._frames: set[SimulatedFrame] = set()
 
     def create(self) -> SimulatedFrame:
         """A new memfd, zeroed and populated."""
         frame = SimulatedFrame()
-        with self._counting:
-            self._resident_bytes += frame.memory.resident_bytes
+        self._frames.add(frame)
         return frame
 
     def destroy(self, frame: Frame) -> None:
         """Unmap and close the memfd."""
         own = _own(frame)
-        with self._counting:
-            self._resident_bytes -= own.memory.resident_bytes
+        self._frames.remove(own)
         own.memory.close()
 
     @contextmanager
@@ -92,7 +90,13 @@ class SimulatedDevice:
 
     def resident_bytes(self) -> int:
         """Sum over the frames that exist."""
-        return self._resident_bytes
+        return sum(frame.memory.resident_bytes for frame in self._frames.copy())
+
+    def close(self) -> None:
+        """End the threads, destroy what frames there are."""
+        self.threads.shutdown()
+        for frame in list(self._frames):
+            self.destroy(frame)
 
     # What the threads do.
 

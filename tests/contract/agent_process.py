@@ -6,16 +6,16 @@ import asyncio
 import sys
 from pathlib import Path
 
+from devices import spec
+
 from swap_agent.config import AgentConfig, RuntimeDir
 from swap_agent.daemon import Agent
-from swap_agent.memory.simulated import FRAME_BYTES
-from swap_agent.policy.units import DeviceSpec
 
 ENGINE = (sys.executable, str(Path(__file__).with_name("scripted_engine.py")))
 
 
 async def main() -> None:
-    device = DeviceSpec("cpu", (int(sys.argv[2]) * FRAME_BYTES,))
+    device = spec(int(sys.argv[2]))
     runtime = RuntimeDir(Path(sys.argv[1]))
     async with Agent(AgentConfig(runtime, device, engine_command=ENGINE, drain_timeout_s=1)).started():
         print("ready", flush=True)

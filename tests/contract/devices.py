@@ -7,26 +7,37 @@ the driver, never through the frame's own address: a GPU's memory is not the hos
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 
-from swap_agent.memory import mapping
+from swap_agent.errors import OutOfFrames
+from swap_agent.memory import cuda, mapping
 from swap_agent.memory.cuda import CudaDevice
 from swap_agent.memory.cuda_driver import Context, call
 from swap_agent.memory.device import Bytes, DeviceMemory
-from swap_agent.memory.simulated import SimulatedDevice
+from swap_agent.memory.simulated import SimulatedDevice, SimulatedFrame
+from swap_agent.policy.units import DeviceSpec
 from vllm_engine.addresses import Addresses, CudaAddresses, HostAddresses
 
 CUDA = os.environ.get("TRITON_SWAP_TEST_DEVICE") == "cuda"
+NAME = "cuda:0" if CUDA else "cpu:0"
 FRAME_BYTES = 2 << 20
+cuda.FRAME_BYTES = FRAME_BYTES  # of every device that is opened in this process
 
 
 def make_device(frames: int) -> DeviceMemory:
     """A device of so many frames whose copies come late where they can be made to."""
     if CUDA:
-        return CudaDevice("cuda:0", 0, frames * FRAME_BYTES, FRAME_BYTES)
+        return CudaDevice("cuda:0", 0, frames * FRAME_BYTES)
     return SimulatedDevice("cpu:0", frames * FRAME_BYTES, late=True)
+
+
+def spec(*frames: int) -> DeviceSpec:
+    """What --device says of devices with so many frames."""
+    return DeviceSpec("cuda" if CUDA else "cpu", tuple(count * FRAME_BYTES for count in frames))
 
 
 def contents(frame: Any) -> Bytes:
@@ -78,3 +89,45 @@ def _read(context: Context, address: int) -> Bytes:
     context.use()
     call("cuMemcpyDtoH", content.ctypes.data, address, FRAME_BYTES)
     return content
+
+
+class Nth:
+    """Stands in for a function and fails at the n-th call from now on."""
+
+    def __init__(self, real: Callable[..., Any], error: Exception, nth: int) -> None:
+        self.real, self.error, self.left = real, error, nth
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            raise self.error
+        return self.real(*args, **kwargs)
+
+
+_DRIVER = {
+    "create": "cuMemCreate", "export": "cuMemExportToShareableHandle", "copy_in": "cuMemcpyHtoDAsync",
+    "fill": "cuMemsetD8Async",
+}  # fmt: skip
+
+
+def break_nth(monkeypatch: pytest.MonkeyPatch, device: DeviceMemory, what: str, nth: int) -> None:
+    """Have the n-th creation, export, copy or filling of a frame fail from now on."""
+    error: Exception = OSError(5, "Input/output error")
+    if what == "create":
+        error = OutOfFrames("the machine is full")
+    elif what == "export":
+        error = OSError(24, "Too many open files")
+    if CUDA:
+        failing = Nth(lambda: None, error, nth)
+
+        def call_or_fail(function: str, *arguments: Any) -> Any:
+            if function == _DRIVER[what]:
+                failing()
+            return call(function, *arguments)
+
+        monkeypatch.setattr(cuda, "call", call_or_fail)
+    elif what == "export":
+        failing = Nth(SimulatedFrame.export, error, nth)
+        monkeypatch.setattr(SimulatedFrame, "export", lambda frame: failing(frame))
+    else:
+        monkeypatch.setattr(device, what, Nth(getattr(device, what), error, nth))

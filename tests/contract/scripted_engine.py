@@ -21,6 +21,7 @@ import numpy as np
 from swap_agent.memory import mapping
 from swap_agent.wire import messages as wire
 from swap_agent.wire.framing import AsyncChannel, Channel
+from vllm_engine.addresses import Addresses, CudaAddresses, HostAddresses
 
 
 class Refused(Exception):
@@ -30,9 +31,11 @@ class Refused(Exception):
 class Memory:
     """The rank: three regions at fixed addresses."""
 
-    def __init__(self, channel: Channel[wire.ToRank], frame_bytes: int, replica: str) -> None:
+    def __init__(self, channel: Channel[wire.ToRank], welcome: wire.RankWelcome, replica: str) -> None:
         self.channel = channel
-        self.frame_bytes = frame_bytes
+        self.frame_bytes = welcome.frame_bytes
+        cuda = welcome.device.startswith("cuda")  # the tests' imitation: its memory is the host's
+        self.device: Addresses = CudaAddresses(0) if cuda else HostAddresses()
         self.replica = replica
         self.addresses: dict[wire.Region, int] = {}
         self.counts: dict[wire.Region, int] = {}
@@ -51,15 +54,16 @@ class Memory:
                 raise Refused(message.message)
             assert isinstance(message, wire.Grant) and message.epoch == epoch and message.region == region, message
             assert message.first == got and message.count == len(fds)
+            start = self.addresses[region] + got * self.frame_bytes
+            self.device.map(start, fds, self.frame_bytes, touch=False)
             for fd in fds:
-                mapping.map_file(fd, self.addresses[region] + got * self.frame_bytes, self.frame_bytes)
                 os.close(fd)
-                got += 1
+            got += len(fds)
         self.held[region] = got
 
     def reserve(self, region: wire.Region, frames: int) -> None:
         self.counts[region] = frames
-        self.addresses[region] = mapping.reserve(frames * self.frame_bytes)
+        self.addresses[region] = self.device.reserve(frames * self.frame_bytes)
         self.held[region] = 0
         if frames:
             self.channel.send(wire.Reserve(region, frames))
@@ -111,7 +115,7 @@ class Memory:
             assert kept <= count, f"{region}: {kept} frames to keep, {count} held"
             if kept < count:
                 start = self.addresses[region] + kept * self.frame_bytes
-                mapping.vacate(start, (count - kept) * self.frame_bytes)
+                self.device.vacate(start, (count - kept) * self.frame_bytes)
 
     def swap_in(self, epoch: int, faults: list[str]) -> str | None:
         """Returns why not, when it was taken back."""
@@ -165,7 +169,7 @@ async def main() -> None:
     if "refuses" in faults:
         rank.send(wire.RankFailed("INVALID_ARG", "refused for a test"))
         sys.exit(1)
-    memory = Memory(rank, hello.frame_bytes, options.replica)
+    memory = Memory(rank, hello, options.replica)
     await asyncio.to_thread(memory.load, model["weights"], model.get("state", 0), model.get("kv_frames", 0))
     if "garbage" in faults:
         agent._writer.write(b"\xff\xff\xff\xff")

@@ -11,20 +11,19 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from devices import FRAME_BYTES, NAME, break_nth, contents, put, spec
 
 from swap_agent.api import report
 from swap_agent.config import AgentConfig, RuntimeDir
 from swap_agent.daemon import Agent
-from swap_agent.errors import InvalidUsage, OutOfFrames, Unavailable
-from swap_agent.memory.simulated import FRAME_BYTES, SimulatedFrame
+from swap_agent.errors import InvalidUsage, Unavailable
 from swap_agent.memory.space import RankSpace
 from swap_agent.policy.lifecycle import State
-from swap_agent.policy.units import DeviceSpec
 from swap_agent.supervisor import group_exists
 from swap_agent.wire import messages as wire
 from swap_agent.wire.framing import AsyncChannel
@@ -33,8 +32,9 @@ ENGINE = (sys.executable, str(Path(__file__).with_name("scripted_engine.py")))
 
 
 def config(path: Path, frames: int = 16, **settings: Any) -> AgentConfig:
-    device = DeviceSpec("cpu", (frames * FRAME_BYTES,))
-    return AgentConfig(RuntimeDir(path), device, engine_command=ENGINE, drain_timeout_s=1, poison=True, **settings)
+    return AgentConfig(
+        RuntimeDir(path), spec(frames), engine_command=ENGINE, drain_timeout_s=1, poison=True, **settings
+    )
 
 
 @pytest.fixture
@@ -239,7 +239,7 @@ async def test_idle_timer_parks(agent: Agent) -> None:
         ({"keep_alive": "soon"}, "model a: KEEP_ALIVE in config.pbtxt: 'soon' is not a duration"),
         ({"faults": ["refuses"]}, "model a/1#0: refused for a test"),
         ({"faults": ["dies_starting"]}, "a/1#0: its engine ended while starting; see "),
-        ({"request": "", "frames": 40}, "model a/1#0: it needs at least 37 frames of cpu:0, which has 16"),
+        ({"request": "", "frames": 40}, f"model a/1#0: it needs at least 37 frames of {NAME}, which has 16"),
     ],
 )
 async def test_what_cannot_work_is_refused_in_one_line(agent: Agent, options: dict[str, object], words: str) -> None:
@@ -306,19 +306,6 @@ async def test_books_that_differ_are_noticed_and_repaired(tmp_path: Path) -> Non
         assert isinstance(await stub.attach(), wire.Attached)
 
 
-class Nth:
-    """Stands in for a method of the device and fails at the n-th call from now on."""
-
-    def __init__(self, real: Callable[..., Any], error: Exception, nth: int) -> None:
-        self.real, self.error, self.left = real, error, nth
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.left -= 1
-        if self.left == 0:
-            raise self.error
-        return self.real(*args, **kwargs)
-
-
 @pytest.mark.parametrize("kept", [0, 6])
 @pytest.mark.parametrize(
     ("what", "nth"),
@@ -340,12 +327,7 @@ async def test_a_swap_in_that_fails_is_taken_back_and_can_be_tried_again(
     device = pool.device
     if what == "create":
         agent.trim()
-        monkeypatch.setattr(device, "create", Nth(device.create, OutOfFrames("the machine is full"), nth))
-    elif what == "export":
-        failing = Nth(SimulatedFrame.export, OSError(24, "Too many open files"), nth)
-        monkeypatch.setattr(SimulatedFrame, "export", lambda frame: failing(frame))
-    else:
-        monkeypatch.setattr(device, what, Nth(getattr(device, what), OSError(5, "Input/output error"), nth))
+    break_nth(monkeypatch, device, what, nth)
     before = stub.report
     assert (before["state"], before["device_bytes"]) == ("SWAPPED", kept * FRAME_BYTES)
     with pytest.raises(Unavailable, match=r"a/1#0 was not swapped in: .*(full|open files|Input)"):
@@ -374,8 +356,7 @@ async def test_verify_finds_damaged_weights_and_the_next_load_reads_them_anew(tm
         assert rank is not None and rank.space.mirror is not None
         if where == "device":
             frame = rank.space.frames["weights"][3]
-            assert isinstance(frame, SimulatedFrame)
-            frame.memory.bytes[77] ^= 1
+            put(frame, contents(frame)[77:78] ^ 1, 77)
         await agent.unload(stub.replica, purge=False)
         if where == "host memory":
             rank.space.mirror.bytes[3 * FRAME_BYTES + 77] ^= 1

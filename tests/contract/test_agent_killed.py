@@ -13,14 +13,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+from devices import FRAME_BYTES
 
 from swap_agent.config import RuntimeDir
 from swap_agent.errors import PeerGone
-from swap_agent.memory.simulated import FRAME_BYTES
 from swap_agent.wire import messages as wire
 from swap_agent.wire.framing import AsyncChannel
 
-ROUNDS = 20
+ROUNDS = int(os.environ.get("TRITON_SWAP_TEST_KILLS", "20"))
 MODELS = ("a", "b", "c")
 FRAMES = 24
 """Of the device; each model needs 12, so that two fit."""

@@ -28,3 +28,10 @@ def run_suite(machine: FakeCuda, *arguments: str, **environment: str) -> None:
 def test_memory_and_ranks(fake_cuda: FakeCuda) -> None:
     run_suite(fake_cuda, str(HERE / "test_memory.py"), str(HERE / "test_rank_link.py"))
     assert fake_cuda.used_bytes() == 0
+
+
+def test_the_agent_and_its_deaths(fake_cuda: FakeCuda) -> None:
+    fake_cuda.devices = "1x512MiB"
+    files = [str(HERE / "test_agent.py"), str(HERE / "test_agent_killed.py")]
+    run_suite(fake_cuda, *files, TRITON_SWAP_TEST_KILLS="5")
+    assert fake_cuda.used_bytes() == 0

@@ -20,8 +20,10 @@ FRAMES = 8
 
 
 @pytest.fixture
-def device() -> DeviceMemory:
-    return make_device(FRAMES)
+def device() -> Iterator[DeviceMemory]:
+    device = make_device(FRAMES)
+    yield device
+    device.close()
 
 
 @pytest.fixture
