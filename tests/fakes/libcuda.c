@@ -329,6 +329,7 @@ static CUresult create(int device, size_t size, unsigned exportable, struct allo
     }
     char path[500], name[64];
     state_path(path, sizeof path, "new");
+    unlink(path);  // of a process that was killed right here; the state is locked
     int fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
     struct stat status;
     const char *fill = getenv("FAKE_CUDA_FILL");
