@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from swap_agent.config import AgentConfig, read_settings
+from swap_agent.devices import open_devices
 from swap_agent.engine import Engine, ModelSpec
 from swap_agent.errors import (
     BooksDoNotBalance,
@@ -33,7 +34,6 @@ from swap_agent.errors import (
     TritonSwapError,
     Unavailable,
 )
-from swap_agent.memory.devices import open_devices
 from swap_agent.memory.frames import FramePool
 from swap_agent.memory.space import RankSpace
 from swap_agent.policy import events as ev

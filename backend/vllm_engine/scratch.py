@@ -1,0 +1,77 @@
+"""Region `scratch` of a GPU: what CUDA graphs and workspaces need between two steps, in frames that a swap takes away.
+
+Nothing in it survives a swap, and nothing has to: a graph writes what it reads (docs/memory.md). Untested on a real
+GPU. Knows torch; of vLLM only the attribute that holds the pool of all graphs (0.32.0, 0.26.0: read, not tried).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from swap_agent.errors import TritonSwapError, Unsupported
+
+SOURCE = Path(__file__).with_name("scratch.c")
+FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread")
+
+
+class Figures(NamedTuple):
+    """Bytes."""
+
+    used: int
+    peak: int
+    outside: int
+    """Taken from the driver, because the region was full: this stays on the GPU when the model is swapped out."""
+    outside_peak: int
+
+
+class Scratch:
+    """The allocator over one mapped range; one a process."""
+
+    def __init__(self, address: int, size: int) -> None:
+        """Raises Unsupported when there is no C compiler, TritonSwapError when the range is in use already."""
+        self.library_path = build()
+        self._library = ctypes.CDLL(str(self.library_path))
+        self._library.triton_swap_scratch_open.argtypes = (ctypes.c_uint64, ctypes.c_uint64)
+        if self._library.triton_swap_scratch_open(address, size) != 0:
+            raise TritonSwapError("region scratch was opened twice")
+
+    def figures(self) -> Figures:
+        """What is in use."""
+        values = (ctypes.c_uint64 * 4)()
+        self._library.triton_swap_scratch_figures(values)
+        return Figures(*values)
+
+    def memory_pool(self) -> Any:
+        """A `torch.cuda.MemPool` of this range; the caller keeps it."""
+        import torch
+
+        names = ("triton_swap_scratch_malloc", "triton_swap_scratch_free")
+        self._allocator = torch.cuda.memory.CUDAPluggableAllocator(str(self.library_path), *names)
+        return torch.cuda.MemPool(self._allocator.allocator())
+
+
+def build() -> Path:
+    """The compiled allocator, made at its first use and kept in the user's cache. Raises Unsupported."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "triton-swap"
+    key = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:16]
+    library = cache / f"scratch-{key}.so"
+    if library.exists():
+        return library
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        raise Unsupported("there is no C compiler to make the allocator of region scratch: install gcc, or set CC")
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        new = Path(folder) / library.name
+        made = subprocess.run([compiler, *FLAGS, "-o", str(new), str(SOURCE), "-ldl"], capture_output=True, text=True)
+        if made.returncode != 0:
+            raise Unsupported(f"{compiler} does not compile {SOURCE.name}: {made.stderr.strip()[-300:]}")
+        new.replace(library)
+    return library
