@@ -11,10 +11,11 @@ from swap_agent.memory.frames import FramePool
 from swap_agent.memory.mirror import Image
 from swap_agent.wire.messages import Region
 
-REGIONS: tuple[Region, ...] = ("weights", "state", "kv")
+REGIONS: tuple[Region, ...] = ("weights", "state", "scratch", "kv")
 """In the order in which regions are granted."""
-_KEEP_ORDER: tuple[Region, ...] = ("state", "weights", "kv")
-"""What stays longest comes first: state is copied when it goes, weights when they come back, a KV cache never."""
+_KEEP_ORDER: tuple[Region, ...] = ("state", "weights", "scratch", "kv")
+"""What stays longest comes first: state is copied when it goes, weights when they come back, the rest never."""
+_DROPPED: tuple[Region, ...] = ("scratch", "kv")
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class RankSpace:
     def take_back(self, keep: Mapping[Region, int]) -> None:
         """After the rank unmapped all but `keep`: save the state that goes, return the frames that go.
 
-        Weights are not copied; KV is dropped. Raises Damaged when the space is verified and its weights have changed.
+        Weights are not copied; scratch and KV are dropped. Raises Damaged when the space is verified and its weights
+        have changed.
         """
         if self.verify and self.mirror:
             self.mirror.compare(self.frames["weights"])
@@ -121,7 +123,7 @@ class RankSpace:
     def fill(self, held: Mapping[Region, int], started_s: float, clock: Callable[[], float] = time.monotonic) -> SwapIn:
         """Swap-in: set what came with `grant`; `held` is what there was before.
 
-        KV to zero, weights from the mirror, state from the staging.
+        Scratch and KV to zero, weights from the mirror, state from the staging.
         """
         first_copy_s = clock()
         copied = 0
@@ -129,9 +131,10 @@ class RankSpace:
             for image in (self.mirror, self.staging):
                 if image:
                     copied += image.restore(transfer, self.frames[image.region], first=held[image.region])
-            for frame in self.frames["kv"][held.get("kv", 0) :]:
-                if frame in self._dirty:
-                    transfer.fill(frame, 0)
+            for region in _DROPPED:
+                for frame in self.frames.get(region, [])[held.get(region, 0) :]:
+                    if frame in self._dirty:
+                        transfer.fill(frame, 0)
         now_s = clock()
         return SwapIn(seconds=now_s - started_s, copy_seconds=now_s - first_copy_s, bytes=copied)
 

@@ -15,8 +15,9 @@ from typing import Literal
 
 import msgspec
 
-Region = Literal["weights", "state", "kv"]
-"""A part of an engine's space. `weights` never changes after load; `state` must survive a swap; `kv` may be dropped."""
+Region = Literal["weights", "state", "scratch", "kv"]
+"""A part of an engine's space. `weights` never changes after load; `state` must survive a swap; `scratch` (CUDA graphs
+and workspaces between two steps; on a GPU only) and `kv` may be dropped."""
 
 Code = Literal["INVALID_ARG", "UNAVAILABLE", "NOT_FOUND", "CANCELLED", "UNSUPPORTED", "INTERNAL"]
 """Error codes; the names are those of Triton's `TRITONSERVER_Error_Code`."""
