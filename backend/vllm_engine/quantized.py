@@ -21,7 +21,7 @@ from vllm.model_executor.kernels.linear.scaled_mm import cpu as scaled_mm
 
 from swap_agent.errors import Unsupported
 
-METHODS = ("auto_gptq", "awq", "compressed-tensors", "inc")
+METHODS = ("auto_gptq", "awq", "compressed-tensors")
 """vLLM's names (`ModelConfig.quantization`) of the methods whose weights were seen in frames."""
 SMALL_BYTES = 4096
 """Constants that a layer may keep beside its parameters."""
@@ -35,8 +35,8 @@ def check_method(method: str) -> None:
     """Raise Unsupported for a quantisation whose weights were not seen in frames."""
     if method not in METHODS:
         raise Unsupported(
-            f"the weights are quantized ({method}), and of quantized weights only AWQ, GPTQ, AutoRound and "
-            "compressed-tensors are supported: use one of these, or unquantized weights"
+            f"the weights are quantized ({method}), and of quantized weights only AWQ, GPTQ and compressed-tensors "
+            "are supported: use one of these, or unquantized weights"
         )
 
 

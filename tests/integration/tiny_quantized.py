@@ -109,38 +109,26 @@ _COMPRESSED: list[tuple[Callable[[Any], Tensors], str, dict[str, Any], dict[str,
 _METHODS: dict[str, Callable[[int], Callable[[Any], Tensors]]] = {
     "awq": lambda _: _awq,
     "gptq": lambda _: _gptq,
-    "auto-round": lambda _: _gptq,
     "compressed-tensors": lambda layer: _COMPRESSED[layer % len(_COMPRESSED)][0],
-    "int8 with asymmetric inputs": lambda _: _int8,
 }
 
 
-def _compressed_group(index: int, targets: str, symmetric_inputs: bool = True) -> dict[str, Any]:
+def _compressed_group(index: int) -> dict[str, Any]:
     _, kind, weights, inputs = _COMPRESSED[index]
-    given = {"symmetric": symmetric_inputs, "dynamic": True, "strategy": "token"}
     return {
-        "targets": [targets], "format": kind, "weights": {**weights, "symmetric": True, "dynamic": False},
-        "input_activations": inputs and {**inputs, **given},
-    }  # fmt: skip
+        "targets": [rf"re:.*layers\.({index}|{index + 3})\..*_proj"],
+        "format": kind,
+        "weights": {**weights, "symmetric": True, "dynamic": False},
+        "input_activations": inputs and {**inputs, "symmetric": True, "dynamic": True, "strategy": "token"},
+    }
 
 
 _CONFIGS: dict[str, dict[str, Any]] = {
     "awq": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"},
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True},
-    "auto-round": {
-        "quant_method": "auto-round", "bits": 4, "group_size": GROUP, "sym": True, "data_type": "int",
-        "packing_format": "auto_round:auto_gptq",
-    },
     "compressed-tensors": {
         "quant_method": "compressed-tensors", "format": "mixed-precision", "quantization_status": "compressed",
         "ignore": ["lm_head"],
-        "config_groups": {
-            f"group_{index}": _compressed_group(index, rf"re:.*layers\.({index}|{index + 3})\..*_proj")
-            for index in range(len(_COMPRESSED))
-        },
-    },
-    "int8 with asymmetric inputs": {
-        "quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed",
-        "ignore": ["lm_head"], "config_groups": {"group_0": _compressed_group(1, "Linear", symmetric_inputs=False)},
+        "config_groups": {f"group_{index}": _compressed_group(index) for index in range(len(_COMPRESSED))},
     },
 }  # fmt: skip
