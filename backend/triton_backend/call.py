@@ -6,14 +6,14 @@ from typing import Protocol
 
 from swap_agent.errors import TritonSwapError
 from swap_agent.wire.messages import Output
-from triton_backend.request import GenerateRequest
+from triton_backend.request import EmbedRequest, GenerateRequest
 from triton_backend.response import CANCELLED_TEXT, failure_text
 
 
 class Reply(Protocol):
     """Where the answers to one request go. None of its methods may be called after the one that ended the request."""
 
-    def output(self, request: GenerateRequest, output: Output) -> None:
+    def output(self, request: GenerateRequest | EmbedRequest, output: Output) -> None:
         """Send one response; it ends the request when `output.finished`."""
 
     def error(self, code: str, text: str) -> None:
@@ -26,7 +26,7 @@ class Reply(Protocol):
 class Call:
     """A request and its reply. It ends once: with a finished output, with an error, or cancelled by its client."""
 
-    def __init__(self, request: GenerateRequest, reply: Reply) -> None:
+    def __init__(self, request: GenerateRequest | EmbedRequest, reply: Reply) -> None:
         self.request = request
         self._reply = reply
         self.ended = False

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from swap_agent.errors import Refusal, Unavailable
 from swap_agent.wire.framing import DATA_LIMIT_BYTES, AsyncChannel
-from swap_agent.wire.messages import Abort, Failed, Output, Step, Submit
+from swap_agent.wire.messages import Abort, Failed, Output, Step
 from triton_backend.call import Call
 from triton_backend.paths import readable
 
@@ -42,10 +42,9 @@ class EngineLink:
 
     def submit(self, call: Call) -> None:
         """Hand `call` to the engine; it ends with the engine's answer, or fails when the engine is lost."""
-        request = call.request
         call_id = next(self._ids)
         self._calls[call_id] = call
-        self._channel.send(Submit(call_id, request.prompt, request.sampling_parameters, request.stream))
+        self._channel.send(call.request.message(call_id))
 
     async def cancel_where_asked(self) -> None:
         """End every call whose client cancelled or went away, and have the engine forget it."""

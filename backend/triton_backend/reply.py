@@ -8,7 +8,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from swap_agent.wire.messages import Output
-from triton_backend.request import GenerateRequest
+from triton_backend.request import EmbedRequest, GenerateRequest
 from triton_backend.response import ERROR_TEXT_OUTPUT, output_tensors
 
 
@@ -22,7 +22,7 @@ class TritonReply:
     def __init__(self, sender: Any) -> None:
         self._sender = sender
 
-    def output(self, request: GenerateRequest, output: Output) -> None:
+    def output(self, request: GenerateRequest | EmbedRequest, output: Output) -> None:
         """Send one response; it ends the request when `output.finished`."""
         tensors = [pb_utils.Tensor(name, array) for name, array in output_tensors(request, output)]
         self._send(pb_utils.InferenceResponse(output_tensors=tensors), output.finished)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from swap_agent.wire.messages import Output
 
 if TYPE_CHECKING:
-    from triton_backend.request import GenerateRequest
+    from triton_backend.request import EmbedRequest, GenerateRequest
 
 CANCELLED_TEXT = "Request was cancelled"
 ERROR_TEXT_OUTPUT = "N/A"
@@ -22,10 +22,10 @@ def failure_text(reason: str) -> str:
     return f"Error generating stream: {reason}"
 
 
-def output_tensors(request: GenerateRequest, output: Output) -> list[tuple[str, NDArray[Any]]]:
+def output_tensors(request: GenerateRequest | EmbedRequest, output: Output) -> list[tuple[str, NDArray[Any]]]:
     """(name, array) of each tensor to send: one element per sequence, but num_input_tokens always one."""
     sequences = output.sequences
-    prefix = request.prompt if request.prepend_prompt else ""
+    prefix = str(request.prompt) if request.prepend_prompt else ""
     tensors: list[tuple[str, NDArray[Any]]] = [
         ("text_output", _strings([prefix + sequence.text for sequence in sequences]))
     ]

@@ -24,7 +24,6 @@ _OURS = {
     "cpu_offload_gb": "triton-swap moves the weights itself",
 }
 _NOT_YET = {
-    "quantization": None,
     "enable_lora": False,
     "speculative_config": None,
     "kv_transfer_config": None,
@@ -86,8 +85,9 @@ def engine_config(args: Any) -> Any:
     except Exception as error:
         raise _refusal(error) from error
     if config.quant_config is not None:
-        method = config.model_config.quantization
-        raise Unsupported(f"the weights are quantized ({method}), which is not supported yet: use unquantized weights")
+        from vllm_engine import quantized
+
+        quantized.check_method(str(config.model_config.quantization))
     return config
 
 

@@ -6,11 +6,15 @@ Tried on vLLM 0.32.0. Beyond the public `AsyncLLM` it uses `engine_core.pause_sc
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
 from typing import Any, NamedTuple
 
+from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
+from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -61,29 +65,31 @@ class Engine:
                 self.shutdown()
                 raise Unsupported(f"this vLLM has no EngineCore client method {method}: use a supported version")
         self.max_model_len = int(self._llm.model_config.max_model_len)
+        self.embeds = self._llm.model_config.runner_type == "pooling"
+        """Whether the model makes embeddings; else it generates text."""
 
     @property
     def is_dead(self) -> bool:
         """True once EngineCore has died."""
         return bool(self._llm.errored)
 
-    async def generate(self, request: int, prompt: str, params: SamplingParams) -> AsyncIterator[Output]:
+    async def generate(
+        self, request: int, prompt: str | list[int], params: SamplingParams | PoolingParams
+    ) -> AsyncIterator[Output]:
         """Outputs of one request, numbered `request`; the last one is finished. Closing it aborts the request.
 
         Raises InvalidRequest, Unavailable (engine dead), TritonSwapError.
         """
         self._requests += 1
-        n = params.n
-        finish_reasons: list[str | None] = [None] * n
+        name = str(self._requests)  # `request` is unique on its connection only
+        if isinstance(params, PoolingParams):
+            outputs = self._embedding(name, request, prompt, params)
+        else:
+            outputs = self._texts(name, request, str(prompt), params)
         try:
-            async for result in self._llm.generate(prompt, params, str(self._requests)):
-                sequences = [Sequence("", reason, 0) for reason in finish_reasons]
-                for completion in result.outputs:
-                    finish_reasons[completion.index] = completion.finish_reason
-                    sequences[completion.index] = Sequence(
-                        completion.text, completion.finish_reason, len(completion.token_ids)
-                    )
-                yield Output(request, sequences, len(result.prompt_token_ids or ()), result.finished)
+            async with aclosing(outputs):
+                async for output in outputs:
+                    yield output
         except EngineDeadError as error:
             raise Unavailable(f"the engine of {self._name} died while it served this request") from error
         except EngineGenerateError as error:
@@ -91,6 +97,28 @@ class Engine:
             raise TritonSwapError(f"the engine failed: {type(cause).__name__}: {cause}") from error
         except CLIENT_ERRORS as error:
             raise InvalidRequest(str(error)) from error
+
+    async def _texts(
+        self, name: str, request: int, prompt: str, params: SamplingParams
+    ) -> AsyncGenerator[Output, None]:
+        n = params.n
+        finish_reasons: list[str | None] = [None] * n
+        async for result in self._llm.generate(prompt, params, name):
+            sequences = [Sequence("", reason, 0) for reason in finish_reasons]
+            for completion in result.outputs:
+                finish_reasons[completion.index] = completion.finish_reason
+                sequences[completion.index] = Sequence(
+                    completion.text, completion.finish_reason, len(completion.token_ids)
+                )
+            yield Output(request, sequences, len(result.prompt_token_ids or ()), result.finished)
+
+    async def _embedding(
+        self, name: str, request: int, prompt: str | list[int], params: PoolingParams
+    ) -> AsyncGenerator[Output, None]:
+        given = prompt if isinstance(prompt, str) else TokensPrompt(prompt_token_ids=prompt)
+        async for result in self._llm.encode(given, params, name):
+            text = json.dumps(result.outputs.data.tolist())
+            yield Output(request, [Sequence(text, None, 0)], len(result.prompt_token_ids), result.finished)
 
     async def swap_out(self, epoch: int, keep: Mapping[Region, int]) -> SwapOutTimes:
         """Pause, forget the KV cache, and have every rank unmap all but `keep`. Call it when nothing is in flight."""

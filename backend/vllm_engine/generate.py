@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from swap_agent.errors import PeerGone, ProtocolError, TritonSwapError
 from swap_agent.wire.framing import DATA_LIMIT_BYTES, AsyncChannel, listen
-from swap_agent.wire.messages import Abort, Failed, Output, Step, StubToEngine, Submit
+from swap_agent.wire.messages import Abort, Embed, Failed, Output, Step, StubToEngine, Submit
 from vllm_engine.gate import Gate
 
 STALL_TIMEOUT_S = 30.0
@@ -24,24 +24,26 @@ log = logging.getLogger(__name__)
 class Generator(Protocol):
     """What the data plane needs of an engine (`vllm_engine.engine.Engine`)."""
 
-    def generate(self, request: int, prompt: str, params: Any) -> AsyncIterator[Output]:
+    def generate(self, request: int, prompt: Any, params: Any) -> AsyncIterator[Output]:
         """Outputs of one request, numbered `request`; the last is finished. Closing it aborts.
+
+        `prompt` is text, or for an embedding also a list of tokens.
 
         Raises TritonSwapError.
         """
 
 
 class DataPlane:
-    """Serves stubs: every Submit passes the gate, runs in the engine, and ends in a finished Output or one Failed."""
+    """Serves stubs: every request passes the gate, runs in the engine, and ends in a finished Output or one Failed."""
 
     def __init__(
         self,
         engine: Generator,
         gate: Gate,
-        parse: Callable[[str, bool], Any],
+        parse: Callable[[Submit | Embed], Any],
         stall_timeout_s: float = STALL_TIMEOUT_S,
     ) -> None:
-        """`parse(sampling_parameters, stream)` returns what the engine takes, or raises TritonSwapError."""
+        """`parse` returns the parameters that the engine takes for a request, or raises TritonSwapError."""
         self.engine = engine
         self.gate = gate
         self.parse = parse
@@ -97,9 +99,9 @@ class _Connection:
             while True:
                 message = await self._channel.receive()
                 match message:
-                    case Submit() if message.id in self._tasks:
+                    case Submit() | Embed() if message.id in self._tasks:
                         raise ProtocolError(f"request id {message.id} is in use")
-                    case Submit():
+                    case Submit() | Embed():
                         self._tasks[message.id] = asyncio.create_task(self._request(message))
                     case Abort():
                         if task_to_abort := self._tasks.get(message.id):
@@ -141,9 +143,9 @@ class _Connection:
             self._channel.abort()
             raise PeerGone("the stub does not read") from error
 
-    async def _request(self, submit: Submit) -> None:
+    async def _request(self, submit: Submit | Embed) -> None:
         try:
-            params = self._plane.parse(submit.sampling_parameters, submit.stream)
+            params = self._plane.parse(submit)
             await self._plane.gate.enter()
             try:
                 async with aclosing(self._plane.engine.generate(submit.id, submit.prompt, params)) as outputs:  # type: ignore[type-var]

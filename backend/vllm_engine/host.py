@@ -20,6 +20,7 @@ import sys
 import threading
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ from vllm_engine import arguments
 from vllm_engine.engine import Engine
 from vllm_engine.gate import Gate
 from vllm_engine.generate import DataPlane
+from vllm_engine.parameters import parameters
 from vllm_engine.rank import Endpoint
-from vllm_engine.sampling import sampling_params
 from vllm_engine.versions import check_vllm_version
 
 REPORT_INTERVAL_S = 0.05
@@ -119,7 +120,7 @@ class Host:
         self._welcome = welcome
         self._engine = engine
         self._gate = Gate(replica, welcome.max_queue, welcome.queue_timeout_s, self._load_changed)
-        self._plane = DataPlane(engine, self._gate, sampling_params)
+        self._plane = DataPlane(engine, self._gate, partial(parameters, replica, engine.embeds))
         self._order: asyncio.Task[None] | None = None
         self._reported = wire.Report(0, 0, 0)
         self._report_timer: asyncio.TimerHandle | None = None

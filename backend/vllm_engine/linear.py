@@ -27,6 +27,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 
 from swap_agent.errors import Unsupported
+from vllm_engine import quantized
 
 ROWS_PER_BLOCK = 32
 """Packed form of an (n, k) weight: (n / 32, k / 2, 32, 2), pairs along k innermost (csrc/cpu/sgl-kernels/gemm.cpp)."""
@@ -56,7 +57,8 @@ def load_with_ordinary_weights(load: Callable[[], None], model: Callable[[], tor
 
     setattr(vllm_layers, name, dispatch)
     try:
-        load()
+        with quantized.in_parameters():
+            load()
     finally:
         setattr(vllm_layers, name, original)
     if pack:

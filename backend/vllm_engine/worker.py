@@ -14,7 +14,7 @@ from vllm.platforms import current_platform
 
 from swap_agent.errors import InvalidModel, TakenBack, TritonSwapError, Unsupported
 from swap_agent.wire.messages import Region
-from vllm_engine import kv_cache, linear, rehome
+from vllm_engine import kv_cache, linear, quantized, rehome
 from vllm_engine.rank import Endpoint, RankConnection
 from vllm_engine.space import Space
 
@@ -50,6 +50,8 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
         """Load as vLLM does, then move weights and state into frames and have the mirror made."""
         with self._agent.reporting("load the model"):
             linear.load_with_ordinary_weights(lambda: super(SwappableWorker, self).load_model(**kwargs), self.get_model)
+            if self.vllm_config.quant_config is not None:
+                quantized.check_all_registered(self.get_model())
             layout = rehome.plan(self.get_model(), self.device)
             self._kv_bytes = self._plan_kv_cache(layout)
             for region in ("weights", "state"):

@@ -4,7 +4,7 @@ Three conversations, each on a Unix stream socket inside the runtime directory:
 
 * `agent.sock`, control plane: Triton stubs (`Attach` …) and engine hosts (`HostHello` …) with the agent.
 * `ranks.sock`, memory plane: one connection per engine rank, with file descriptors of frames (`RankHello` …).
-* `engine-*.sock`, data plane: Triton stubs with one engine host (`Submit` …); the agent takes no part in it.
+* `engine-*.sock`, data plane: Triton stubs with one engine host (`Submit`, `Embed` …); the agent takes no part in it.
 
 A message is a frame of `wire.framing`: four bytes of length, then msgpack. Sizes are bytes, durations seconds.
 """
@@ -299,6 +299,19 @@ class Submit(Message, frozen=True):
     """True: an `Output` per engine step with deltas. False: one `Output`, whole."""
 
 
+class Embed(Message, frozen=True):
+    """One embedding request. `id` is chosen by the stub, unique on its connection.
+
+    Answered by one `Output` whose one sequence is the embedding, a JSON list of numbers, or by `Failed`.
+    """
+
+    id: int
+    prompt: str | list[int]
+    """Text, or the numbers of its tokens."""
+    pooling_parameters: str
+    """JSON object; the keys are vLLM's `PoolingParams`. Empty string: defaults."""
+
+
 class Abort(Message, frozen=True):
     """The client cancelled or went away. The host forgets the request and answers nothing more for it."""
 
@@ -348,5 +361,5 @@ FromHost = (
 ToHost = HostWelcome | Drain | SwapOut | SwapIn | RefuseWaiting | Shutdown | Refused
 FromRank = RankHello | Reserve | Loaded | RankFailed | Mapped | Unmapped
 ToRank = RankWelcome | Grant | Mirrored | Filled | Refused
-StubToEngine = Submit | Abort
+StubToEngine = Submit | Embed | Abort
 EngineToStub = Step

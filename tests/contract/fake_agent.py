@@ -6,6 +6,8 @@ The first word of a prompt says what the engine does with it:
 * `hold …`: say nothing until `release()`, then as `echo`;
 * `fail CODE …`: end with this error;
 * `cut …`: one step, then close the data connection.
+
+An embedding of a text has one element per letter; one of tokens is those tokens.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from swap_agent.wire.messages import (
     Attached,
     Code,
     Detached,
+    Embed,
     Failed,
     FromStub,
     Message,
@@ -47,6 +50,7 @@ class Seen:
     detached: list[str] = field(default_factory=list)
     """Models."""
     submitted: list[Submit] = field(default_factory=list)
+    embedded: list[Embed] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     """Prompts."""
 
@@ -157,6 +161,12 @@ class FakeAgent:
                     submit, task = running.pop(message.id)
                     task.cancel()
                     self.seen.aborted.append(submit.prompt)
+                elif isinstance(message, Embed):
+                    self.seen.embedded.append(message)
+                    prompt = message.prompt
+                    embedding = json.dumps([1.0] * len(prompt) if isinstance(prompt, str) else prompt)
+                    sequences = [Sequence(embedding, None, 0)]
+                    channel.send(Step([Output(message.id, sequences, len(prompt), finished=True)]))
                 else:
                     self.seen.submitted.append(message)
                     running[message.id] = (message, asyncio.create_task(self._generate(channel, message)))

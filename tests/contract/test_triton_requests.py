@@ -194,7 +194,6 @@ def test_lora_is_refused_in_the_stock_backends_words(world: World) -> None:
     ("name", "value"),
     [
         ("image", "aGVsbG8="),
-        ("embedding_request", '{"input": "x"}'),
         ("return_logprobs", True),
         ("return_cumulative_logprob", True),
     ],
@@ -204,6 +203,22 @@ def test_inputs_that_are_not_supported_yet_are_refused_by_name(world: World, nam
         f"{STREAM_WORDS}input '{name}' is not supported yet"
     )
     assert not world.agent.seen.submitted
+
+
+def test_an_embedding_is_asked_for_and_answered_as_with_the_stock_backend(world: World) -> None:
+    flags = {"return_num_input_tokens": True, "return_num_output_tokens": True}
+    asked = {"input": "abc", "pooling_params": {"dimensions": [64]}}
+    with world.triton.grpc() as stream:
+        (answer,) = stream.all("echo", text_input="", embedding_request=json.dumps(asked), **flags)
+    assert [json.loads(text) for text in strings(answer["text_output"])] == [[1.0, 1.0, 1.0]]
+    assert (answer["num_input_tokens"].tolist(), answer["num_output_tokens"].tolist()) == ([3], [0])
+    over_http = world.triton.generate("echo", text_input="", embedding_request='{"input": [5, 7]}').json()
+    assert json.loads(over_http["text_output"]) == [5, 7]
+    sent = [(embed.prompt, json.loads(embed.pooling_parameters)) for embed in world.agent.seen.embedded]
+    assert sent == [("abc", {"dimensions": [64]}), ([5, 7], {})]
+    refused = world.triton.generate("echo", text_input="", embedding_request='{"text": "abc"}')
+    assert refused.status_code == 400
+    assert refused.json()["error"] == STREAM_WORDS + "embedding_request: Object missing required field `input`"
 
 
 def test_flags_that_ask_for_nothing_are_accepted(world: World) -> None:

@@ -212,6 +212,13 @@ class Stub:
         self.channel.send(wire.Submit(self._next, prompt, sampling_parameters, stream))
         return self._next
 
+    def embed(self, prompt: str | list[int], pooling_parameters: str = "") -> wire.Output | wire.Failed:
+        """Ask for an embedding and take the answer."""
+        self._next += 1
+        self.channel.send(wire.Embed(self._next, prompt, pooling_parameters))
+        (answer,) = self.items(self._next)
+        return answer
+
     def items(self, request: int, timeout_s: float = 60.0) -> Iterator[wire.Output | wire.Failed]:
         """What comes for one request, up to its end; what comes for others is kept."""
         while True:

@@ -28,7 +28,7 @@ def read(values: Any, version_dir: Path = Path("/repository/m/1")) -> dict[str, 
 
 
 def test_what_is_fine_passes_and_stays_quiet(weights: Path) -> None:
-    values = {"model": str(weights), "enforce_eager": True, "enable_lora": "false", "quantization": None}
+    values = {"model": str(weights), "enforce_eager": True, "enable_lora": "false", "quantization": "awq"}
     assert read(values) == {**values, "disable_log_stats": True}
     assert read({**values, "disable_log_stats": False})["disable_log_stats"] is False
 
@@ -50,7 +50,6 @@ def test_relative_paths_start_at_the_folder_of_model_json(weights: Path) -> None
         ({"model": 3}, InvalidModel, 'key "model" is missing'),
         ({"model": "m", "worker_cls": "x.Y"}, InvalidModel, '"worker_cls" cannot be set here'),
         ({"model": "m", "enable_sleep_mode": True}, InvalidModel, '"enable_sleep_mode" cannot be set here'),
-        ({"model": "m", "quantization": "awq"}, Unsupported, '"quantization": "awq" is not supported yet'),
         ({"model": "m", "enable_lora": "true"}, Unsupported, '"enable_lora": "true" is not supported yet'),
         ({"model": "m", "tensor_parallel_size": 2}, Unsupported, '"tensor_parallel_size": 2 is not supported yet'),
         ({"model": "/nowhere/at/all"}, InvalidModel, 'key "model": there is no folder /nowhere/at/all'),

@@ -11,7 +11,7 @@ import pytest
 
 from swap_agent.errors import InvalidModel, PeerGone, Unavailable
 from swap_agent.wire.framing import DATA_LIMIT_BYTES, AsyncChannel
-from swap_agent.wire.messages import Abort, Failed, Output, Sequence, Step, Submit
+from swap_agent.wire.messages import Abort, Embed, Failed, Output, Sequence, Step, Submit
 from vllm_engine.gate import Gate
 from vllm_engine.generate import DataPlane
 
@@ -59,10 +59,10 @@ class Setup:
         self.path = path
 
     @staticmethod
-    def parse(text: str, stream: bool) -> Any:
-        if text == "bad":
+    def parse(request: Submit | Embed) -> Any:
+        if isinstance(request, Submit) and request.sampling_parameters == "bad":
             raise InvalidModel('sampling_parameters: key "temperature"')
-        return text
+        return request
 
     async def connect(self) -> AsyncChannel[Step]:
         return await AsyncChannel.connect(str(self.path), Step, DATA_LIMIT_BYTES)
@@ -164,6 +164,20 @@ async def test_errors_carry_their_code_and_the_rest_goes_on(setup: Setup) -> Non
         Failed(3, "INTERNAL", "ZeroDivisionError: oops"),
     ]
     assert setup.gate.in_flight == 0
+    stub.close()
+
+
+async def test_embeddings_and_texts_share_a_connection(setup: Setup) -> None:
+    stub = await setup.connect()
+    stub.send(Embed(1, "a", ""))
+    stub.send(Submit(2, "x", "", False))
+    await setup.until(lambda: setup.engine.running == {"a", "x"})
+    await setup.engine.step()
+    items: list[Any] = []
+    while len(items) < 2:
+        items += (await stub.receive()).items
+    assert {item.id: item.sequences[0].text for item in items} == {1: "a", 2: "x"}
+    assert setup.plane.served == 2
     stub.close()
 
 

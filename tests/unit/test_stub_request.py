@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from swap_agent.errors import InvalidUsage, TritonSwapError, Unsupported
-from swap_agent.wire.messages import Output, Sequence
-from triton_backend.request import LIMIT_BYTES, GenerateRequest, parse
+from swap_agent.wire.messages import Embed, Output, Sequence, Submit
+from triton_backend.request import LIMIT_BYTES, EmbedRequest, GenerateRequest, parse
 from triton_backend.response import output_tensors
 
 
@@ -20,12 +20,20 @@ def tensors(**values: Any) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def read(parameters: str = "", **values: Any) -> GenerateRequest:
-    return parse(tensors(**{"text_input": b"hi"} | values), parameters)
+    request = parse(tensors(**{"text_input": b"hi"} | values), parameters)
+    assert isinstance(request, GenerateRequest)
+    return request
+
+
+def embed(request: bytes, **values: Any) -> EmbedRequest:
+    parsed = parse(tensors(text_input=b"", embedding_request=request, **values), "")
+    assert isinstance(parsed, EmbedRequest)
+    return parsed
 
 
 def refusal(parameters: str = "", **values: Any) -> TritonSwapError:
     with pytest.raises(TritonSwapError) as caught:
-        read(parameters, **values)
+        parse(tensors(**{"text_input": b"hi"} | values), parameters)
     return caught.value
 
 
@@ -61,6 +69,32 @@ def test_codes_of_refusals() -> None:
     assert isinstance(refusal(return_logprobs=True), Unsupported)
 
 
+def test_an_embedding_request_is_text_or_tokens_and_parameters() -> None:
+    assert read(sampling_parameters=b"{}", stream=True).message(3) == Submit(3, "hi", "{}", True)
+    assert embed(b'{"input": "hi", "pooling_params": {"dimensions": [3]}}').message(3) == (
+        Embed(3, "hi", '{"dimensions":[3]}')
+    )
+    assert embed(b'{"input": [5, 7]}', stream=True).message(4) == Embed(4, [5, 7], "{}")
+
+
+@pytest.mark.parametrize(
+    ("request_json", "says"),
+    [
+        (b"", "embedding_request: Input data was truncated"),
+        (b'{"pooling_params": {}}', "missing required field `input`"),
+        (b'{"input": ["a"]}', "Expected `int`, got `str` - at `$.input[0]`"),
+        (b'{"input": "a", "pooling_params": 3}', "Expected `object`, got `int` - at `$.pooling_params`"),
+        (b'{"input": "' + b"x" * LIMIT_BYTES + b'"}', "exceeds the limit"),
+    ],
+    ids=["empty", "no input", "list of texts", "parameters", "too long"],
+)
+def test_a_malformed_embedding_request_is_named(request_json: bytes, says: str) -> None:
+    error = refusal(embedding_request=request_json)
+    assert isinstance(error, InvalidUsage)
+    assert str(error).startswith("Error generating stream: ")
+    assert says in str(error)
+
+
 def test_text_that_is_not_utf8_is_named() -> None:
     assert str(refusal(text_input=b"\xff")).startswith("Error generating stream: input 'text_input' is not UTF-8")
 
@@ -72,7 +106,7 @@ def test_more_than_one_element_is_refused() -> None:
 
 def test_an_empty_list_of_images_asks_for_nothing() -> None:
     empty = {"image": np.array([], dtype=np.object_)}
-    assert parse(tensors(text_input=b"hi") | empty, "").prompt == "hi"
+    assert isinstance(parse(tensors(text_input=b"hi") | empty, ""), GenerateRequest)
     assert isinstance(refusal(image=b""), Unsupported)
 
 
@@ -83,7 +117,7 @@ def test_the_limit_counts_bytes() -> None:
     )
 
 
-def answer(request: GenerateRequest, output: Output) -> dict[str, tuple[Any, list[Any]]]:
+def answer(request: GenerateRequest | EmbedRequest, output: Output) -> dict[str, tuple[Any, list[Any]]]:
     return {name: (array.dtype, array.tolist()) for name, array in output_tensors(request, output)}
 
 
@@ -102,3 +136,14 @@ def test_only_text_is_sent_unasked() -> None:
     assert answer(read(stream=True), Output(0, [Sequence("a", None, 1)], 7, finished=False)) == {
         "text_output": (np.object_, [b"a"])
     }
+
+
+def test_an_embedding_comes_as_text() -> None:
+    output = Output(0, [Sequence("[0.5, -1.0]", None, 0)], 7, finished=True)
+    asked = embed(b'{"input": "hi"}', return_num_input_tokens=True, return_num_output_tokens=True)
+    assert answer(asked, output) == {
+        "text_output": (np.object_, [b"[0.5, -1.0]"]),
+        "num_input_tokens": (np.uint32, [7]),
+        "num_output_tokens": (np.uint32, [0]),
+    }
+    assert list(answer(embed(b'{"input": "hi"}', return_finish_reason=True), output)) == ["text_output"]

@@ -1,0 +1,101 @@
+"""Quantised weights in frames: which methods may load, and int8 layers that stay out of oneDNN's private memory.
+
+vLLM's CPU kernels repack a layer's weights into parameters of it, which move into frames as they are. Its int8 kernel
+alone gives them to oneDNN, unless the CPU has AMX; the packed kernel that it uses then needs no more than AVX512-VNNI.
+
+Tried on vLLM 0.32.0. Hooks: `check_cpu_sgl_kernel` in vllm.model_executor.kernels.linear.scaled_mm.cpu,
+`create_onednn_scaled_mm` in vllm._custom_ops; the operators `_C.convert_weight_packed` and
+`_C.int8_scaled_mm_with_quant`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from vllm import _custom_ops as ops
+from vllm.model_executor.kernels.linear.scaled_mm import cpu as scaled_mm
+
+from swap_agent.errors import Unsupported
+
+METHODS = ("auto_gptq", "awq", "compressed-tensors")
+"""vLLM's names (`ModelConfig.quantization`) of the methods whose weights were seen in frames."""
+SMALL_BYTES = 4096
+"""Constants that a layer may keep beside its parameters."""
+_TILE = 32
+"""Rows and columns of an int8 weight come in multiples of it (csrc/cpu/sgl-kernels/gemm_int8.cpp)."""
+
+log = logging.getLogger(__name__)
+
+
+def check_method(method: str) -> None:
+    """Raise Unsupported for a quantisation whose weights were not seen in frames."""
+    if method not in METHODS:
+        raise Unsupported(
+            f"the weights are quantized ({method}), and of quantized weights only AWQ, GPTQ and compressed-tensors "
+            "are supported: use one of these, or unquantized weights"
+        )
+
+
+@contextmanager
+def in_parameters() -> Iterator[None]:
+    """While active, loading packs int8 weights into parameters, or raises Unsupported where it cannot."""
+    original_check, original_create = scaled_mm.check_cpu_sgl_kernel, ops.create_onednn_scaled_mm
+    works = int8_kernel_works()
+
+    def check(n: int, k: int, dtype: torch.dtype) -> bool:
+        fits = dtype is torch.int8 and n % _TILE == 0 and k % _TILE == 0
+        return (works and fits) or original_check(n, k, dtype)
+
+    def refuse(weight: torch.Tensor, *_: Any) -> None:
+        k, n = weight.shape
+        why = (
+            "this CPU has no AVX512-VNNI" if not works
+            else "its inputs are quantized asymmetrically, or its sizes are no multiples of 32"
+        )  # fmt: skip
+        raise Unsupported(
+            f"vLLM keeps an int8 weight of {n} x {k} in oneDNN's private memory, out of a swap's reach, since {why}: "
+            "use int4 (AWQ, GPTQ), int8 weights with symmetric inputs, or unquantized weights"
+        )
+
+    scaled_mm.check_cpu_sgl_kernel, ops.create_onednn_scaled_mm = check, refuse
+    try:
+        yield
+    finally:
+        scaled_mm.check_cpu_sgl_kernel, ops.create_onednn_scaled_mm = original_check, original_create
+
+
+def int8_kernel_works() -> bool:
+    """True when vLLM's packed int8 kernel computes what it should on this CPU."""
+    weight = torch.arange(64 * 64).remainder(255).sub(127).view(64, 64).to(torch.int8)
+    x = torch.eye(64, dtype=torch.bfloat16)[:8] * 127
+    try:
+        packed = torch.ops._C.convert_weight_packed(weight)
+        got = torch.ops._C.int8_scaled_mm_with_quant(x, packed, torch.full((64, 1), 1 / 127), None, x.dtype, True)
+    except (AttributeError, RuntimeError):
+        return False  # a build or a CPU without it
+    return bool(torch.allclose(got.float(), weight[:, :8].t().float(), atol=1))
+
+
+def check_all_registered(model: torch.nn.Module) -> None:
+    """Raise Unsupported when a layer keeps more than constants outside of its parameters and buffers.
+
+    Such tensors would stay in memory that no swap frees.
+    """
+    registered = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    for name, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        scheme = getattr(module, "scheme", None)
+        for holder in (module, method, scheme, getattr(method, "kernel", None), getattr(scheme, "kernel", None)):
+            for attribute, value in getattr(holder, "__dict__", {}).items():
+                if not issubclass(type(value), torch.Tensor) or value.is_meta:
+                    continue
+                storage = value.untyped_storage()
+                if storage.nbytes() > SMALL_BYTES and storage.data_ptr() not in registered:
+                    raise Unsupported(
+                        f"{name} ({type(holder).__name__}) keeps {storage.nbytes()} bytes in {attribute}, which is no "
+                        "parameter and no buffer: a swap would not free them; use another quantization"
+                    )

@@ -1,0 +1,134 @@
+"""Quantises the linear layers of a small model's file, in the formats of the tools that people use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+GROUP = 64
+"""Weights of one row that share a scale."""
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+Tensors = dict[str, Any]
+
+
+def quantize(folder: Path, method: str) -> None:
+    """Rewrite `folder`'s model.safetensors and config.json; embedding and head stay bf16."""
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"
+    tensors: Tensors = {}
+    for name, tensor in load_file(file).items():
+        if name.endswith("_proj.weight"):
+            layer = int(name.split(".")[2])
+            prefix = name.removesuffix("weight")
+            parts = _METHODS[method](layer)(tensor.float())
+            tensors |= {prefix + part: value.contiguous() for part, value in parts.items()}
+        else:
+            tensors[name] = tensor
+    save_file(tensors, file)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = _CONFIGS[method]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _awq(weight: Any) -> Tensors:
+    values, scales, zeros = _int4(weight, symmetric=False)
+    return {
+        "qweight": _pack(values.t(), _AWQ_ORDER), "qzeros": _pack(zeros.t(), _AWQ_ORDER), "scales": scales.t().half(),
+    }  # fmt: skip
+
+
+def _gptq(weight: Any) -> Tensors:
+    import torch
+
+    values, scales, zeros = _int4(weight, symmetric=True)
+    groups = torch.arange(weight.shape[1], dtype=torch.int32) // GROUP
+    packed = {"qweight": _pack(values).t(), "qzeros": _pack((zeros - 1).t()), "scales": scales.t().half()}
+    return {**packed, "g_idx": groups}
+
+
+def _w4a16(weight: Any) -> Tensors:
+    import torch
+
+    values, scales, _ = _int4(weight, symmetric=True)
+    return {
+        "weight_packed": _pack(values), "weight_scale": scales.bfloat16(), "weight_shape": torch.tensor(weight.shape),
+    }  # fmt: skip
+
+
+def _int8(weight: Any) -> Tensors:
+    import torch
+
+    scales = weight.abs().amax(-1, keepdim=True) / 127
+    return {"weight": (weight / scales).round().to(torch.int8), "weight_scale": scales.bfloat16()}
+
+
+def _fp8(weight: Any) -> Tensors:
+    import torch
+
+    scales = weight.abs().amax(-1, keepdim=True) / 448
+    return {"weight": (weight / scales).to(torch.float8_e4m3fn), "weight_scale": scales.bfloat16()}
+
+
+def _int4(weight: Any, symmetric: bool) -> tuple[Any, Any, Any]:
+    """Values 0..15 (rows, columns), scales and zero points (rows, groups)."""
+    import torch
+
+    groups = weight.view(weight.shape[0], -1, GROUP)
+    if symmetric:
+        scales = groups.abs().amax(-1, keepdim=True) / 7
+        zeros = torch.full_like(scales, 8)
+    else:
+        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+        scales = (high - low) / 15
+        zeros = (-low / scales).round()
+    values = (groups / scales + zeros).round().clamp(0, 15).to(torch.int32)
+    return values.view(weight.shape), scales.squeeze(-1), zeros.squeeze(-1).to(torch.int32)
+
+
+def _pack(values: Any, order: tuple[int, ...] = tuple(range(8))) -> Any:
+    """Eight values of the last dimension to one int32, the first in the lowest bits."""
+    import torch
+
+    eights = values.contiguous().view(*values.shape[:-1], -1, 8).to(torch.int64)
+    packed = sum(eights[..., position] << (4 * place) for place, position in enumerate(order))
+    return (packed - ((packed >> 31) << 32)).to(torch.int32)
+
+
+_COMPRESSED: list[tuple[Callable[[Any], Tensors], str, dict[str, Any], dict[str, Any] | None]] = [
+    (_w4a16, "pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP}, None),
+    (_int8, "int-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"}, {"num_bits": 8, "type": "int"}),
+    (_fp8, "float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"},
+     {"num_bits": 8, "type": "float"}),
+]  # fmt: skip
+"""(function, format, weights, inputs): one scheme after the other, layer by layer."""
+
+_METHODS: dict[str, Callable[[int], Callable[[Any], Tensors]]] = {
+    "awq": lambda _: _awq,
+    "gptq": lambda _: _gptq,
+    "compressed-tensors": lambda layer: _COMPRESSED[layer % len(_COMPRESSED)][0],
+}
+
+
+def _compressed_group(index: int) -> dict[str, Any]:
+    _, kind, weights, inputs = _COMPRESSED[index]
+    return {
+        "targets": [rf"re:.*layers\.({index}|{index + 3})\..*_proj"],
+        "format": kind,
+        "weights": {**weights, "symmetric": True, "dynamic": False},
+        "input_activations": inputs and {**inputs, "symmetric": True, "dynamic": True, "strategy": "token"},
+    }
+
+
+_CONFIGS: dict[str, dict[str, Any]] = {
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True},
+    "compressed-tensors": {
+        "quant_method": "compressed-tensors", "format": "mixed-precision", "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {f"group_{index}": _compressed_group(index) for index in range(len(_COMPRESSED))},
+    },
+}  # fmt: skip
