@@ -51,8 +51,10 @@ class Engine:
 
     def __init__(self, name: str, config: Any, args: Any) -> None:
         """Start it: seconds to minutes, blocking. Raises TritonSwapError; the cause is in the engine's log."""
-        if not current_platform.is_cpu():
-            raise Unsupported(f"vLLM on {current_platform.device_name} is not supported yet: only vLLM on CPU is")
+        if not (current_platform.is_cpu() or current_platform.is_cuda()):
+            raise Unsupported(
+                f"vLLM on {current_platform.device_name} is not supported: only on CPU and on NVIDIA GPUs"
+            )
         self._name = name
         self._requests = 0
         try:

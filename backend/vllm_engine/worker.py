@@ -1,7 +1,7 @@
 """The vLLM worker of a swappable engine: weights, state and KV cache lie in frames that the agent grants.
 
-Tried on vLLM 0.32.0, CPU. Hooks into vLLM: the worker methods overridden here, `linear.py` and `kv_cache.py`. vLLM
-finds the class by its name, `vllm_engine.worker.SwappableWorker`.
+Tried on vLLM 0.32.0, CPU; untested on a GPU. Hooks into vLLM: the worker methods overridden here, `linear.py`,
+`kv_cache.py` and `gpu.py`. vLLM finds the class by its name, `vllm_engine.worker.SwappableWorker`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from vllm.platforms import current_platform
 
 from swap_agent.errors import InvalidModel, TakenBack, TritonSwapError, Unsupported
 from swap_agent.wire.messages import Region
-from vllm_engine import kv_cache, linear, quantized, rehome
+from vllm_engine import gpu, kv_cache, quantized, rehome
+from vllm_engine.addresses import CudaAddresses, HostAddresses
 from vllm_engine.rank import Endpoint, RankConnection
 from vllm_engine.space import Space
 
@@ -27,7 +28,11 @@ def _platform_worker() -> Any:
         from vllm.v1.worker.cpu_worker import CPUWorker
 
         return CPUWorker
-    raise Unsupported(f"vLLM on {current_platform.device_name} is not supported yet: only vLLM on CPU is")
+    if current_platform.is_cuda():
+        from vllm.v1.worker.gpu_worker import Worker
+
+        return Worker
+    raise Unsupported(f"vLLM on {current_platform.device_name} is not supported: only on CPU and on NVIDIA GPUs")
 
 
 class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at run time
@@ -36,20 +41,40 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
     def __init__(self, vllm_config: Any, local_rank: int, rank: int, *args: Any, **kwargs: Any) -> None:
         """Connect to the agent, then as vLLM's worker. Raises TritonSwapError, of which the agent is told."""
         self._agent = RankConnection(Endpoint.from_environment(), rank, vllm_config.parallel_config.world_size)
-        self._space = Space(self._agent.welcome.frame_bytes)
+        self._on_gpu = current_platform.is_cuda()
+        cuda = self._agent.welcome.device.startswith("cuda")
+        addresses = CudaAddresses(local_rank) if cuda else HostAddresses()
+        self._space = Space(self._agent.welcome.frame_bytes, addresses)
+        self._graphs: gpu.GraphsInFrames | None = None
         self._resident = True
         cache = vllm_config.cache_config
         self._declared_kv_bytes: int | None = cache.kv_cache_memory_bytes
         self._kv_bytes = 0
         # Unset, vLLM would claim a share of the whole machine's memory. The true size is known after load_model.
         cache.kv_cache_memory_bytes = self._declared_kv_bytes or self._space.frame_bytes
+        if self._on_gpu:
+            gpu.claim_no_share(cache)
         with self._agent.reporting("create the worker"):
             super().__init__(vllm_config, local_rank, rank, *args, **kwargs)
+
+    def init_device(self) -> None:
+        """As vLLM's worker does; on a GPU with the memory of CUDA graphs in frames."""
+        with self._agent.reporting("set up the device"):
+            if self._on_gpu and not self.model_config.enforce_eager:
+                torch.cuda.set_device(self.local_rank)
+                self._graphs = gpu.GraphsInFrames(self._agent, self._space)
+            super().init_device()
 
     def load_model(self, **kwargs: Any) -> None:
         """Load as vLLM does, then move weights and state into frames and have the mirror made."""
         with self._agent.reporting("load the model"):
-            linear.load_with_ordinary_weights(lambda: super(SwappableWorker, self).load_model(**kwargs), self.get_model)
+            if self._on_gpu:
+                super().load_model(**kwargs)
+            else:
+                from vllm_engine import linear
+
+                load = super().load_model
+                linear.load_with_ordinary_weights(lambda: load(**kwargs), self.get_model)
             if self.vllm_config.quant_config is not None:
                 quantized.check_all_registered(self.get_model())
             layout = rehome.plan(self.get_model(), self.device)
@@ -67,7 +92,10 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
         """Bytes for the KV cache, as planned in load_model."""
         with self._agent.reporting("warm up the model"):
             kv_cache.check_holds_one_sequence(self.vllm_config, self.get_kv_cache_spec(), self._kv_bytes)
-            if self._should_warm_up_model():
+            if self._on_gpu:
+                self.cache_config.kv_cache_memory_bytes = self._kv_bytes
+                super().determine_available_memory()  # a profiling run, whose answer is this size
+            elif self._should_warm_up_model():
                 self.model_runner.warming_up_model()
             return self._kv_bytes
 
@@ -80,11 +108,21 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
                 super().initialize_from_config(kv_cache_config)
             hook.check_all_replaced()
 
+    def compile_or_warm_up_model(self) -> Any:
+        """As vLLM's worker does; captures CUDA graphs."""
+        with self._agent.reporting("warm up the model"):
+            times = super().compile_or_warm_up_model()
+        if self._graphs:
+            self._graphs.log_figures()
+        return times
+
     def swap_out(self, epoch: int, keep: dict[Region, int]) -> None:
         """Take all frames but `keep` out of the address space and acknowledge. Nothing may run on it after this."""
         self._resident = False
         self._space.unmap(keep)
         self._agent.unmapped(epoch)
+        if self._on_gpu:
+            gpu.let_go_of_unused_memory()
 
     def swap_in(self, epoch: int) -> tuple[float, float] | str:
         """Map what was missing, granted for `epoch`, and wait until it is filled. Returns seconds of each part.
@@ -120,6 +158,7 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
             needed = kv_cache.one_sequence_bytes(self.vllm_config, specs)
         needed = self._frames(needed) * frame_bytes
         fixed = {region: self._frames(layout.size(region)) * frame_bytes for region in ("weights", "state")}
+        fixed["scratch"] = self._space.regions.get("scratch", 0) * frame_bytes
         limit, limit_name, remedy = welcome.device_bytes, f"device {welcome.device}", "use a larger device"
         if welcome.request_bytes is not None:
             limit, limit_name, remedy = welcome.request_bytes, "GPU_MEMORY_REQUEST", "raise it"
@@ -129,9 +168,11 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
             if self._declared_kv_bytes is None:
                 length = self.model_config.max_model_len
                 kv_key, kv_name = "max_model_len", f"KV cache of one sequence of max_model_len={length} tokens"
+            graphs = f"CUDA graphs {_mib(fixed['scratch'])} + " if fixed["scratch"] else ""
             raise InvalidModel(
                 f"the model needs {_mib(total)}: weights {_mib(fixed['weights'])} + state {_mib(fixed['state'])} + "
-                f"{kv_name} {_mib(needed)}; {limit_name} is {_mib(limit)}: {remedy}, or lower {kv_key} in model.json"
+                f"{graphs}{kv_name} {_mib(needed)}; {limit_name} is {_mib(limit)}: {remedy}, or lower {kv_key} in "
+                "model.json"
             )
         if specs and self._declared_kv_bytes is None and welcome.request_bytes is not None:
             return (limit - sum(fixed.values())) // frame_bytes * frame_bytes

@@ -1,0 +1,34 @@
+"""A real vLLM engine in frames of a GPU, through the project's CUDA code, on the tests' imitation of the driver."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fakes.cuda import FakeCuda
+from tiny_llama import make_tiny_llama
+
+HERE = Path(__file__).parent
+pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("default")]
+
+
+def test_answers_stay_over_swaps(fake_cuda: FakeCuda, tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    fake_cuda.devices = "1x640MiB"
+    make_tiny_llama(tmp_path / "weights")
+    path = os.pathsep.join([str(HERE.parents[1]), str(HERE.parents[1] / "backend")])
+    environment = fake_cuda.environment(PYTHONPATH=path, HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1")
+    command = [sys.executable, str(HERE / "cuda_engine.py"), str(tmp_path)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    logs = [path.read_text()[-2000:] for path in tmp_path.glob("run/logs/*")]
+    assert ended.returncode == 0, (ended.stderr[-2000:], logs)
+    figures = json.loads(ended.stdout.splitlines()[-1])
+    assert figures["same"] == [True] * 3 and figures["texts"] == 3
+    assert figures["frames_when_swapped"] == [0] * 3 and figures["frames"] > 2 and figures["violations"] == 0
+    assert fake_cuda.used_bytes() == 0
+    names = {line.partition("(")[0].rpartition(" ")[2] for line in fake_cuda.calls()}
+    assert {"cuMemImportFromShareableHandle", "cuMemHostRegister", "cuMemcpyHtoDAsync"} <= names
