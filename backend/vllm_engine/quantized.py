@@ -10,7 +10,6 @@ Tried on vLLM 0.32.0. Hooks: `check_cpu_sgl_kernel` in vllm.model_executor.kerne
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,8 +26,6 @@ SMALL_BYTES = 4096
 """Constants that a layer may keep beside its parameters."""
 _TILE = 32
 """Rows and columns of an int8 weight come in multiples of it (csrc/cpu/sgl-kernels/gemm_int8.cpp)."""
-
-log = logging.getLogger(__name__)
 
 
 def check_method(method: str) -> None:
