@@ -163,6 +163,8 @@ class Scene:
     def __init__(self, folder: Path, sizes: Sizes, nvml: Nvml, limit_s: float, torch: bool) -> None:
         self.sizes = sizes
         self.torch = torch
+        self.found: dict[str, Any] = {}
+        """What the step has found so far; kept if it fails."""
         self.views: list[dict[str, Any]] = []
         self.deadline = time.monotonic() + limit_s
         self._folder = folder
@@ -251,7 +253,7 @@ def first_line(path: str, start: str = "") -> str:
     return next((line for line in lines if line.startswith(start)), f"{path} has no {start}")
 
 
-def machine(scene: Scene) -> dict[str, Any]:
+def machine(scene: Scene) -> None:
     """What this runs on; whether clients can use torch."""
     facts = scene.call(scene.agent, "facts")
     scene.find_device(facts["uuid"])
@@ -261,7 +263,7 @@ def machine(scene: Scene) -> dict[str, Any]:
     facts["torch"] = scene.call(client, "torch_cuda")
     scene.view("client has torch")
     folder = "/sys/kernel/mm/transparent_hugepage"
-    return {
+    scene.found |= {
         **facts,
         "kernel": platform.release(),
         "cpus": os.cpu_count(),
@@ -272,11 +274,11 @@ def machine(scene: Scene) -> dict[str, Any]:
     }
 
 
-def attribution(scene: Scene) -> dict[str, Any]:
+def attribution(scene: Scene) -> None:
     """Whose memory is a frame, in the eyes of NVML and the driver, while it moves?"""
     size, count = scene.sizes.attributed_frames
     client = scene.client("a")
-    found: dict[str, Any] = {}
+    found = scene.found
 
     def look(label: str) -> None:
         memory = scene.call(scene.agent, "device_memory")
@@ -294,13 +296,12 @@ def attribution(scene: Scene) -> dict[str, Any]:
     look("agent unmapped and released them")
     scene.call(client, "unmap")
     look("client unmapped them")
-    return found
 
 
-def calls(scene: Scene) -> dict[str, Any]:
+def calls(scene: Scene) -> None:
     """µs of each call of the driver, by size of frame."""
     client = scene.client("a")
-    found: dict[str, Any] = {}
+    found = scene.found
     for size, count in scene.sizes.call_frames:
         timings: dict[str, list[float]] = {}
         for round_ in range(scene.sizes.call_rounds):
@@ -316,10 +317,9 @@ def calls(scene: Scene) -> dict[str, Any]:
                 for name, values in scene.call(party, "took").items():
                     timings.setdefault(name, []).extend(values)
         found[f"{size // MIB} MiB, µs"] = {name: summary(values) for name, values in timings.items()}
-    return found
 
 
-def handover(scene: Scene) -> dict[str, Any]:
+def handover(scene: Scene) -> None:
     """The same frames go to and fro between two clients, at other addresses each time; nothing is lost or stale.
 
     By a graph captured over the addresses and replayed after each remap, and by copies of the driver's.
@@ -330,7 +330,7 @@ def handover(scene: Scene) -> dict[str, Any]:
         for client in clients:
             scene.call(client, "torch_cuda")
         ways.append("graph")
-    found: dict[str, Any] = {}
+    found = scene.found
     variants = [(size, count, way) for size, count in scene.sizes.handover_frames for way in ways]
     for number, (size, count, way) in enumerate(variants):
         until = time.monotonic() + (scene.left_s() - 2) / (len(variants) - number)
@@ -371,17 +371,16 @@ def handover(scene: Scene) -> dict[str, Any]:
         }
     if not scene.torch:
         found["by graph"] = NOT_RUN
-    return found
 
 
-def late_writes(scene: Scene) -> dict[str, Any]:
+def late_writes(scene: Scene) -> None:
     """A client is killed while its kernel writes; its frames are filled and granted at once. Do writes arrive late?"""
     size, count = scene.sizes.killed_frames
     watcher = scene.client("a")
     scene.call(watcher, "torch_cuda")
     scene.call(scene.agent, "make_frames", count=count, frame_bytes=size)
     order = list(range(count))
-    found: dict[str, Any] = {}
+    found = scene.found
     for number, when in enumerate(["the signal", "the process has ended"] * 2):
         scene.call(scene.agent, "fill", word=0x11111111)
         victim = scene.client("b")
@@ -411,7 +410,6 @@ def late_writes(scene: Scene) -> dict[str, Any]:
             "filled_after_s": round(filled, 3),
             **seen,
         }
-    return found
 
 
 def available(scene: Scene, size: int) -> int:
@@ -421,14 +419,14 @@ def available(scene: Scene, size: int) -> int:
     limit = first_line("/sys/fs/cgroup/memory.max")
     if limit.isdigit():
         free.append(int(limit) - int(first_line("/sys/fs/cgroup/memory.current")))
-    return min(size, min(free) // 3) // (32 * MIB) * 32 * MIB
+    return int(min(size, min(free) // 3) // (32 * MIB) * 32 * MIB)
 
 
-def bandwidth(scene: Scene) -> dict[str, Any]:
+def bandwidth(scene: Scene) -> None:
     """GB/s between a registered memfd and frames, idle and while another process computes; pinned memory to compare."""
     sizes = [available(scene, size) for size in scene.sizes.copy_sizes]
     computer = scene.client("b") if scene.torch else None
-    found: dict[str, Any] = {}
+    found = scene.found
     if computer:
         scene.call(computer, "torch_cuda")
         scene.call(computer, "compute")
@@ -442,14 +440,15 @@ def bandwidth(scene: Scene) -> dict[str, Any]:
         for frame in scene.sizes.copy_frames:
             scene.call(scene.agent, "make_frames", count=max(sizes) // frame, frame_bytes=frame)
             for size in sizes:
-                repeats = 3 if size >= GIB else 10
+                repeats = 3 if size >= GIB else 20
                 what = f"{pages}, {size // MIB} MiB in {frame // MIB} MiB"
                 for direction in ("to device", "to host"):
                     rates = scene.call(scene.agent, "copies", size=size, repeats=repeats, direction=direction)
                     found[f"{what}, {direction}, idle"] = {name: summary(values) for name, values in rates.items()}
                 if computer:
                     scene.call(computer, "compute")
-                    rates = scene.call(scene.agent, "copies", size=size, repeats=repeats, direction="to device")
+                    # Long enough for the rate of the other to mean something.
+                    rates = scene.call(scene.agent, "copies", size=size, repeats=2 * repeats, direction="to device")
                     flops = round(scene.call(computer, "computed"), 1)
                     means = {name: summary(values) for name, values in rates.items()}
                     found[f"{what}, to device, another computes"] = {**means, "TFLOP/s of the other": flops}
@@ -463,13 +462,12 @@ def bandwidth(scene: Scene) -> dict[str, Any]:
             found[f"pinned by torch, {size // MIB} MiB, to device, GB/s"] = summary(values)
     else:
         found["with torch and while another computes"] = NOT_RUN
-    return found
 
 
-def registration(scene: Scene) -> dict[str, Any]:
+def registration(scene: Scene) -> None:
     """Cost of registering a prefaulted memfd, by size of piece."""
     size = available(scene, scene.sizes.registered)
-    found: dict[str, Any] = {}
+    found = scene.found
     for huge in (False, True):
         pages = "huge pages" if huge else "4 KiB pages"
         found[pages] = scene.call(scene.agent, "make_host", size=size, huge=huge)
@@ -482,10 +480,9 @@ def registration(scene: Scene) -> dict[str, Any]:
                 per_gib = [one * 1e3 * GIB / piece for one in whole]
                 found[f"{pages}, {name} {piece // MIB} MiB, ms/GiB"] = summary(per_gib)
         scene.call(scene.agent, "drop_host")
-    return found
 
 
-def agent_killed(scene: Scene) -> dict[str, Any]:
+def agent_killed(scene: Scene) -> None:
     """The agent is killed: do clients live and keep their contents, and can a new agent get the frames back?"""
     size, count = scene.sizes.killed_frames
     clients = [scene.client("a"), scene.client("b")]
@@ -502,7 +499,8 @@ def agent_killed(scene: Scene) -> dict[str, Any]:
     scene.agent.process.wait(scene.left_s())
     time.sleep(0.5)
     scene.view("after the agent is killed")
-    found: dict[str, Any] = {"clients live": all(client.process.poll() is None for client in clients)}
+    found = scene.found
+    found["clients live"] = all(client.process.poll() is None for client in clients)
     found["contents kept"] = [scene.call(client, "checksums") for client in clients] == [
         [expected[index] for index in half] for half in halves
     ]
@@ -524,10 +522,10 @@ def agent_killed(scene: Scene) -> dict[str, Any]:
         scene.call(client, "unmap")
     used["after the clients unmapped"] = scene.call(scene.agent, "device_memory")["used"] // MIB
     scene.view("after the clients unmapped")
-    return {**found, "cuMemGetInfo_mib": used}
+    found["cuMemGetInfo_mib"] = used
 
 
-STEPS: tuple[tuple[Callable[[Scene], dict[str, Any]], float, bool], ...] = (
+STEPS: tuple[tuple[Callable[[Scene], None], float, bool], ...] = (
     (machine, 35, False),
     (attribution, 20, False),
     (calls, 30, False),
@@ -600,10 +598,11 @@ def main() -> None:
                 try:
                     allowed = min(limit, arguments.step_limit, end - started)
                     with Scene(Path(folder, name), sizes, nvml, allowed, torch) as scene:
-                        entry["result"] = step(scene)
+                        step(scene)
                 except Exception as error:  # of whatever kind: the rest runs
                     entry |= {"outcome": "failed", "error": "".join(traceback.format_exception(error))}
-                entry["nvml"] = scene.views if scene else []
+                if scene:
+                    entry |= {"result": scene.found, "nvml": scene.views}
             entry["took_s"] = round(time.monotonic() - started, 2)
             if step is machine:
                 torch = bool(entry.get("result", {}).get("torch"))
