@@ -60,11 +60,11 @@ def test_all_that_needs_no_kernels_runs(fake_cuda: FakeCuda, tmp_path: Path) -> 
 
 def test_a_step_that_fails_or_hangs_does_not_stop_the_rest(fake_cuda: FakeCuda, tmp_path: Path) -> None:
     fake_cuda.fail("cuMemHostRegister", 2, 2)
-    options = ["--steps", "handover,registration,attribution", "--step-limit", "5"]
+    options = ["--steps", "handover,registration,attribution", "--step-limit", "8"]
     done, steps = run(fake_cuda, tmp_path / "out.json", *options, FAKE_CUDA_DELAY_US="20000000")
     assert done.returncode == 1 and "handover, registration" in done.stderr.splitlines()[-1]
     assert steps["attribution"]["outcome"] == "done"
-    assert steps["handover"]["outcome"] == "failed" and 4 < steps["handover"]["took_s"] < 10
+    assert steps["handover"]["outcome"] == "failed" and 7 < steps["handover"]["took_s"] < 16
     assert "TimeoutError: agent has not done `write_base` in time" in steps["handover"]["error"]
     assert steps["registration"]["outcome"] == "failed"
     assert "DriverRefused: CUDA_ERROR_OUT_OF_MEMORY" in steps["registration"]["error"]
