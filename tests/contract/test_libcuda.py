@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import signal
 import socket
 import subprocess
@@ -110,6 +111,15 @@ def test_planned_faults(fake_cuda: FakeCuda) -> None:
         "CUDA_ERROR_OUT_OF_MEMORY",
         "CUDA_SUCCESS",
     ]
+
+
+def test_what_a_killed_test_run_left_is_swept(libcuda: Path, tmp_path: Path) -> None:
+    left, other = FakeCuda(libcuda, tmp_path), FakeCuda(libcuda, tmp_path)
+    os.close(left._owner)  # as the kernel does when the run is killed
+    with FakeCuda(libcuda, tmp_path) as machine:
+        assert not left.state.exists()
+        assert other.state.exists() and machine.state.exists()
+    other.close()
 
 
 @pytest.mark.parametrize("devices", ["x", "1x", "1x5MB"])

@@ -34,7 +34,13 @@ class FakeCuda:
         # A container's /dev/shm may be small; then device memory is files on disk, slower and otherwise the same.
         shared = Path("/dev/shm")
         roomy = shared.is_dir() and os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > 2 << 30
-        self.state = Path(tempfile.mkdtemp(prefix="fake-cuda-", dir=shared if roomy else folder))
+        parent = shared if roomy else folder
+        _sweep(parent)
+        self.state = Path(tempfile.mkdtemp(prefix="fake-cuda-", dir=parent))
+        new = self.state / "owner.new"
+        self._owner = os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._owner, fcntl.LOCK_EX)
+        new.rename(self.state / "owner")
 
     def __enter__(self) -> FakeCuda:
         return self
@@ -82,15 +88,30 @@ class FakeCuda:
         """Device memory that any process holds by a handle, a descriptor or a mapping."""
         used = 0
         for path in self.state.glob(f"{device}-*"):
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                used += os.fstat(fd).st_size
-            finally:
-                os.close(fd)
+            if _locked(path):
+                used += path.stat().st_size
         return used
 
     def close(self) -> None:
         """Remove what the devices held; processes that still run keep theirs."""
+        os.close(self._owner)
         shutil.rmtree(self.state)
+
+
+def _locked(path: Path) -> bool:
+    """Whether anybody holds the file's lock."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what a killed test run left."""
+    for owner in parent.glob("fake-cuda-*/owner"):
+        if owner.exists() and not _locked(owner):
+            shutil.rmtree(owner.parent, ignore_errors=True)

@@ -329,7 +329,7 @@ static CUresult create(int device, size_t size, unsigned exportable, struct allo
     }
     char path[500], name[64];
     state_path(path, sizeof path, "new");
-    unlink(path);  // of a process that was killed right here; the state is locked
+    unlink(path);  /* of a process that was killed right here */
     int fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
     struct stat status;
     const char *fill = getenv("FAKE_CUDA_FILL");
@@ -638,6 +638,7 @@ static void uuid_of(int device, char uuid[17]) {
 
 static void find_visible(void) {
     char *list = getenv("CUDA_VISIBLE_DEVICES");
+    visible_count = 0;
     for (int i = 0; i < devices && !list; i++) visible[visible_count++] = i;
     if (!list) return;
     list = strdup(list);
