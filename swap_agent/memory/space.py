@@ -82,8 +82,9 @@ class RankSpace:
         """How many frames of each region stay when the rank keeps `frames` of all it holds: the first of each."""
         keep: dict[Region, int] = {}
         for region in _KEEP_ORDER:
-            keep[region] = min(frames, len(self.frames.get(region, ())))
-            frames -= keep[region]
+            if region in self.frames:
+                keep[region] = min(frames, len(self.frames[region]))
+                frames -= keep[region]
         return keep
 
     def take_back(self, keep: Mapping[Region, int]) -> None:
