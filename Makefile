@@ -34,9 +34,8 @@ soak: $(STAMP) ## half an hour of mixed load, and 10,000 swap cycles; fails on t
 	@TRITON_SWAP_SOAK=1 $(BIN)/python -m pytest -q tests/contract/test_rank_link.py tests/contract/test_cuda_device.py
 	@$(BIN)/python -m loadtest.load --duration 30m --out out/soak.json
 
-gpu: $(STAMP) ## what needs an NVIDIA GPU: how memory moves between processes there, and how fast (6 minutes)
-	@command -v nvidia-smi >/dev/null || { echo "make gpu: needs an NVIDIA GPU with its driver (nvidia-smi), and requirements/gpu.txt instead of the CPU lock; nothing was run" >&2; exit 1; }
-	@bash .ci/tiers gpu
+gpu: ## what only an NVIDIA GPU can show, with the python3 that has vLLM: make gpu PYTHON=… (15 minutes)
+	@$(PYTHON) tests/gpu/run.py
 
 docs: $(STAMP) ## check that every link inside README and docs leads somewhere
 	@$(BIN)/python .ci/check_links.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 PROBE = Path(__file__).with_name("probe.py")
-OUT = Path(__file__).parents[2] / "out" / "gpu-probe.json"
+OUT = Path(os.environ.get("TRITON_SWAP_PROBE_OUT", Path(__file__).parents[2] / "out" / "gpu-probe.json"))
 
 
 @pytest.fixture(scope="module")
