@@ -66,6 +66,7 @@ def _device(agent: Agent, name: str) -> dict[str, Any]:
         "frames_free": pool.free_frames,
         "frame_bytes": device.frame_bytes,
         "resident_bytes": device.resident_bytes(),
+        "outside_bytes": device.outside_bytes(),
         "copied_bytes": {
             "host_to_device": {"weights": arrived["weights", "swap_in"], "state": arrived["state", "swap_in"]},
             "device_to_host": {

@@ -139,7 +139,7 @@ class CudaDevice:
         return len(self._frames) * self.frame_bytes
 
     def outside_bytes(self) -> int:
-        """Memory of the GPU in use outside of frames since the agent started: what engines keep for themselves."""
+        """Of the whole GPU, whoever uses it."""
         free_bytes, total_bytes = self.context.free_and_total_bytes()
         return total_bytes - free_bytes - self.resident_bytes() - self._outside_at_start_bytes
 

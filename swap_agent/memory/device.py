@@ -89,5 +89,8 @@ class DeviceMemory(Protocol):
     def resident_bytes(self) -> int:
         """Physical memory that frames of this device occupy now, whoever maps them."""
 
+    def outside_bytes(self) -> int | None:
+        """Memory in use outside of frames since the agent started: engines' residues. None where nobody can tell."""
+
     def close(self) -> None:
         """Let go of the device and of all its frames."""

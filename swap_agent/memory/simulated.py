@@ -92,6 +92,10 @@ class SimulatedDevice:
         """Sum over the frames that exist."""
         return sum(frame.memory.resident_bytes for frame in self._frames.copy())
 
+    def outside_bytes(self) -> None:
+        """An engine's private memory is the host's here, not the device's."""
+        return None
+
     def close(self) -> None:
         """End the threads, destroy what frames there are."""
         self.threads.shutdown()
