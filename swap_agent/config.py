@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import sys
 from dataclasses import dataclass, field
@@ -110,7 +111,25 @@ class ModelSettings:
     """The parameters of a model's config.pbtxt that the agent honours."""
 
     request_bytes: int | None = None
+    """Per device."""
     keep_alive_s: float | None = field(default=DEFAULT_KEEP_ALIVE_S)
+
+
+def read_ranks(model: str, model_json: str) -> int:
+    """How many ranks the engine of `model_json` will have: its `tensor_parallel_size`.
+
+    What else may be wrong with model.json the engine host says. Raises InvalidModel naming model and key.
+    """
+    try:
+        arguments = json.loads(model_json)
+    except ValueError:
+        return 1
+    key = "tensor_parallel_size"
+    ranks = arguments.get(key, 1) if isinstance(arguments, dict) else 1
+    if type(ranks) is not int or ranks < 1:  # no boolean
+        written = json.dumps(ranks)
+        raise InvalidModel(f'model {model}: "{key}": {written} in model.json has to be a whole number from 1 on')
+    return ranks
 
 
 def read_settings(model: str, parameters: dict[str, str], device_bytes: int) -> ModelSettings:

@@ -17,11 +17,12 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from swap_agent.config import AgentConfig, read_settings
+from swap_agent import ranks as together
+from swap_agent.config import AgentConfig, read_ranks, read_settings
 from swap_agent.devices import open_devices
 from swap_agent.engine import Engine, ModelSpec
 from swap_agent.errors import (
@@ -52,6 +53,8 @@ _MEASURE_S = 5.0
 _SPARE_FILES = 1024
 """Open files beside the frames: descriptors on their way to ranks, connections, logs."""
 _HELLO_TIMEOUT_S = 10.0
+_GONE_S = 5.0
+"""How long an engine that has lost a rank may take to end by itself, telling its clients."""
 _PARKED = frozenset({State.SWAPPED, State.COLD, State.FAILED})
 
 HostChannel = AsyncChannel[wire.FromStub | wire.FromHost]
@@ -73,8 +76,10 @@ class Agent:
         self.specs: dict[str, ModelSpec] = {}
         self._users: dict[str, set[HostChannel]] = {}
         self._activation: dict[str, asyncio.Future[None]] = {}
-        self._asked: dict[str, concurrent.futures.Future[None]] = {}
-        """What a starting rank waits for; it asks for one thing at a time."""
+        self._frames_asked: dict[tuple[str, int], concurrent.futures.Future[None]] = {}
+        """Ranks that start and wait for frames."""
+        self._host_memory_asked: dict[str, list[concurrent.futures.Future[None]]] = {}
+        """Ranks of a replica that start and wait for host memory."""
         self._host_acks: dict[tuple[str, int, type[wire.Message]], asyncio.Future[None]] = {}
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -142,17 +147,19 @@ class Agent:
             engine = self.engines.get(replica.name)
             if engine and engine.clearing:
                 continue
-            held = sum(pool.held_by(replica.name) for pool in self.pools.values())
+            held = [self.pools[name].held_by(replica.name) for name in replica.devices or self.pools]
             if wrong := self.coordinator.inventory.audit(replica, held):
                 log.error("the books do not balance: %s", wrong)
                 self.books_violations += 1
                 if replica.state in HOLDS_FRAMES:
-                    replica.reserved_frames = max(held, replica.need_frames if replica.state is State.RESIDENT else 0)
+                    needed = replica.need_frames if replica.state is State.RESIDENT else 0
+                    replica.reserved_frames = max(needed, *held)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     # --- events in, orders out ----------------------------------------------------------------------------------------
 
@@ -185,22 +192,28 @@ class Agent:
                 if engine and engine.host:
                     engine.host.send(wire.RefuseWaiting("UNAVAILABLE", action.message))
             case ev.StartEngine():
-                self._start_engine(action.name, action.device)
-            case _ if engine is None:
+                self._start_engine(action.name, action.devices)
+            case _ if engine is None or engine.clearing:
                 pass  # it died meanwhile: its end is on the way as an event
             case ev.StopEngine():
                 log.info("%s", action.reason)
                 self._stop_engine(engine, action.reason)
-            case ev.GrantFrames() | ev.GrantHostMemory():
-                self._asked.pop(action.name).set_result(None)
-            case ev.RefuseFrames() | ev.RefuseHostMemory():
-                self._asked.pop(action.name).set_exception(Unavailable(action.message))
+            case ev.GrantFrames():
+                self._frames_asked.pop((action.name, action.rank)).set_result(None)
+            case ev.RefuseFrames():
+                self._frames_asked.pop((action.name, action.rank)).set_exception(Unavailable(action.message))
+            case ev.GrantHostMemory():
+                for asked in self._host_memory_asked.pop(action.name):
+                    asked.set_result(None)
+            case ev.RefuseHostMemory():
+                for asked in self._host_memory_asked.pop(action.name):
+                    asked.set_exception(Unavailable(action.message))
             case ev.Drain():
                 self._send(engine, wire.Drain(action.epoch, action.wait))
             case ev.SwapOut():
-                self._spawn(self._swap_out(engine, action.epoch, action.keep_frames))
+                engine.order = self._spawn(self._swap_out(engine, action.epoch, action.keep_frames))
             case ev.SwapIn():
-                self._spawn(self._swap_in(engine, action.epoch))
+                engine.order = self._spawn(self._swap_in(engine, action.epoch))
 
     def _activation_of(self, replica: str) -> asyncio.Future[None]:
         """The future that the next Activated or Refuse of this replica resolves."""
@@ -215,11 +228,10 @@ class Agent:
 
     async def _swap_out(self, engine: Engine, epoch: int, keep_frames: int) -> None:
         async def order() -> None:
-            assert engine.rank is not None
             acked = self._host_ack(engine, epoch, wire.SwappedOut)
-            keep = engine.rank.space.plan_keep(keep_frames)
-            self._send(engine, wire.SwapOut(epoch, keep))
-            await asyncio.to_thread(engine.rank.swap_out, epoch, keep)
+            keeps = [rank.space.plan_keep(keep_frames) for rank in engine.ranks]
+            self._send(engine, wire.SwapOut(epoch, keeps))
+            await together.swap_out(engine.ranks, epoch, keeps)
             await asyncio.wait_for(acked, ACK_TIMEOUT_S)
             engine.swaps_out += 1
             self.post(ev.SwappedOut(time.monotonic(), engine.spec.replica, epoch))
@@ -228,12 +240,11 @@ class Agent:
 
     async def _swap_in(self, engine: Engine, epoch: int) -> None:
         async def order() -> None:
-            assert engine.rank is not None
             acked = self._host_ack(engine, epoch, wire.SwappedIn)
             undone = self._host_ack(engine, epoch, wire.SwapInFailed)
             self._send(engine, wire.SwapIn(epoch))
             try:
-                engine.last_swap_in = await asyncio.to_thread(engine.rank.swap_in, epoch)
+                engine.last_swap_in = await together.swap_in(engine.ranks, epoch)
             except TakenBack as error:
                 self._host_acks.pop((engine.spec.replica, epoch, wire.SwappedIn), None)
                 log.error("%s", error)
@@ -249,6 +260,9 @@ class Agent:
 
     async def _or_kill(self, engine: Engine, order: Coroutine[Any, Any, None], what: str) -> None:
         """An order that fails leaves an undefined engine: end it; its frames return when its processes are gone."""
+        if engine.clearing:  # nobody would answer; its end is on the way as an event
+            order.close()
+            return
         try:
             await order
         except Exception as error:
@@ -264,20 +278,20 @@ class Agent:
 
     # --- engines ------------------------------------------------------------------------------------------------------
 
-    def _start_engine(self, replica: str, device: str) -> None:
+    def _start_engine(self, replica: str, devices: Sequence[str]) -> None:
         self._numbers += 1
-        engine = Engine(self.specs[replica], self.pools[device], self.config.runtime.engine_socket(self._numbers))
+        pools = [self.pools[device] for device in devices]
+        engine = Engine(self.specs[replica], pools, self.config.runtime.engine_socket(self._numbers))
         self.engines[replica] = engine
-        log.info("%s: starting its engine on %s", replica, device)
+        log.info("%s: starting its engine on %s", replica, " and ".join(devices))
         self._spawn(self._watch(engine))
 
     async def _watch(self, engine: Engine) -> None:
         """Start the process and see it to its end; then nothing of it is left and its frames are free."""
         replica = engine.spec.replica
         try:
-            engine.process = start_engine(
-                self.config.runtime, self.config.engine_command, replica, engine.token, engine.pool.device.visible_name
-            )
+            gpus = [name for pool in engine.pools if (name := pool.device.visible_name)]
+            engine.process = start_engine(self.config.runtime, self.config.engine_command, replica, engine.token, gpus)
         except OSError as error:
             engine.fail(f"{replica}: its engine process cannot be started: {error}")
         else:
@@ -287,31 +301,39 @@ class Agent:
             if not engine.ready:
                 engine.fail(f"{replica}: its engine ended while starting; see {engine.process.log_path}")
             engine.fail(f"{replica}: its engine died; see {engine.process.log_path}")
-        if engine.rank:
-            engine.rank.channel.close()
-            await asyncio.to_thread(engine.rank.space.lost)
+        for rank in engine.ranks:
+            rank.channel.close()
+        self._answer_nobody(engine)
+        if engine.order:
+            await asyncio.wait([engine.order])  # it may be copying; nothing that it uses may go away
+        await asyncio.gather(*(asyncio.to_thread(rank.lost) for rank in engine.ranks))
         del self.engines[replica]
         engine.socket.unlink(missing_ok=True)
         shutil.rmtree(engine.socket.with_suffix(".vllm"), ignore_errors=True)
-        if asked := self._asked.pop(replica, None):
-            asked.set_exception(Unavailable(engine.failure))
+        if not engine.stopping:
+            log.error("%s", engine.failure)
+        self.post(ev.EngineExited(time.monotonic(), replica, engine.failure))
+
+    def _answer_nobody(self, engine: Engine) -> None:
+        """Whoever waits for something of this engine, which has ended, gets the reason of its end."""
+        replica = engine.spec.replica
+        asked = self._host_memory_asked.pop(replica, [])
+        asked += [self._frames_asked.pop(key) for key in list(self._frames_asked) if key[0] == replica]
+        for answer in asked:
+            answer.set_exception(Unavailable(engine.failure))
         for key in [key for key in self._host_acks if key[0] == replica]:
             future = self._host_acks.pop(key)
             if not future.done():
                 future.set_exception(Unavailable(engine.failure))
                 future.exception()
-        if not engine.stopping:
-            log.error("%s", engine.failure)
-        self.post(ev.EngineExited(time.monotonic(), replica, engine.failure))
 
     def _stop_engine(self, engine: Engine, message: str) -> None:
         engine.stopping = True
         engine.fail(message)
         self._send(engine, wire.Shutdown(message))
-        self._spawn(self._kill_later(engine))
+        self._spawn(self._kill_later(engine, self.config.drain_timeout_s + 2 if engine.ready else 0.0))
 
-    async def _kill_later(self, engine: Engine) -> None:
-        delay_s = self.config.drain_timeout_s + 2 if engine.ready else 0.0
+    async def _kill_later(self, engine: Engine, delay_s: float) -> None:
         deadline_s = time.monotonic() + delay_s
         while self.engines.get(engine.spec.replica) is engine and time.monotonic() < deadline_s:
             await asyncio.sleep(0.05)
@@ -319,7 +341,7 @@ class Agent:
             self._kill(engine)
 
     def _kill(self, engine: Engine) -> None:
-        if engine.process:
+        if engine.process and not engine.clearing:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(engine.process.pid, signal.SIGKILL)
 
@@ -340,20 +362,23 @@ class Agent:
             engine = self.engines.get(hello.replica) if isinstance(hello, wire.RankHello) else None
             if channel.uid != os.getuid() or engine is None or not isinstance(hello, wire.RankHello):
                 raise ProtocolError("no rank of an engine of this agent")
-            if hello.token != engine.token or engine.rank:
+            number = hello.rank
+            if hello.token != engine.token or number in engine.connected:
                 raise ProtocolError(f"no rank of the running engine of {hello.replica}")
-            if hello.world_size != 1:
-                message = f"model {hello.replica}: tensor_parallel_size above 1 is not supported yet"
+            if hello.world_size != len(engine.pools) or not 0 <= number < hello.world_size:
+                message = f"rank {number} of {hello.world_size}; model.json asks for {len(engine.pools)} in all"
                 channel.send(wire.Refused("UNSUPPORTED", message))
-                raise ProtocolError(message)
-            device = engine.pool.device
+                raise ProtocolError(f"{hello.replica}: {message}")
+            pool = engine.pools[number]
+            device = pool.device
             capacity_bytes = device.total_frames * device.frame_bytes
-            engine.rank = RankLink(
+            link = engine.connected[number] = RankLink(
                 channel,
-                RankSpace(hello.replica, engine.pool, verify=self.config.verify),
-                want_frames=lambda frames: self._want_frames(engine, frames),
+                RankSpace(hello.replica, pool, verify=self.config.verify),
+                want_frames=lambda frames: self._want_frames(engine, number, frames),
                 want_host_memory=lambda size: self._want_host_memory(engine, size),
                 on_failure=lambda reason: engine.fail(f"model {hello.replica}: {reason}"),
+                on_gone=lambda: self._from_thread(self._rank_gone, engine, number),
             )
             request_bytes = engine.spec.settings.request_bytes
             channel.send(wire.RankWelcome(device.name, device.frame_bytes, request_bytes, capacity_bytes))
@@ -361,28 +386,50 @@ class Agent:
             log.warning("a connection to %s was closed: %s", self.config.runtime.ranks_socket, error)
             channel.close()
         else:
-            start_serving(engine.rank)
+            start_serving(link)
 
-    def _want_frames(self, engine: Engine, frames: int) -> None:
+    def _rank_gone(self, engine: Engine, number: int) -> None:
+        """A rank closed its connection: its engine cannot swap any more. It ends by itself, or is ended."""
+        if self.engines.get(engine.spec.replica) is engine and not engine.stopping and not engine.clearing:
+            log.warning("%s: rank %d is gone", engine.spec.replica, number)
+            self._spawn(self._kill_later(engine, _GONE_S))
+
+    def _from_thread(self, callback: Callable[..., None], *args: object) -> None:
+        """Run `callback` on the loop, unless that has ended."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(callback, *args)
+
+    def _want_frames(self, engine: Engine, rank: int, frames: int) -> None:
         """On a rank's thread: wait until the policy grants. Raises Unavailable."""
-        self._ask(engine, lambda now_s, replica: ev.FramesWanted(now_s, replica, frames))
+
+        def ask(answer: concurrent.futures.Future[None]) -> ev.Event:
+            self._frames_asked[engine.spec.replica, rank] = answer
+            return ev.FramesWanted(time.monotonic(), engine.spec.replica, frames, rank)
+
+        self._ask(engine, ask)
 
     def _want_host_memory(self, engine: Engine, mirror_bytes: int) -> None:
         """On a rank's thread: wait until the policy grants. Raises Unavailable."""
-        total = mirror_bytes + (private_bytes(engine.process.pid) if engine.process else 0)
-        self._ask(engine, lambda now_s, replica: ev.HostMemoryWanted(now_s, replica, total))
+        private = private_bytes(engine.process.pid) if engine.process else 0
 
-    def _ask(self, engine: Engine, wish: Callable[[float, str], ev.Event]) -> None:
+        def ask(answer: concurrent.futures.Future[None]) -> ev.Event:
+            self._host_memory_asked.setdefault(engine.spec.replica, []).append(answer)
+            engine.mirrors_wanted_bytes += mirror_bytes
+            total = private + engine.mirrors_wanted_bytes
+            return ev.HostMemoryWanted(time.monotonic(), engine.spec.replica, total)
+
+        self._ask(engine, ask)
+
+    def _ask(self, engine: Engine, ask: Callable[[concurrent.futures.Future[None]], ev.Event]) -> None:
         answer: concurrent.futures.Future[None] = concurrent.futures.Future()
 
-        def ask() -> None:
-            if self.engines.get(engine.spec.replica) is not engine:
+        def on_loop() -> None:
+            if self.engines.get(engine.spec.replica) is not engine or engine.clearing:
                 answer.set_exception(Unavailable("the engine was stopped"))
-                return
-            self._asked[engine.spec.replica] = answer
-            self.post(wish(time.monotonic(), engine.spec.replica))
+            else:
+                self.post(ask(answer))
 
-        self._loop.call_soon_threadsafe(ask)
+        self._loop.call_soon_threadsafe(on_loop)
         answer.result()
 
     async def _measure(self) -> None:
@@ -390,8 +437,8 @@ class Agent:
         while True:
             await asyncio.sleep(_MEASURE_S)
             for engine in list(self.engines.values()):
-                if engine.ready and engine.process and engine.rank:
-                    total = engine.rank.space.mirror_bytes + await asyncio.to_thread(private_bytes, engine.process.pid)
+                if engine.ready and engine.process:
+                    total = engine.mirror_bytes + await asyncio.to_thread(private_bytes, engine.process.pid)
                     self.post(ev.HostMemoryMeasured(time.monotonic(), engine.spec.replica, total))
 
     # --- control plane ------------------------------------------------------------------------------------------------
@@ -511,11 +558,19 @@ class Agent:
         device_bytes = device.total_frames * device.frame_bytes
         settings = read_settings(message.model, message.parameters, device_bytes)
         frames = None if settings.request_bytes is None else settings.request_bytes // device.frame_bytes
-        largest_bytes = max(pool.device.total_frames for pool in self.pools.values()) * device.frame_bytes
+        ranks = read_ranks(message.model, message.model_json)
+        if ranks > len(self.pools):
+            raise InvalidModel(
+                f"model {message.model}: tensor_parallel_size {ranks} needs {ranks} devices, this node has "
+                f"{len(self.pools)}"
+            )
+        sizes = sorted((pool.device.total_frames for pool in self.pools.values()), reverse=True)
+        largest_bytes = sizes[ranks - 1] * device.frame_bytes
         if settings.request_bytes is not None and settings.request_bytes > largest_bytes:
+            have = f"largest device has {largest_bytes}" if ranks == 1 else f"{ranks} largest have {largest_bytes} each"
             raise InvalidModel(
                 f"model {message.model}: GPU_MEMORY_REQUEST in config.pbtxt is {settings.request_bytes} bytes, but the "
-                f"largest device has {largest_bytes}; lower it or serve with a larger --device"
+                f"{have}; lower it or serve with a larger --device"
             )
         spec = ModelSpec(replica, message.version_dir, message.model_json, settings)
         old = self.engines.get(replica)
@@ -523,7 +578,7 @@ class Agent:
             log.info("%s: its model.json or request changed; its engine is replaced", replica)
             await self.unload(replica, purge=True)
         self.specs[replica] = spec
-        self.post(ev.Registered(time.monotonic(), replica, frames, settings.keep_alive_s))
+        self.post(ev.Registered(time.monotonic(), replica, frames, settings.keep_alive_s, ranks))
 
     # --- for stubs and the admin API ----------------------------------------------------------------------------------
 

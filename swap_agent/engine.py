@@ -1,8 +1,10 @@
-"""The agent's record of one engine: its process, its rank, its host connection, its figures."""
+"""The agent's record of one engine: its process, its ranks, its host connection, its figures."""
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,12 +40,18 @@ class Engine:
     """One engine process tree, from its start to its end."""
 
     spec: ModelSpec
-    pool: FramePool
+    pools: Sequence[FramePool]
+    """Of the devices on which its ranks are, in their order."""
     socket: Path
     token: str = field(default_factory=lambda: secrets.token_hex(16))
     process: EngineProcess | None = None
     host: AsyncChannel[wire.FromStub | wire.FromHost] | None = None
-    rank: RankLink | None = None
+    connected: dict[int, RankLink] = field(default_factory=dict)
+    """Ranks that said hello; all of them once the engine is ready."""
+    mirrors_wanted_bytes: int = 0
+    """Host memory that ranks asked for while it started."""
+    order: asyncio.Task[None] | None = None
+    """The last swap, under way or done."""
     ready: bool = False
     stopping: bool = False
     clearing: bool = False
@@ -53,6 +61,21 @@ class Engine:
     swaps_in: int = 0
     swaps_out: int = 0
     last_swap_in: SwapIn | None = None
+
+    @property
+    def ranks(self) -> list[RankLink]:
+        """Connected ranks, in order."""
+        return [self.connected[rank] for rank in sorted(self.connected)]
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes that it holds, on all devices."""
+        return sum(rank.space.device_bytes for rank in self.ranks)
+
+    @property
+    def mirror_bytes(self) -> int:
+        """Host memory of mirrors and stagings."""
+        return sum(rank.space.mirror_bytes for rank in self.ranks)
 
     def fail(self, reason: str) -> None:
         """Remember why it ends."""

@@ -7,7 +7,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from swap_agent.errors import OutOfFrames, PeerGone, ProtocolError, TakenBack, TritonSwapError, Unavailable
 from swap_agent.memory.device import Frame
@@ -15,7 +15,7 @@ from swap_agent.memory.space import RankSpace, SwapIn
 from swap_agent.wire import messages as wire
 from swap_agent.wire.framing import FDS_PER_MESSAGE, Channel
 
-Ack = wire.Mapped | wire.Unmapped
+Ack = wire.Mapped | wire.MapFailed | wire.Unmapped
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class RankLink:
     """Connection and space of one rank.
 
     A thread of its own reads (`serve`); orders come from worker threads, one at a time, and wait for the answers that
-    the reader passes on.
+    the reader passes on. `swap_agent.ranks` puts the orders of an engine's ranks together.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class RankLink:
         want_frames: Callable[[int], None],
         want_host_memory: Callable[[int], None],
         on_failure: Callable[[str], None],
+        on_gone: Callable[[], None],
     ) -> None:
         self.channel = channel
         self.space = space
@@ -46,6 +47,10 @@ class RankLink:
         self._want_frames = want_frames
         self._want_host_memory = want_host_memory
         self._on_failure = on_failure
+        self._on_gone = on_gone
+        self._held: dict[wire.Region, int] = {}
+        """Frames of each region that the space had before the swap-in under way."""
+        self.reader: threading.Thread | None = None
         self._acks: queue.SimpleQueue[Ack | None] = queue.SimpleQueue()
 
     def serve(self) -> None:
@@ -65,7 +70,7 @@ class RankLink:
                         self._loaded(message)
                     case wire.RankFailed():
                         self._on_failure(message.message)
-                    case wire.Mapped() | wire.Unmapped():
+                    case wire.Mapped() | wire.MapFailed() | wire.Unmapped():
                         self._acks.put(message)
                     case _:
                         raise ProtocolError(f"{type(message).__name__} is out of place")
@@ -76,6 +81,7 @@ class RankLink:
         finally:
             self._acks.put(None)
             self.channel.close()
+            self._on_gone()
 
     def _reserve(self, message: wire.Reserve) -> None:
         try:
@@ -101,36 +107,53 @@ class RankLink:
         else:
             self.channel.send(wire.Mirrored(self.weights_bytes))
 
-    def swap_out(self, epoch: int, keep: Mapping[wire.Region, int]) -> None:
-        """Wait until the rank has unmapped, then take its frames back but for `keep`.
+    def lost(self) -> None:
+        """The rank's process is gone: wait for its reader, which may be at work, then let go of all that it had."""
+        self.channel.close()
+        if self.reader:
+            self.reader.join()
+        self.space.lost()
 
-        Raises Unavailable when it does not answer.
-        """
+    def unmapped(self, epoch: int) -> None:
+        """Return when the rank has unmapped what goes. Raises Unavailable when it does not answer, PeerGone."""
         self._await(epoch, wire.Unmapped)
-        self.space.take_back(keep)
 
-    def swap_in(self, epoch: int) -> SwapIn:
-        """Take missing frames, send them, fill them while the rank maps.
+    def prepare(self, epoch: int) -> SwapIn:
+        """First half of a swap-in: take missing frames, send them, fill them while the rank maps, wait until it has.
 
-        Raises TakenBack, PeerGone, Unavailable (no answer: the rank is in an unknown state).
+        Raises TakenBack when that is impossible: `refuse` and `undo` have to follow. Raises PeerGone, Unavailable (no
+        answer: the rank is in an unknown state).
         """
         started_s = time.monotonic()
-        held = self.space.held
+        self._held = held = self.space.held
         try:
             self.space.grant()
             for region, first in held.items():
                 self._send_grants(epoch, region, self.space.frames[region], first)
             figures = self.space.fill(held, started_s)
         except (OutOfFrames, OSError, MemoryError) as error:
-            self.channel.send(wire.Refused("UNAVAILABLE", str(error)))
-            self._await(epoch, wire.Unmapped)
-            self.space.undo(held)
             raise TakenBack(f"{self.space.holder} was not swapped in: {error or type(error).__name__}") from error
-        self.channel.send(wire.Filled(epoch))
-        if isinstance(self._await(epoch, wire.Mapped, wire.Unmapped), wire.Unmapped):
-            self.space.undo(held)
-            raise TakenBack(f"{self.space.holder} was not swapped in: its engine could not map the frames")
+        ack = self._await(epoch, wire.Mapped, wire.MapFailed)
+        if isinstance(ack, wire.MapFailed):
+            message = f"its engine could not map the frames: {ack.message}"
+            raise TakenBack(f"{self.space.holder} was not swapped in: {message}")
         return figures
+
+    def commit(self, epoch: int) -> None:
+        """Second half of a swap-in, once every rank is prepared: the rank may run. Raises PeerGone."""
+        self.channel.send(wire.Filled(epoch))
+
+    def refuse(self, epoch: int, reason: str) -> None:
+        """Instead of `commit`: return when the rank has unmapped what `prepare` sent, whether that succeeded or not.
+
+        Raises PeerGone, Unavailable (no answer).
+        """
+        self.channel.send(wire.Refused("UNAVAILABLE", reason))
+        self._await(epoch, wire.Unmapped)
+
+    def undo(self) -> None:
+        """After `refuse`: return the frames that `prepare` took."""
+        self.space.undo(self._held)
 
     def _send_grants(self, epoch: int, region: wire.Region, frames: list[Frame], first: int = 0) -> None:
         """Send the frames of a region from number `first` on."""
@@ -161,9 +184,9 @@ class RankLink:
 
 def start_serving(link: RankLink) -> threading.Thread:
     """Run `link.serve` in a thread of its own."""
-    thread = threading.Thread(target=link.serve, name=f"rank {link.pid}", daemon=True)
-    thread.start()
-    return thread
+    link.reader = threading.Thread(target=link.serve, name=f"rank {link.pid}", daemon=True)
+    link.reader.start()
+    return link.reader
 
 
 def _end(extents: list[wire.Extent]) -> int:

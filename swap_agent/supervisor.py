@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,16 +80,16 @@ class EngineProcess:
 
 
 def start_engine(
-    runtime: RuntimeDir, command: tuple[str, ...], replica: str, token: str, visible_gpu: str | None = None
+    runtime: RuntimeDir, command: tuple[str, ...], replica: str, token: str, gpus: Sequence[str] = ()
 ) -> EngineProcess:
-    """Start an engine host in a process group and session of its own; it sees that GPU only. Raises OSError.
+    """Start an engine host in a process group and session of its own; it sees those GPUs only. Raises OSError.
 
     posix_spawn(3) and not fork(2): a process that uses CUDA must not fork.
     """
     log_path = runtime.log(replica)
     arguments = [*command, "--runtime-dir", str(runtime.path), "--replica", replica, "--token", token]
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-    environment = os.environ if visible_gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": visible_gpu}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else os.environ
     pid = os.posix_spawn(
         command[0],
         arguments,

@@ -27,11 +27,10 @@ _NOT_YET = {
     "enable_lora": False,
     "speculative_config": None,
     "kv_transfer_config": None,
-    "tensor_parallel_size": 1,
     "pipeline_parallel_size": 1,
     "data_parallel_size": 1,
 }
-"""Keys whose engines keep weights outside of frames or span several ranks, and the value that is the same as absent."""
+"""Keys whose engines keep weights outside of frames or start more engines, and the value that is the same as absent."""
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 
@@ -68,10 +67,11 @@ def engine_args(arguments: dict[str, Any]) -> Any:
     """vLLM's AsyncEngineArgs of `arguments`, set up for our worker. Raises InvalidModel when vLLM does not take one."""
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    from vllm_engine.executor import EXECUTOR
+    from vllm_engine.executor import executor
 
+    backend = executor(arguments.get("tensor_parallel_size", 1))
     try:
-        return AsyncEngineArgs(**arguments, worker_cls=SWAPPABLE_WORKER, distributed_executor_backend=EXECUTOR)
+        return AsyncEngineArgs(**arguments, worker_cls=SWAPPABLE_WORKER, distributed_executor_backend=backend)
     except Exception as error:
         raise _refusal(error) from error
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
@@ -122,26 +122,30 @@ class Engine:
             text = json.dumps(result.outputs.data.tolist())
             yield Output(request, [Sequence(text, None, 0)], len(result.prompt_token_ids), result.finished)
 
-    async def swap_out(self, epoch: int, keep: Mapping[Region, int]) -> SwapOutTimes:
-        """Pause, forget the KV cache, and have every rank unmap all but `keep`. Call it when nothing is in flight."""
+    async def swap_out(self, epoch: int, keep: list[dict[Region, int]]) -> SwapOutTimes:
+        """Pause, forget the KV cache, and have every rank unmap all but its part of `keep` (empty: all of it).
+
+        Call it when nothing is in flight.
+        """
         begin = time.monotonic()
         await self._llm.engine_core.pause_scheduler_async(mode="wait", clear_cache=True)
         paused = time.monotonic()
-        await self._llm.collective_rpc("swap_out", RPC_TIMEOUT_S, (epoch, dict(keep)))
+        await self._llm.collective_rpc("swap_out", RPC_TIMEOUT_S, (epoch, keep))
         return SwapOutTimes(paused - begin, time.monotonic() - paused)
 
     async def swap_in(self, epoch: int) -> SwapInTimes:
-        """Have every rank map its grants and wait until they are filled, then let the scheduler run.
+        """Have every rank map its grants and wait until all are filled, then let the scheduler run.
 
-        Raises TakenBack.
+        Raises TakenBack: no rank has mapped anything then that it had not before.
         """
         begin = time.monotonic()
         answers: list[tuple[float, float] | str] = await self._llm.collective_rpc("swap_in", RPC_TIMEOUT_S, (epoch,))
-        ranks: list[tuple[float, float]] = []
-        for answer in answers:
-            if isinstance(answer, str):
-                raise TakenBack(answer)
-            ranks.append(answer)
+        ranks = [answer for answer in answers if not isinstance(answer, str)]
+        refusals = [answer for answer in answers if isinstance(answer, str)]
+        if ranks and refusals:
+            raise TritonSwapError(f"{len(ranks)} ranks were filled, {len(refusals)} taken back ({refusals[0]}): a bug")
+        if refusals:
+            raise TakenBack(refusals[0])
         mapped = time.monotonic()
         await self._llm.engine_core.resume_scheduler_async()
         map_s, fill_s = max(ranks, key=sum)

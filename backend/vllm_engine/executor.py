@@ -1,20 +1,26 @@
-"""Where a single rank runs: inside EngineCore's process, as vLLM does on GPUs. See docs/adr/0004-rank-in-enginecore.md.
+"""Where ranks run: a single one inside EngineCore's process, as vLLM does on GPUs; several in a process each.
 
-Tried on vLLM 0.32.0, CPU. Hooks into vLLM: `UniProcExecutor` and, on CPU, `OMPProcessManager`.
+See docs/adr/0004-rank-in-enginecore.md and 0005-several-ranks.md. Tried on vLLM 0.32.0, CPU. Hooks into vLLM:
+`UniProcExecutor`, `MultiprocExecutor` and, on CPU, `OMPProcessManager`.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from vllm.platforms import current_platform
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-EXECUTOR = "vllm_engine.executor.InProcessExecutor"
-"""The name by which vLLM finds `InProcessExecutor`: its engine argument `distributed_executor_backend`."""
+from vllm_engine.between_ranks import wait_asleep
+
+
+def executor(ranks: int) -> str:
+    """The name by which vLLM finds the executor: its engine argument `distributed_executor_backend`."""
+    return f"{__name__}.{'InProcessExecutor' if ranks == 1 else 'ProcessesExecutor'}"
 
 
 class InProcessExecutor(UniProcExecutor):  # type: ignore[misc]  # vLLM has no types here
@@ -22,6 +28,14 @@ class InProcessExecutor(UniProcExecutor):  # type: ignore[misc]  # vLLM has no t
 
     That one talks to its worker through shared memory that both sides poll, each for a second after the last message.
     """
+
+
+class ProcessesExecutor(MultiprocExecutor):  # type: ignore[misc]  # vLLM has no types here
+    """vLLM's MultiprocExecutor, whose processes wait for each other asleep."""
+
+    def _init_executor(self) -> None:
+        wait_asleep()
+        super()._init_executor()
 
 
 @contextmanager
@@ -37,15 +51,30 @@ def compute_threads(config: Any) -> Iterator[None]:
     from vllm import envs
     from vllm.utils.ompmultiprocessing import OMPProcessManager
 
-    manager = OMPProcessManager(config)
+    ranks = config.parallel_config.local_world_size
     if envs.VLLM_CPU_OMP_THREADS_BIND != "auto":
-        with manager.configure_omp_envs(rank=0, local_rank=0):
+        # Of several ranks vLLM sets up each by itself, as the user says.
+        with OMPProcessManager(config).configure_omp_envs(rank=0, local_rank=0) if ranks == 1 else nullcontext():
             yield
-    elif "OMP_NUM_THREADS" in os.environ:
+        return
+    own: dict[str, str] = {}
+    if "OMP_NUM_THREADS" not in os.environ:
+        own["OMP_NUM_THREADS"] = str(_threads(config, ranks))
+    if ranks > 1:
+        own["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    os.environ.update(own)
+    try:
         yield
-    else:
-        os.environ["OMP_NUM_THREADS"] = str(len(manager.cpu_lists[0]))
-        try:
-            yield
-        finally:
-            del os.environ["OMP_NUM_THREADS"]
+    finally:
+        for name in own:
+            del os.environ[name]
+
+
+def _threads(config: Any, ranks: int) -> int:
+    """Compute threads of a rank. vLLM wants a NUMA node for each; ranks that share one share its cores."""
+    from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_visible_memory_node
+    from vllm.utils.ompmultiprocessing import OMPProcessManager
+
+    if len(get_visible_memory_node()) >= ranks:
+        return len(OMPProcessManager(config).cpu_lists[0])
+    return max(1, len({cpu.physical_core for cpu in get_allowed_cpu_list()}) // ranks)

@@ -97,7 +97,7 @@ def _vllm_sockets(folder: Path) -> Iterator[None]:
 
 
 def _start_engine(channel: AsyncChannel[wire.ToHost], replica: str, token: str, welcome: wire.HostWelcome) -> Engine:
-    """Start vLLM as model.json says. Blocking: the ranks must be children of the main thread (see lifetime.py)."""
+    """Start vLLM as model.json says. Blocking: EngineCore must be a child of the main thread (see lifetime.py)."""
     import vllm
 
     with _Watch(channel):
@@ -106,6 +106,7 @@ def _start_engine(channel: AsyncChannel[wire.ToHost], replica: str, token: str, 
         args = arguments.engine_args(values)
         config = arguments.engine_config(args)
         Endpoint(welcome.ranks_socket, replica, token).export()
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks of one engine are on one machine
         return Engine(replica, config, args)
 
 

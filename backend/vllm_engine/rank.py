@@ -98,8 +98,8 @@ class RankConnection:
     def swap_in(self, space: Space, epoch: int) -> SwapInTimes:
         """Map the grants of every region, acknowledge, and wait until they are filled.
 
-        Raises TakenBack when the agent refuses or nothing can be mapped: the space is then as it was before. Raises
-        PeerGone, ProtocolError, TimeoutError; the space is then in an undefined state.
+        Raises TakenBack when the agent refuses, as it does when any rank cannot map: the space is as it was before.
+        Raises PeerGone, ProtocolError, TimeoutError; the space is then in an undefined state.
         """
         begin = time.monotonic()
         deadline = begin + SWAP_TIMEOUT_S
@@ -111,8 +111,11 @@ class RankConnection:
         except OSError as error:
             if isinstance(error, TimeoutError):
                 raise
-            while isinstance(self._receive(deadline), wire.Grant):
+            self._channel.send(wire.MapFailed(epoch, str(error)))
+            while isinstance(message := self._receive(deadline), wire.Grant):
                 pass  # on their way already
+            if not isinstance(message, wire.Refused):
+                raise ProtocolError(f"the agent sent {message} where Refused was due") from error
             raise self._taken_back(space, held, epoch, error) from error
         self._channel.send(wire.Mapped(epoch))
         mapped = time.monotonic()

@@ -10,7 +10,7 @@ from typing import Any
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_engine import linear
-from vllm_engine.executor import EXECUTOR, compute_threads
+from vllm_engine.executor import compute_threads, executor
 
 
 class ReferenceWorker(CPUWorker):  # type: ignore[misc]  # vLLM has no types here
@@ -27,7 +27,7 @@ def reference_engine(**arguments: Any) -> Any:
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    own = {"worker_cls": "vllm_engine.reference.ReferenceWorker", "distributed_executor_backend": EXECUTOR}
+    own = {"worker_cls": "vllm_engine.reference.ReferenceWorker", "distributed_executor_backend": executor(ranks=1)}
     config = AsyncEngineArgs(**{**arguments, **own}).create_engine_config(UsageContext.ENGINE_CONTEXT)
     with compute_threads(config):
         return AsyncLLM.from_vllm_config(config)

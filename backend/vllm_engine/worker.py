@@ -14,7 +14,7 @@ from vllm.platforms import current_platform
 
 from swap_agent.errors import InvalidModel, TakenBack, TritonSwapError, Unsupported
 from swap_agent.wire.messages import Region
-from vllm_engine import gpu, kv_cache, quantized, rehome
+from vllm_engine import between_ranks, gpu, kv_cache, quantized, rehome
 from vllm_engine.addresses import CudaAddresses, HostAddresses
 from vllm_engine.rank import Endpoint, RankConnection
 from vllm_engine.space import Space
@@ -40,7 +40,10 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
 
     def __init__(self, vllm_config: Any, local_rank: int, rank: int, *args: Any, **kwargs: Any) -> None:
         """Connect to the agent, then as vLLM's worker. Raises TritonSwapError, of which the agent is told."""
-        self._agent = RankConnection(Endpoint.from_environment(), rank, vllm_config.parallel_config.world_size)
+        world_size = vllm_config.parallel_config.world_size
+        if world_size > 1:
+            between_ranks.wait_asleep()
+        self._agent = RankConnection(Endpoint.from_environment(), rank, world_size)
         self._on_gpu = current_platform.is_cuda()
         cuda = self._agent.welcome.device.startswith("cuda")
         addresses = CudaAddresses(local_rank) if cuda else HostAddresses()
@@ -64,6 +67,8 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
                 torch.cuda.set_device(self.local_rank)
                 self._graphs = gpu.GraphsInFrames(self._agent, self._space)
             super().init_device()
+        if self.parallel_config.world_size > 1:
+            between_ranks.forget_shared_memory()
 
     def load_model(self, **kwargs: Any) -> None:
         """Load as vLLM does, then move weights and state into frames and have the mirror made."""
@@ -116,10 +121,13 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
             self._graphs.log_figures()
         return times
 
-    def swap_out(self, epoch: int, keep: dict[Region, int]) -> None:
-        """Take all frames but `keep` out of the address space and acknowledge. Nothing may run on it after this."""
+    def swap_out(self, epoch: int, keep: list[dict[Region, int]]) -> None:
+        """Take all frames but this rank's part of `keep` out of the address space and acknowledge.
+
+        Nothing may run on it after this.
+        """
         self._resident = False
-        self._space.unmap(keep)
+        self._space.unmap(keep[self.rank] if keep else {})
         self._agent.unmapped(epoch)
         if self._on_gpu:
             gpu.let_go_of_unused_memory()

@@ -12,7 +12,7 @@ from swap_agent.supervisor import private_bytes
 
 
 def models(agent: Agent) -> list[dict[str, Any]]:
-    """One entry per replica, by name."""
+    """One entry per replica, by name. Sizes are sums over its ranks, `request_bytes` is per device."""
     replicas = agent.coordinator.inventory.replicas
     return [_model(agent, replicas[name]) for name in sorted(replicas)]
 
@@ -31,14 +31,14 @@ def host(agent: Agent) -> dict[str, Any]:
 def _model(agent: Agent, replica: Replica) -> dict[str, Any]:
     engine = agent.engines.get(replica.name)
     process = engine.process if engine else None
-    space = engine.rank.space if engine and engine.rank else None
+    ranks = engine.ranks if engine else []
     spec = agent.specs.get(replica.name)
     return {
         "name": replica.name,
         "state": replica.state.value,
-        "devices": [replica.device] if replica.device else [],
-        "device_bytes": space.device_bytes if space else 0,
-        "mirror_bytes": space.mirror_bytes if space else 0,
+        "devices": list(replica.devices),
+        "device_bytes": engine.device_bytes if engine else 0,
+        "mirror_bytes": engine.mirror_bytes if engine else 0,
         "residue_bytes": private_bytes(process.pid) if process else 0,
         "in_flight": replica.in_flight,
         "waiting": replica.waiting,
@@ -47,9 +47,9 @@ def _model(agent: Agent, replica: Replica) -> dict[str, Any]:
         "failure": replica.failure,
         "request_bytes": spec.settings.request_bytes if spec else None,
         "keep_alive_s": replica.keep_alive_s,
-        "weights_bytes": engine.rank.weights_bytes if engine and engine.rank else 0,
-        "state_bytes": engine.rank.state_bytes if engine and engine.rank else 0,
-        "kv_bytes": space.region_bytes("kv") if space else 0,
+        "weights_bytes": sum(rank.weights_bytes for rank in ranks),
+        "state_bytes": sum(rank.state_bytes for rank in ranks),
+        "kv_bytes": sum(rank.space.region_bytes("kv") for rank in ranks),
         "swaps_in": engine.swaps_in if engine else 0,
         "swaps_out": engine.swaps_out if engine else 0,
         "last_swap_in": dataclasses.asdict(engine.last_swap_in) if engine and engine.last_swap_in else None,

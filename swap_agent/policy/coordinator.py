@@ -3,12 +3,12 @@
 Activations are served first come, first served. Idle memory is a cache: a model keeps its frames until somebody needs
 them, and then loses as many as are needed: first idle models, least recently used first. When none is left and the head
 of the queue has waited `TURN_S`, busy models take turns: the one that has been resident longest drains. One engine
-starts at a time.
+starts at a time. A replica of several ranks has a device for each, and as many frames on every one: all or none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from swap_agent.policy import events as ev
 from swap_agent.policy import eviction
@@ -27,8 +27,8 @@ class Coordinator:
         self.inventory = Inventory({device.name: device for device in devices})
         self._queue: dict[str, float] = {}
         """Replicas that wait for activation, in order, with the time since which they wait."""
-        self._growth: dict[str, int] = {}
-        """Frames that a starting replica wants beyond its reservation."""
+        self._growth: dict[tuple[str, int], int] = {}
+        """Frames that a rank of a starting replica wants beyond its reservation."""
         self._actions: list[ev.Action] = []
 
     def on_event(self, event: ev.Event) -> list[ev.Action]:
@@ -58,6 +58,7 @@ class Coordinator:
     # --- 1. notes -----------------------------------------------------------------------------------------------------
 
     def _registered(self, replica: Replica, event: ev.Registered) -> None:
+        replica.ranks = event.ranks
         replica.request_frames = event.request_frames
         replica.keep_alive_s = event.keep_alive_s
 
@@ -80,16 +81,19 @@ class Coordinator:
             replica.idle_since_s = event.now_s
 
     def _frames_wanted(self, replica: Replica, event: ev.FramesWanted) -> None:
-        replica.footprint_frames += event.frames
-        beyond = replica.footprint_frames - replica.reserved_frames
+        rank = event.rank
         if replica.state is not State.STARTING:
-            self._actions.append(ev.RefuseFrames(replica.name, f"{replica.name} is {replica.state.value}"))
-        elif beyond <= 0:
-            self._actions.append(ev.GrantFrames(replica.name, event.frames))
+            self._actions.append(ev.RefuseFrames(replica.name, f"{replica.name} is {replica.state.value}", rank))
+            return
+        replica.footprints[rank] = replica.footprints.get(rank, 0) + event.frames
+        beyond = replica.footprints[rank] - replica.reserved_frames
+        if beyond <= 0:
+            self._actions.append(ev.GrantFrames(replica.name, event.frames, rank))
         elif replica.request_frames is not None:
-            self._actions.append(ev.RefuseFrames(replica.name, f"{beyond} frames more than GPU_MEMORY_REQUEST allows"))
+            message = f"{beyond} frames more than GPU_MEMORY_REQUEST allows"
+            self._actions.append(ev.RefuseFrames(replica.name, message, rank))
         else:
-            self._growth[replica.name] = event.frames
+            self._growth[replica.name, rank] = event.frames
 
     def _host_memory_wanted(self, replica: Replica, event: ev.HostMemoryWanted) -> None:
         self._host_memory.wanted[replica.name] = event.total_bytes
@@ -141,13 +145,13 @@ class Coordinator:
         else:
             replica.failure = event.reason
             self._actions.append(ev.Refuse(replica.name, event.reason))
-        replica.device = None
-        replica.reserved_frames = replica.footprint_frames = replica.in_flight = replica.waiting = 0
-        replica.host_bytes = 0
+        replica.devices = ()
+        replica.footprints = {}
+        replica.reserved_frames = replica.in_flight = replica.waiting = replica.host_bytes = 0
         replica.stopping = replica.unload_wanted = replica.purge_wanted = replica.drop_wanted = False
         # A load that came while the old engine was being stopped is still wanted; one that the failure answers is not.
         replica.load_wanted = replica.load_wanted and not replica.failure
-        self._growth.pop(replica.name, None)
+        self._growth = {key: frames for key, frames in self._growth.items() if key[0] != replica.name}
         self._host_memory.wanted.pop(replica.name, None)
 
     def _settle(self, replica: Replica, now_s: float) -> None:
@@ -215,13 +219,13 @@ class Coordinator:
         2. Withdrawn wishes leave the queue, new ones enter at its end.
         3. A replica that leaves the device keeps its place until it is SWAPPED.
         4. A COLD or FAILED one waits for the running engine start; meanwhile others may pass.
-        5. One that no device can ever hold is refused.
-        6. One that fits is activated.
-        7. Otherwise room is made on its device, and nobody behind it may take room there.
+        5. One that too few devices can ever hold is refused.
+        6. One that fits, on as many devices as it has ranks, is activated.
+        7. Otherwise room is made on its devices, and nobody behind it may take room there.
         """
         blocked: set[str] = set()
-        for name, frames in list(self._growth.items()):  # 1
-            self._grow(self.inventory.replicas[name], frames, blocked, now_s)
+        for (name, rank), frames in list(self._growth.items()):  # 1
+            self._grow(self.inventory.replicas[name], rank, frames, blocked, now_s)
         for replica in self.inventory.replicas.values():  # 2
             if replica.activation_wanted and replica.state in (State.COLD, State.FAILED, State.SWAPPED, *LEAVING):
                 self._queue.setdefault(replica.name, now_s)
@@ -232,7 +236,7 @@ class Coordinator:
             if replica.state in LEAVING or replica.stopping:  # 3
                 continue
             if replica.state is State.SWAPPED:
-                candidates = [str(replica.device)]
+                candidates = list(replica.devices)
             elif any(other.state is State.STARTING for other in self.inventory.replicas.values()):  # 4
                 continue
             else:
@@ -245,28 +249,39 @@ class Coordinator:
         need = replica.need_frames
         missing = replica.missing_frames
         able = [device for device in candidates if self.inventory.devices[device].frames >= need]
-        if not able:  # 5
-            largest = max(self.inventory.devices[device].frames for device in candidates)
+        if len(able) < replica.ranks:  # 5
             replica.load_wanted = False
             replica.waiting = 0
             self._queue.pop(replica.name)
-            message = f"{replica.name} needs {need} frames; the largest device has {largest}"
-            self._actions.append(ev.Refuse(replica.name, message))
+            self._actions.append(ev.Refuse(replica.name, self._why_never(replica, len(able))))
             return
         fitting = [device for device in able if device not in blocked and self.inventory.free_frames(device) >= missing]
-        if fitting:  # 6
+        if len(fitting) >= replica.ranks:  # 6
             fullest_first = need > 0
-            order: Callable[[str], int] = self.inventory.free_frames
-            device = min(fitting, key=order) if fullest_first else max(fitting, key=order)
+            fitting.sort(key=self.inventory.free_frames, reverse=not fullest_first)
             self._queue.pop(replica.name)
-            self._admit(replica, device, need)
+            self._admit(replica, fitting[: replica.ranks], need)
             return
-        device = max(able, key=lambda name: self._within_reach(name, now_s - since_s))  # 7
-        if device not in blocked:
-            self._make_room(device, replica, missing, since_s, now_s)
-            blocked.add(device)
+        able.sort(key=lambda device: self._within_reach(device, now_s - since_s), reverse=True)  # 7
+        chosen = able[: replica.ranks]
+        if blocked.isdisjoint(chosen):
+            self._make_room(chosen, replica, missing, since_s, now_s)
+        blocked.update(chosen)
 
-    def _admit(self, replica: Replica, device: str, need: int) -> None:
+    def _why_never(self, replica: Replica, able: int) -> str:
+        """One line for a person: only `able` devices of the node could hold a rank of this replica."""
+        devices = self.inventory.devices.values()
+        if replica.ranks > len(devices):
+            return f"{replica.name} has {replica.ranks} ranks and needs a device for each, this node has {len(devices)}"
+        if replica.ranks > 1:
+            return (
+                f"{replica.name} needs {replica.need_frames} frames on each of {replica.ranks} devices; "
+                f"{able} of {len(devices)} devices have as many"
+            )
+        largest = max(device.frames for device in devices)
+        return f"{replica.name} needs {replica.need_frames} frames; the largest device has {largest}"
+
+    def _admit(self, replica: Replica, devices: list[str], need: int) -> None:
         replica.reserved_frames = need
         replica.unload_wanted = False
         if replica.state is State.SWAPPED:
@@ -275,46 +290,54 @@ class Coordinator:
             self._actions.append(ev.SwapIn(replica.name, replica.epoch))
         else:
             replica.move(State.STARTING)
-            replica.device = device
+            # In the order of the node: the number of a rank says nothing about how full its device was.
+            replica.devices = tuple(device for device in self.inventory.devices if device in devices)
             replica.failure = ""
-            self._actions.append(ev.StartEngine(replica.name, device))
+            self._actions.append(ev.StartEngine(replica.name, replica.devices))
 
-    def _grow(self, replica: Replica, frames: int, blocked: set[str], now_s: float) -> None:
-        device = str(replica.device)
-        beyond = replica.footprint_frames - replica.reserved_frames
-        if replica.footprint_frames > self.inventory.devices[device].frames:
-            del self._growth[replica.name]
-            message = (
-                f"it needs at least {replica.footprint_frames} frames of {device}, "
-                f"which has {self.inventory.devices[device].frames}"
-            )
-            self._actions.append(ev.RefuseFrames(replica.name, message))
-        elif self.inventory.free_frames(device) >= beyond:
-            del self._growth[replica.name]
+    def _grow(self, replica: Replica, rank: int, frames: int, blocked: set[str], now_s: float) -> None:
+        footprint = replica.footprints[rank]
+        beyond = max(0, footprint - replica.reserved_frames)
+        smallest = min(replica.devices, key=lambda device: self.inventory.devices[device].frames)
+        total = self.inventory.devices[smallest].frames
+        if footprint > total:
+            del self._growth[replica.name, rank]
+            message = f"it needs at least {footprint} frames of {smallest}, which has {total}"
+            self._actions.append(ev.RefuseFrames(replica.name, message, rank))
+        elif all(self.inventory.free_frames(device) >= beyond for device in replica.devices):
+            del self._growth[replica.name, rank]
             replica.reserved_frames += beyond
-            self._actions.append(ev.GrantFrames(replica.name, frames))
+            self._actions.append(ev.GrantFrames(replica.name, frames, rank))
         else:
-            self._make_room(device, replica, beyond, now_s - TURN_S, now_s)
-            blocked.add(device)
+            self._make_room(replica.devices, replica, beyond, now_s - TURN_S, now_s)
+            blocked.update(replica.devices)
 
-    def _make_room(self, device: str, who: Replica, frames: int, since_s: float, now_s: float) -> None:
-        """Have others give back what `who` lacks, no more: until `frames` frames of `device` will be free."""
-        on_device = self.inventory.on(device)
-        coming = self.inventory.free_frames(device) + eviction.coming_frames(on_device)
-        for victim in eviction.victims(on_device, who, list(self._queue), now_s - since_s, now_s):
-            if coming >= frames:
-                return
-            # What is reserved beyond the footprint is no memory that could be kept.
-            keep = min(victim.footprint_frames, max(0, victim.reserved_frames - (frames - coming)))
-            coming += victim.reserved_frames - keep
+    def _make_room(self, devices: Iterable[str], who: Replica, frames: int, since_s: float, now_s: float) -> None:
+        """Have others give back what `who` lacks, no more: until `frames` frames of each of `devices` will be free."""
+        keeps: dict[str, int] = {}
+        """What every victim is to keep on each of its devices."""
+        for device in devices:
+            on_device = self.inventory.on(device)
+            coming = self.inventory.free_frames(device) + eviction.coming_frames(on_device)
+            coming += sum(r.reserved_frames - keeps[r.name] for r in on_device if r.name in keeps)
+            for victim in eviction.victims(on_device, who, list(self._queue), now_s - since_s, now_s):
+                if coming >= frames:
+                    break
+                left = keeps.get(victim.name, victim.reserved_frames)
+                # What is reserved beyond the footprint is no memory that could be kept.
+                keeps[victim.name] = min(victim.footprint_frames, max(0, left - (frames - coming)))
+                coming += left - keeps[victim.name]
+        for name, keep in keeps.items():
+            victim = self.inventory.replicas[name]
             if victim.state is State.SWAPPED:
                 self._release(victim, keep)
             else:
                 self._drain(victim, keep, wait=not victim.idle, reason="eviction" if victim.idle else "turn")
 
-    def _within_reach(self, device: str, waited_s: float) -> int:
-        reclaimable = eviction.reclaimable_frames(self.inventory.on(device), waited_s)
-        return self.inventory.free_frames(device) + reclaimable
+    def _within_reach(self, device: str, waited_s: float) -> tuple[int, int]:
+        """Frames that could be free soon, and frames that are: where they are as many, who has more costs less."""
+        free = self.inventory.free_frames(device)
+        return free + eviction.reclaimable_frames(self.inventory.on(device), waited_s), free
 
     # --- 5. host memory -----------------------------------------------------------------------------------------------
 

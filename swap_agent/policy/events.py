@@ -28,6 +28,8 @@ class Registered(Event):
     """GPU_MEMORY_REQUEST; None: not declared, the engine takes what it needs while it starts."""
     keep_alive_s: float | None
     """Idle time after which it is swapped out; None: never by the timer."""
+    ranks: int = 1
+    """Engine ranks, each on a device of its own; `request_frames` is what it may have on each of them."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,19 @@ class LoadReported(Event):
 
 @dataclass(frozen=True)
 class FramesWanted(Event):
-    """A starting engine wants frames for one more region."""
+    """A rank of a starting engine wants frames for one more region."""
 
     name: str
     frames: int
+    rank: int = 0
 
 
 @dataclass(frozen=True)
 class HostMemoryWanted(Event):
-    """A starting engine is about to have its mirror made; `total_bytes` of host memory with its processes."""
+    """A rank of a starting engine is about to have its mirror made.
+
+    With it and those asked for before, mirrors and processes of the engine will take `total_bytes` of host memory.
+    """
 
     name: str
     total_bytes: int
@@ -72,7 +78,7 @@ class HostMemoryWanted(Event):
 
 @dataclass(frozen=True)
 class HostMemoryMeasured(Event):
-    """Mirror and processes of a running engine take `total_bytes` of host memory."""
+    """Mirrors and processes of a running engine take `total_bytes` of host memory."""
 
     name: str
     total_bytes: int
@@ -80,7 +86,7 @@ class HostMemoryMeasured(Event):
 
 @dataclass(frozen=True)
 class EngineReady(Event):
-    """The engine runs and its mirror is complete."""
+    """The engine runs and its mirrors are complete."""
 
     name: str
 
@@ -146,9 +152,9 @@ class Action:
 
 @dataclass(frozen=True)
 class StartEngine(Action):
-    """Start the engine on `device`; ends in EngineReady or EngineExited."""
+    """Start the engine, rank i on `devices[i]`; ends in EngineReady or EngineExited."""
 
-    device: str
+    devices: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -161,21 +167,23 @@ class StopEngine(Action):
 
 @dataclass(frozen=True)
 class GrantFrames(Action):
-    """Give a starting engine the frames it wanted."""
+    """Give a rank of a starting engine the frames it wanted."""
 
     frames: int
+    rank: int = 0
 
 
 @dataclass(frozen=True)
 class RefuseFrames(Action):
-    """A starting engine cannot have the frames it wanted."""
+    """A rank of a starting engine cannot have the frames it wanted."""
 
     message: str
+    rank: int = 0
 
 
 @dataclass(frozen=True)
 class GrantHostMemory(Action):
-    """The mirror of a starting engine may be made."""
+    """What a starting engine asked for up to now may be made."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +205,7 @@ class Drain(Action):
 
 @dataclass(frozen=True)
 class SwapOut(Action):
-    """Unmap and take back all but `keep_frames`; ends in SwappedOut."""
+    """Unmap and take back all but `keep_frames` on every device; ends in SwappedOut."""
 
     epoch: int
     keep_frames: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from swap_agent.errors import BooksDoNotBalance
@@ -18,22 +19,26 @@ class Device:
 
 @dataclass
 class Replica:
-    """One replica (`name/version#instance`) and what is decided about it."""
+    """One replica (`name/version#instance`) and what is decided about it.
+
+    Its ranks lie on a device each. Frames are counted per device, and as many are set aside on each of them.
+    """
 
     name: str
+    ranks: int = 1
     request_frames: int | None = None
     keep_alive_s: float | None = None
     state: State = State.COLD
-    device: str | None = None
-    """Set while an engine exists; an engine never changes its device."""
+    devices: tuple[str, ...] = ()
+    """Where its ranks are, set while an engine exists; an engine never changes its devices."""
     reserved_frames: int = 0
-    """Frames of the device set aside for it; above zero only in HOLDS_FRAMES."""
+    """Frames of each device set aside for it; above zero only in HOLDS_FRAMES."""
     keep_frames: int = 0
-    """Frames that stay its own when it is SWAPPED, as last decided."""
-    footprint_frames: int = 0
-    """Frames that its regions take, summed up while the engine starts."""
+    """Frames of each device that stay its own when it is SWAPPED, as last decided."""
+    footprints: dict[int, int] = field(default_factory=dict)
+    """Frames that the regions of each rank take, summed up while the engine starts."""
     host_bytes: int = 0
-    """Host memory of its mirror and its engine's processes, as last measured."""
+    """Host memory of its mirrors and its engine's processes, as last measured."""
     in_flight: int = 0
     waiting: int = 0
     idle_since_s: float = 0.0
@@ -59,13 +64,18 @@ class Replica:
         return self.load_wanted or self.waiting > 0
 
     @property
+    def footprint_frames(self) -> int:
+        """Frames that its largest rank takes."""
+        return max(self.footprints.values(), default=0)
+
+    @property
     def need_frames(self) -> int:
-        """Frames it must have to be resident: its guaranteed request, or what it measured."""
+        """Frames it must have on each device to be resident: its guaranteed request, or what it measured."""
         return max(self.request_frames or 0, self.footprint_frames)
 
     @property
     def missing_frames(self) -> int:
-        """Frames that it lacks to be resident."""
+        """Frames that it lacks on each device to be resident."""
         return max(0, self.need_frames - self.reserved_frames)
 
     def move(self, to: State) -> None:
@@ -83,29 +93,35 @@ class Inventory:
     replicas: dict[str, Replica] = field(default_factory=dict)
 
     def on(self, device: str) -> list[Replica]:
-        """Replicas whose engine lives on `device`."""
-        return [replica for replica in self.replicas.values() if replica.device == device]
+        """Replicas with a rank on `device`."""
+        return [replica for replica in self.replicas.values() if device in replica.devices]
 
     def free_frames(self, device: str) -> int:
         """Frames of `device` that no replica has reserved."""
         return self.devices[device].frames - sum(replica.reserved_frames for replica in self.on(device))
 
-    def audit(self, replica: Replica, held_frames: int) -> str:
-        """What is wrong when `replica` holds so many frames, one line; empty when nothing is. Settled states only."""
+    def audit(self, replica: Replica, held_frames: Sequence[int]) -> str:
+        """What is wrong when the ranks of `replica` hold so many frames, one line; empty when nothing is.
+
+        Settled states only. A rank smaller than the largest one holds no more than it has.
+        """
+        footprints = [replica.footprints.get(rank, 0) for rank in range(len(held_frames))]
+        reserved = replica.reserved_frames
         match replica.state:
             case State.RESIDENT:
-                balanced = held_frames == replica.footprint_frames <= replica.reserved_frames
+                balanced = list(held_frames) == footprints and replica.footprint_frames <= reserved
             case State.SWAPPED:
-                balanced = held_frames == replica.reserved_frames
+                parts = [min(reserved, footprint) for footprint in footprints]
+                balanced = list(held_frames) == parts and reserved <= replica.footprint_frames
             case State.COLD | State.FAILED:
-                balanced = held_frames == 0
+                balanced = not any(held_frames)
             case _:
                 return ""
         if balanced:
             return ""
         return (
-            f"{replica.name}: {held_frames} frames granted while {replica.state.value} with {replica.reserved_frames} "
-            f"reserved and a footprint of {replica.footprint_frames}"
+            f"{replica.name}: {_each(held_frames)} frames granted while {replica.state.value} with {reserved} "
+            f"reserved and a footprint of {_each(footprints)}"
         )
 
     def host_bytes(self) -> int:
@@ -122,3 +138,8 @@ class Inventory:
                 raise BooksDoNotBalance(
                     f"{replica.name}: {replica.reserved_frames} frames reserved while {replica.state.value}"
                 )
+
+
+def _each(numbers: Sequence[int]) -> str:
+    """Numbers of the ranks, `8` or `8+7`."""
+    return "+".join(map(str, numbers)) or "0"

@@ -146,8 +146,8 @@ class SwapOut(Message, frozen=True):
     """
 
     epoch: int
-    keep: dict[Region, int] = {}
-    """Frames of each region that stay mapped, the first ones; what KV they hold is void. Absent: none."""
+    keep: list[dict[Region, int]] = []
+    """Per rank: frames of each region that stay mapped, the first ones; what KV they hold is void. Absent: none."""
 
 
 class SwappedOut(Message, frozen=True):
@@ -199,7 +199,7 @@ class Shutdown(Message, frozen=True):
 
 
 class RankHello(Message, frozen=True):
-    """First message of an engine rank (the process that maps frames)."""
+    """First message of an engine rank (the process that maps frames); ranks count from 0 to `world_size` - 1."""
 
     replica: str
     token: str
@@ -213,7 +213,7 @@ class RankWelcome(Message, frozen=True):
     device: str
     frame_bytes: int
     request_bytes: int | None
-    """GPU_MEMORY_REQUEST in bytes: the sum of all regions may not exceed it. None: not declared."""
+    """GPU_MEMORY_REQUEST in bytes: the sum of this rank's regions may not exceed it. None: not declared."""
     device_bytes: int
 
 
@@ -270,8 +270,18 @@ class Mapped(Message, frozen=True):
     epoch: int
 
 
+class MapFailed(Message, frozen=True):
+    """Instead of `Mapped`: the rank cannot map what was granted. Answered by `Refused`, and by that to every rank."""
+
+    epoch: int
+    message: str
+
+
 class Filled(Message, frozen=True):
-    """Every byte of this epoch's frames is in place; the rank may run. Instead, `Refused` takes the swap-in back."""
+    """Every rank has mapped and every byte of this epoch's frames is in place, on every device; the rank may run.
+
+    Instead, `Refused` takes the swap-in back, at any time before this: the rank answers `Unmapped`.
+    """
 
     epoch: int
 
@@ -279,7 +289,7 @@ class Filled(Message, frozen=True):
 class Unmapped(Message, frozen=True):
     """The rank has synchronised and unmapped every frame but those to keep; it holds no reference to any other.
 
-    Also instead of `Mapped`, or after it when `Refused` came, when a swap-in is undone: what it had before it keeps.
+    Also when `Refused` undoes a swap-in: what the rank had before it keeps.
     """
 
     epoch: int
@@ -359,7 +369,7 @@ FromHost = (
     | OrderFailed
 )  # fmt: skip
 ToHost = HostWelcome | Drain | SwapOut | SwapIn | RefuseWaiting | Shutdown | Refused
-FromRank = RankHello | Reserve | Loaded | RankFailed | Mapped | Unmapped
+FromRank = RankHello | Reserve | Loaded | RankFailed | Mapped | MapFailed | Unmapped
 ToRank = RankWelcome | Grant | Mirrored | Filled | Refused
 StubToEngine = Submit | Embed | Abort
 EngineToStub = Step

@@ -1,9 +1,11 @@
 """An engine without vLLM: speaks both of the agent's conversations, maps real frames and checks every byte of them.
 
-model.json: {"weights": bytes, "state": bytes, "kv_frames": n, "faults": [names]}. A fault makes it misbehave:
-`dies_starting`, `refuses` (RankFailed), `no_unmap_ack`, `no_map_ack`, `dies_in_swap_in`, `dies_when_mapped`,
-`dies_in_swap_out`, `dies_when_unmapped`, `garbage` (a malformed message), `cannot_map` (the first swap-in only).
-Weights hold a pattern made from the replica's name; state counts swaps; KV must arrive as zeros.
+model.json: {"weights": bytes, "state": bytes, "kv_frames": n, "tensor_parallel_size": ranks, "faults": [names]}. One
+rank lives in the host's process, several in a process each; every next one has a frame less of weights. A fault makes
+the host (`dies_starting`, `garbage`: a malformed message) or a rank misbehave, rank 0 unless its name ends in `@rank`:
+`refuses` (RankFailed), `alone` (claims to be the only rank), `no_unmap_ack`, `no_map_ack`, `dies_in_swap_in`,
+`dies_when_mapped`, `dies_in_swap_out`, `dies_when_unmapped`, `no_taken_back_ack`, `cannot_map` (first swap-in only).
+Weights hold a pattern made from replica and rank; state counts swaps; KV must arrive as zeros.
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ import argparse
 import asyncio
 import json
 import os
+import subprocess
 import sys
 import threading
 import zlib
+from typing import Any
 
 import numpy as np
 
@@ -28,15 +32,28 @@ class Refused(Exception):
     """The agent's answer to a rank that waits for frames."""
 
 
-class Memory:
-    """The rank: three regions at fixed addresses."""
+class Rank:
+    """One rank: three regions at fixed addresses."""
 
-    def __init__(self, channel: Channel[wire.ToRank], welcome: wire.RankWelcome, replica: str) -> None:
-        self.channel = channel
+    def __init__(self, ranks_socket: str, replica: str, token: str, number: int, model: dict[str, Any]) -> None:
+        world_size = model.get("tensor_parallel_size", 1)
+        names = [fault.partition("@") for fault in model.get("faults", [])]
+        self.faults = [name for name, _, rank in names if int(rank or 0) == number]
+        self.channel: Channel[wire.ToRank] = Channel.connect(ranks_socket, wire.ToRank)
+        hello = (0, 1) if "alone" in self.faults else (number, world_size)
+        self.channel.send(wire.RankHello(replica, token, *hello))
+        welcome, _ = self.channel.receive(10)
+        if isinstance(welcome, wire.Refused):
+            sys.exit(welcome.message)
+        assert isinstance(welcome, wire.RankWelcome), welcome
+        assert world_size == 1 or welcome.device == f"cpu:{number}", welcome
+        if "refuses" in self.faults:
+            self.channel.send(wire.RankFailed("INVALID_ARG", "refused for a test"))
+            sys.exit(1)
         self.frame_bytes = welcome.frame_bytes
         cuda = welcome.device.startswith("cuda")  # the tests' imitation: its memory is the host's
         self.device: Addresses = CudaAddresses(0) if cuda else HostAddresses()
-        self.replica = replica
+        self.seed = zlib.crc32(f"{replica} {number}".encode())
         self.addresses: dict[wire.Region, int] = {}
         self.counts: dict[wire.Region, int] = {}
         self.swaps = 0
@@ -44,6 +61,8 @@ class Memory:
         """Frames of each region that are mapped."""
         self.kept: dict[wire.Region, int] = {}
         """Of these, the ones that stayed over the last swap-out."""
+        weights_bytes = model["weights"] - number * self.frame_bytes
+        self.load(weights_bytes, model.get("state", 0), model.get("kv_frames", 0))
 
     def take(self, region: wire.Region, epoch: int) -> None:
         """Receive and map the grants of one region."""
@@ -73,8 +92,7 @@ class Memory:
         return mapping.bytes_at(self.addresses[region], self.counts[region] * self.frame_bytes)
 
     def pattern(self, size: int) -> np.ndarray:
-        rng = np.random.default_rng(zlib.crc32(self.replica.encode()))
-        return rng.integers(0, 256, size, dtype=np.uint8)
+        return np.random.default_rng(self.seed).integers(0, 256, size, dtype=np.uint8)
 
     def load(self, weights_bytes: int, state_bytes: int, kv_frames: int) -> None:
         self.weights_bytes = weights_bytes
@@ -101,6 +119,10 @@ class Memory:
         assert (self.view("kv")[:kept] == 0xAB).all(), "kept KV was touched"
 
     def swap_out(self, epoch: int, keep: dict[wire.Region, int]) -> None:
+        if "no_unmap_ack" in self.faults:
+            threading.Event().wait()
+        if "dies_in_swap_out" in self.faults:
+            os._exit(1)
         if self.held == self.counts:
             self.swaps += 1
             self.view("state")[:8].view(np.uint64)[0] = self.swaps
@@ -108,6 +130,8 @@ class Memory:
         self.unmap(keep)
         self.kept = dict(self.held)
         self.channel.send(wire.Unmapped(epoch))
+        if "dies_when_unmapped" in self.faults:
+            os._exit(1)
 
     def unmap(self, keep: dict[wire.Region, int]) -> None:
         for region, count in self.held.items():
@@ -117,31 +141,37 @@ class Memory:
                 start = self.addresses[region] + kept * self.frame_bytes
                 self.device.vacate(start, (count - kept) * self.frame_bytes)
 
-    def swap_in(self, epoch: int, faults: list[str]) -> str | None:
+    def swap_in(self, epoch: int) -> str | None:
         """Returns why not, when it was taken back."""
+        if "dies_in_swap_in" in self.faults:
+            os._exit(1)
         try:
-            self.map_and_wait(epoch, faults)
+            self.map_and_wait(epoch)
         except Refused as refused:
+            if "no_taken_back_ack" in self.faults:
+                threading.Event().wait()
             self.unmap(self.kept)
             self.channel.send(wire.Unmapped(epoch))
             return str(refused)
         self.check()
         return None
 
-    def map_and_wait(self, epoch: int, faults: list[str]) -> None:
-        if "cannot_map" in faults:
-            faults.remove("cannot_map")
-            while isinstance(message := self.channel.receive(10)[0], wire.Grant):
-                pass
-            assert message == wire.Filled(epoch), message
-            raise Refused("out of addresses")
+    def map_and_wait(self, epoch: int) -> None:
+        if "cannot_map" in self.faults:
+            self.faults.remove("cannot_map")
+            self.channel.send(wire.MapFailed(epoch, "out of addresses"))
+            while isinstance((received := self.channel.receive(10))[0], wire.Grant):
+                for fd in received[1]:
+                    os.close(fd)
+            assert isinstance(received[0], wire.Refused), received
+            raise Refused(received[0].message)
         for region, count in self.counts.items():
             if count > self.held.get(region, 0):
                 self.take(region, epoch)
-        if "no_map_ack" in faults:
+        if "no_map_ack" in self.faults:
             threading.Event().wait()
         self.channel.send(wire.Mapped(epoch))
-        if "dies_when_mapped" in faults:
+        if "dies_when_mapped" in self.faults:
             os._exit(1)
         message, _ = self.channel.receive(30)
         if isinstance(message, wire.Refused):
@@ -149,11 +179,70 @@ class Memory:
         assert message == wire.Filled(epoch), message
 
 
+class RemoteRank:
+    """A rank in a process of its own, which dies with its engine's process group."""
+
+    def __init__(self, *arguments: Any) -> None:
+        command = [sys.executable, __file__, "--as-rank", json.dumps(arguments)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+
+    def started(self) -> None:
+        """Return when it is loaded; one that cannot start ends the engine."""
+        assert self.process.stdout
+        if not self.process.stdout.readline():
+            os._exit(1)
+
+    def answer(self) -> Any:
+        """The next answer. Where vLLM would end itself without one, this engine leaves that to the agent."""
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            threading.Event().wait()
+        return json.loads(line)
+
+    def __getattr__(self, order: str) -> Any:
+        def call(*arguments: Any) -> Any:
+            assert self.process.stdin
+            print(json.dumps([order, *arguments]), file=self.process.stdin)
+            return self.answer()
+
+        return call
+
+
+def serve_as_rank(arguments: list[Any]) -> None:
+    """Obey a RemoteRank."""
+    rank = Rank(*arguments)
+    print("null", flush=True)
+    for line in sys.stdin:
+        order, *values = json.loads(line)
+        print(json.dumps(getattr(rank, order)(*values)), flush=True)
+
+
+async def start_ranks(welcome: wire.HostWelcome, replica: str, token: str, model: dict[str, Any]) -> list[Any]:
+    count = model.get("tensor_parallel_size", 1)
+    arguments = [(welcome.ranks_socket, replica, token, number, model) for number in range(count)]
+    if count == 1:
+        return [await asyncio.to_thread(Rank, *arguments[0])]
+    ranks = [RemoteRank(*each) for each in arguments]
+    print("rank processes:", *(rank.process.pid for rank in ranks), flush=True)
+    await in_all(ranks, "started", [()] * count)
+    return ranks
+
+
+async def in_all(ranks: list[Any], order: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
+    """What the ranks answer."""
+    calls = (asyncio.to_thread(getattr(rank, order), *each) for rank, each in zip(ranks, arguments, strict=True))
+    return await asyncio.gather(*calls)
+
+
 async def main() -> None:
     parser = argparse.ArgumentParser()
-    for name in ("--runtime-dir", "--replica", "--token"):
+    for name in ("--runtime-dir", "--replica", "--token", "--as-rank"):
         parser.add_argument(name)
     options = parser.parse_args()
+    if options.as_rank:
+        serve_as_rank(json.loads(options.as_rank))
+        return
     agent: AsyncChannel[wire.ToHost] = await AsyncChannel.connect(f"{options.runtime_dir}/agent.sock", wire.ToHost)
     agent.send(wire.HostHello(options.replica, options.token))
     welcome = await agent.receive()
@@ -162,15 +251,7 @@ async def main() -> None:
     faults = model.get("faults", [])
     if "dies_starting" in faults:
         sys.exit("no")
-    rank: Channel[wire.ToRank] = Channel.connect(welcome.ranks_socket, wire.ToRank)
-    rank.send(wire.RankHello(options.replica, options.token, 0, 1))
-    hello, _ = await asyncio.to_thread(rank.receive, 10)
-    assert isinstance(hello, wire.RankWelcome)
-    if "refuses" in faults:
-        rank.send(wire.RankFailed("INVALID_ARG", "refused for a test"))
-        sys.exit(1)
-    memory = Memory(rank, hello, options.replica)
-    await asyncio.to_thread(memory.load, model["weights"], model.get("state", 0), model.get("kv_frames", 0))
+    ranks = await start_ranks(welcome, options.replica, options.token, model)
     if "garbage" in faults:
         agent._writer.write(b"\xff\xff\xff\xff")
     agent.send(wire.HostReady(1024))
@@ -181,20 +262,14 @@ async def main() -> None:
                 busy = model.get("busy", False) and not message.wait
                 agent.send(wire.DrainRefused(message.epoch) if busy else wire.Drained(message.epoch))
             case wire.SwapOut():
-                if "no_unmap_ack" in faults:
-                    threading.Event().wait()
-                if "dies_in_swap_out" in faults:
-                    os._exit(1)
-                memory.swap_out(message.epoch, message.keep)
-                if "dies_when_unmapped" in faults:
-                    os._exit(1)
+                keeps = message.keep or [{} for _ in ranks]
+                await in_all(ranks, "swap_out", [(message.epoch, keep) for keep in keeps])
                 agent.send(wire.SwappedOut(message.epoch))
             case wire.SwapIn():
-                if "dies_in_swap_in" in faults:
-                    os._exit(1)
-                undone = await asyncio.to_thread(memory.swap_in, message.epoch, faults)
                 epoch = message.epoch
-                agent.send(wire.SwapInFailed(epoch, undone) if undone else wire.SwappedIn(epoch))
+                undone = await in_all(ranks, "swap_in", [(epoch,) for _ in ranks])
+                assert all(undone) or not any(undone), undone
+                agent.send(wire.SwapInFailed(epoch, undone[0]) if undone[0] else wire.SwappedIn(epoch))
             case wire.RefuseWaiting():
                 print("told to refuse:", message.message, flush=True)
             case wire.Shutdown():

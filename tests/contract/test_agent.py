@@ -352,8 +352,8 @@ async def test_verify_finds_damaged_weights_and_the_next_load_reads_them_anew(tm
         for _ in range(2):
             await agent.unload(stub.replica, purge=False)
             await agent.load(stub.replica)
-        rank = agent.engines[stub.replica].rank
-        assert rank is not None and rank.space.mirror is not None
+        (rank,) = agent.engines[stub.replica].ranks
+        assert rank.space.mirror is not None
         if where == "device":
             frame = rank.space.frames["weights"][3]
             put(frame, contents(frame)[77:78] ^ 1, 77)

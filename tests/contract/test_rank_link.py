@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from devices import FRAME_BYTES, contents, make_device, put
 
+from swap_agent import ranks as together
 from swap_agent.errors import PeerGone, TakenBack, Unavailable
 from swap_agent.memory.frames import FramePool
 from swap_agent.memory.space import RankSpace
@@ -31,8 +33,14 @@ class Rank:
         self.pool = FramePool(make_device(FRAMES), poison=True)
         self.space = RankSpace("m/1#0", self.pool)
         self.failures: list[str] = []
+        self.gone = threading.Event()
         self.link = RankLink(
-            Channel(ours, wire.FromRank), self.space, lambda _: None, lambda _: None, self.failures.append
+            Channel(ours, wire.FromRank),
+            self.space,
+            lambda _: None,
+            lambda _: None,
+            self.failures.append,
+            self.gone.set,
         )
         self.peer: Channel[wire.ToRank] = Channel(theirs, wire.ToRank)
         for region, count in (("weights", 2), ("state", 1), ("kv", 1)):
@@ -43,13 +51,14 @@ class Rank:
 
     def swap_out(self, epoch: int) -> None:
         self.peer.send(wire.Unmapped(epoch))
-        self.link.swap_out(epoch, {})
+        self.link.unmapped(epoch)
+        self.space.take_back({})
 
-    def receive_grants(self) -> int:
+    def receive_grants(self, timeout_s: float = 5) -> int:
         """Take grants up to the next other message; returns how many frames there were."""
         frames = 0
         while True:
-            message, fds = self.peer.receive(5)
+            message, fds = self.peer.receive(timeout_s)
             for fd in fds:
                 os.close(fd)
             frames += len(fds)
@@ -63,8 +72,9 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rank]:
     rank = Rank()
     yield rank
     rank.peer.close()
-    rank.thread.join(5)
-    rank.space.lost()
+    assert rank.gone.wait(5)
+    rank.link.lost()
+    assert rank.link.reader is not None and not rank.link.reader.is_alive()
     assert rank.pool.free_frames == FRAMES
 
 
@@ -72,35 +82,85 @@ def test_acks_of_older_epochs_are_ignored(rank: Rank) -> None:
     rank.peer.send(wire.Unmapped(4))
     rank.peer.send(wire.Mapped(4))
     with pytest.raises(Unavailable, match="no Unmapped from rank"):
-        rank.link.swap_out(5, {})
+        rank.link.unmapped(5)
     assert rank.space.device_bytes == 4 * FRAME_BYTES, "frames stay with a rank that may still map them"
     rank.swap_out(6)
     assert rank.space.device_bytes == 0
 
 
-def test_frames_are_filled_before_the_rank_is_told(rank: Rank) -> None:
+def test_frames_are_filled_and_mapped_before_the_rank_is_told(rank: Rank) -> None:
     rank.swap_out(1)
-    rank.peer.send(wire.Mapped(2))
-    swapping = threading.Thread(target=rank.link.swap_in, args=(2,))
-    swapping.start()
+    with pytest.raises(Unavailable, match="no Mapped from rank"):
+        rank.link.prepare(2)
+    rank.peer.send(wire.Unmapped(2))
+    rank.link.refuse(2, "it did not answer")
+    rank.link.undo()
     assert rank.receive_grants() == 4
+    rank.peer.send(wire.Mapped(3))
+    rank.link.prepare(3)
     first, second = (contents(frame) for frame in rank.space.frames["weights"])
     assert (first == 7).all() and (second[:-10] == 7).all() and not second[-10:].any()
-    swapping.join(5)
+    rank.link.commit(3)
+    assert rank.receive_grants() == 4
 
 
-def test_a_rank_that_answers_unmapped_to_a_swap_in_has_taken_it_back(rank: Rank) -> None:
+def test_a_rank_that_cannot_map_says_why_and_is_taken_back(rank: Rank) -> None:
     rank.swap_out(1)
+    rank.peer.send(wire.MapFailed(2, "no addresses"))
+    with pytest.raises(TakenBack, match="m/1#0 was not swapped in: its engine could not map the frames: no addresses"):
+        rank.link.prepare(2)
+    assert rank.pool.free_frames == FRAMES - 4, "the rank may map them still"
     rank.peer.send(wire.Unmapped(2))
-    with pytest.raises(TakenBack):
-        rank.link.swap_in(2)
+    rank.link.refuse(2, "no addresses")
+    rank.link.undo()
     assert rank.pool.free_frames == FRAMES
+
+
+@pytest.fixture
+def both(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Rank, Rank]]:
+    """Two ranks of an engine, swapped out."""
+    monkeypatch.setattr("swap_agent.rank.ACK_TIMEOUT_S", 5)
+    ranks = Rank(), Rank()
+    for each in ranks:
+        each.swap_out(1)
+    yield ranks
+    for each in ranks:
+        each.peer.close()
+        each.link.lost()
+
+
+async def test_no_rank_is_told_before_every_rank_is_filled_and_mapped(both: tuple[Rank, Rank]) -> None:
+    first, second = both
+    swapping = asyncio.create_task(together.swap_in([first.link, second.link], 2))
+    first.peer.send(wire.Mapped(2))
+    with pytest.raises(TimeoutError):
+        await asyncio.to_thread(first.receive_grants, 0.5)
+    second.peer.send(wire.Mapped(2))
+    figures = await asyncio.wait_for(swapping, 5)
+    assert figures.bytes == 2 * (2 * FRAME_BYTES - 10 + 100)
+    assert first.peer.receive(5)[0] == wire.Filled(2) and second.receive_grants() == 4
+
+
+async def test_one_rank_that_cannot_takes_all_back(both: tuple[Rank, Rank]) -> None:
+    first, second = both
+    swapping = asyncio.create_task(together.swap_in([first.link, second.link], 2))
+    first.peer.send(wire.Mapped(2))
+    second.peer.send(wire.MapFailed(2, "no addresses"))
+    for each in both:
+        while not isinstance(message := (await asyncio.to_thread(each.peer.receive, 5))[0], wire.Refused):
+            assert isinstance(message, wire.Grant)
+        assert message.message.endswith("its engine could not map the frames: no addresses")
+        assert not swapping.done() and first.pool.free_frames == FRAMES - 4, "no frame goes before every rank's ack"
+        each.peer.send(wire.Unmapped(2))
+    with pytest.raises(TakenBack):
+        await asyncio.wait_for(swapping, 5)
+    assert [each.pool.free_frames for each in both] == [FRAMES, FRAMES]
 
 
 def test_a_rank_that_goes_away_is_told_apart_from_a_slow_one(rank: Rank) -> None:
     rank.peer.close()
     with pytest.raises(PeerGone):
-        rank.link.swap_out(1, {})
+        rank.link.unmapped(1)
 
 
 def test_many_cycles_leak_no_descriptor_and_no_frame() -> None:

@@ -237,3 +237,27 @@ def test_a_weight_that_a_kernel_keeps_to_itself_is_refused(torch: Any, linear: A
     layer.quant_method.kernel.packed = torch.zeros(64, 64)
     with pytest.raises(Unsupported, match=r"0 \(SimpleNamespace\) keeps 16384 bytes in packed"):
         quantized.check_all_registered(model)
+
+
+def test_a_process_that_waits_for_another_falls_asleep_before_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    between_ranks = pytest.importorskip("vllm_engine.between_ranks")
+    now_s, naps, yields = 100.0, 0, 0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now_s, naps
+        now_s, naps = now_s + seconds, naps + 1
+
+    def sched_yield() -> None:
+        nonlocal now_s, yields
+        now_s, yields = now_s + 10e-6, yields + 1
+
+    monkeypatch.setattr(between_ranks, "time", SimpleNamespace(monotonic=lambda: now_s, sleep=sleep))
+    monkeypatch.setattr(between_ranks.os, "sched_yield", sched_yield)
+    pause = between_ranks.Pause()
+    for _ in range(1000):
+        pause()
+    assert 45 <= yields <= 55 and naps == 1000 - yields, "half a millisecond, then 50 µs each"
+    asleep = naps
+    now_s += 1e-3  # it works on what came
+    pause()
+    assert naps == asleep, "the next wait begins anew"

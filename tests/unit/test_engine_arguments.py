@@ -11,6 +11,7 @@ from vllm_engine import arguments
 from vllm_engine.versions import TRY_ANYWAY, check_vllm_version
 
 KNOWN = {"model", "tokenizer", "max_model_len", "worker_cls", "quantization", "enable_lora", "tensor_parallel_size",
+         "pipeline_parallel_size", "data_parallel_size",
          "enforce_eager", "load_format", "disable_log_stats", "enable_sleep_mode"}  # fmt: skip
 
 
@@ -31,6 +32,7 @@ def test_what_is_fine_passes_and_stays_quiet(weights: Path) -> None:
     values = {"model": str(weights), "enforce_eager": True, "enable_lora": "false", "quantization": "awq"}
     assert read(values) == {**values, "disable_log_stats": True}
     assert read({**values, "disable_log_stats": False})["disable_log_stats"] is False
+    assert read({**values, "tensor_parallel_size": 2})["tensor_parallel_size"] == 2
 
 
 def test_relative_paths_start_at_the_folder_of_model_json(weights: Path) -> None:
@@ -51,7 +53,8 @@ def test_relative_paths_start_at_the_folder_of_model_json(weights: Path) -> None
         ({"model": "m", "worker_cls": "x.Y"}, InvalidModel, '"worker_cls" cannot be set here'),
         ({"model": "m", "enable_sleep_mode": True}, InvalidModel, '"enable_sleep_mode" cannot be set here'),
         ({"model": "m", "enable_lora": "true"}, Unsupported, '"enable_lora": "true" is not supported yet'),
-        ({"model": "m", "tensor_parallel_size": 2}, Unsupported, '"tensor_parallel_size": 2 is not supported yet'),
+        ({"model": "m", "pipeline_parallel_size": 2}, Unsupported, '"pipeline_parallel_size": 2 is not supported yet'),
+        ({"model": "m", "data_parallel_size": 2}, Unsupported, '"data_parallel_size": 2 is not supported yet'),
         ({"model": "/nowhere/at/all"}, InvalidModel, 'key "model": there is no folder /nowhere/at/all'),
         ({"model": "./gone"}, InvalidModel, 'key "model": there is no folder /repository/m/1/gone'),
         ([], InvalidModel, "has to hold an object of vLLM engine arguments, not a list"),

@@ -137,7 +137,8 @@ def test_what_cannot_be_mapped_is_taken_back_after_the_last_grant(
         agent.hear()
         agent.grant(4, "weights", 1, 1)
         agent.grant(4, "weights", 2, 1)
-        agent.channel.send(wire.Filled(4))
+        agent.hear()
+        agent.channel.send(wire.Refused("UNAVAILABLE", "one of the ranks cannot"))
         agent.hear()
 
     peer = agent(script)
@@ -155,6 +156,7 @@ def test_what_cannot_be_mapped_is_taken_back_after_the_last_grant(
             rank.swap_in(space, 4)
     peer.join()
     assert space.mapped == {"weights": 1} and open_frames() == 0
+    assert peer.heard[-2] == wire.MapFailed(4, "[Errno 12] Cannot allocate memory")
     assert peer.heard[-1] == wire.Unmapped(4), "only when nothing of the epoch is on its way any more"
     space.unmap({})
 

@@ -35,8 +35,8 @@ class Machinery:
         self.done += actions
         return actions
 
-    def register(self, name: str, frames: int | None, keep_alive_s: float | None = None) -> None:
-        self.post(ev.Registered, name, frames, keep_alive_s)
+    def register(self, name: str, frames: int | None, keep_alive_s: float | None = None, ranks: int = 1) -> None:
+        self.post(ev.Registered, name, frames, keep_alive_s, ranks)
 
     def report(self, name: str, in_flight: int = 0, waiting: int = 0) -> list[ev.Action]:
         self.busy[name], self.waiting[name] = in_flight, waiting
@@ -53,7 +53,8 @@ class Machinery:
         match action:
             case ev.StartEngine():
                 if frames := self.replica(name).request_frames:
-                    self.post(ev.FramesWanted, name, frames)
+                    for rank in range(len(action.devices)):
+                        self.post(ev.FramesWanted, name, frames - rank, rank)  # they need not be of one size
                 if name in self.host_bytes:
                     self.post(ev.HostMemoryWanted, name, self.host_bytes[name])
                 else:
@@ -168,6 +169,22 @@ def test_who_was_parked_longest_becomes_cold_when_host_memory_is_short() -> None
     assert stop.reason == "a becomes COLD: --host-memory is short, and it was idle for longest"
     machine.load("a")  # b is parked, c idle but resident
     assert [machine.state(name) for name in "abc"] == [State.RESIDENT, State.COLD, State.RESIDENT]
+
+
+def test_ranks_ask_for_host_memory_in_turn_and_the_last_sum_counts() -> None:
+    machine = Machinery(Device("cpu:0", 100), Device("cpu:1", 100), host_limit_bytes=100)
+    machine.register("a", 10)
+    machine.host_bytes["a"] = 40
+    machine.load("a")
+    machine.post(ev.UnloadWanted, "a", False)
+    machine.settle()
+    machine.register("pair", 10, ranks=2)
+    machine.post(ev.LoadWanted, "pair")
+    assert machine.post(ev.HostMemoryWanted, "pair", 50) == [ev.GrantHostMemory("pair")]
+    (stop,) = machine.post(ev.HostMemoryWanted, "pair", 70)
+    assert isinstance(stop, ev.StopEngine) and stop.name == "a"
+    assert ev.GrantHostMemory("pair") in machine.post(ev.EngineExited, "a", "stopped")
+    assert machine.policy.inventory.host_bytes() == 70
 
 
 def test_idle_resident_models_are_dropped_last_and_busy_ones_never() -> None:
@@ -365,7 +382,7 @@ def test_unload_waits_for_requests_and_purge_ends_the_engine() -> None:
     assert drain == ev.Drain("a", 1, wait=True, reason="unload")
     machine.settle()
     assert machine.state("a") is State.COLD
-    assert machine.replica("a").device is None
+    assert machine.replica("a").devices == ()
 
 
 def test_load_after_purge_starts_a_new_engine() -> None:
@@ -438,11 +455,125 @@ def test_the_fuller_device_that_fits_is_taken_first() -> None:
     for name, need in {"a": 60, "b": 60, "c": 30}.items():
         machine.register(name, need)
     machine.load("a", "b")
-    assert {machine.replica("a").device, machine.replica("b").device} == {"cpu:0", "cpu:1"}
+    assert {machine.replica("a").devices, machine.replica("b").devices} == {("cpu:0",), ("cpu:1",)}
     machine.register("d", 10)
     machine.load("c")
     machine.load("d")
-    assert machine.replica("d").device == machine.replica("c").device == "cpu:0"
+    assert machine.replica("d").devices == machine.replica("c").devices == ("cpu:0",)
+
+
+def two_devices(first: int = 100, second: int = 100) -> Machinery:
+    return Machinery(Device("cpu:0", first), Device("cpu:1", second))
+
+
+def free(machine: Machinery) -> list[int]:
+    return [machine.policy.inventory.free_frames(device) for device in machine.policy.inventory.devices]
+
+
+def test_a_model_of_two_ranks_takes_as_many_frames_of_two_devices_or_none() -> None:
+    machine = two_devices(100, 60)
+    machine.register("one", 50)
+    machine.register("pair", 60, ranks=2)
+    machine.load("one")
+    assert machine.replica("one").devices == ("cpu:1",), "the fuller one"
+    (drain,) = machine.post(ev.LoadWanted, "pair")
+    assert drain.name == "one" and machine.replica("pair").reserved_frames == 0
+    assert free(machine) == [100, 10], "nothing is set aside before both have room"
+    machine.settle()
+    assert machine.replica("pair").devices == ("cpu:0", "cpu:1") and machine.state("pair") is State.RESIDENT
+    assert free(machine) == [40, 0] and machine.replica("one").reserved_frames == 0
+
+
+def test_the_fullest_devices_that_fit_are_taken_by_several_ranks() -> None:
+    machine = Machinery(*(Device(f"cpu:{index}", 100) for index in range(4)))
+    for name, need in {"a": 60, "b": 90, "c": 30}.items():
+        machine.register(name, need)
+    machine.register("pair", 40, ranks=2)
+    machine.load("a", "b", "c")
+    assert free(machine) == [10, 10, 100, 100]
+    machine.load("pair")
+    assert machine.replica("pair").devices == ("cpu:2", "cpu:3")
+    machine.register("next", 60, ranks=2)
+    machine.load("next")
+    assert machine.replica("next").devices == ("cpu:2", "cpu:3")
+
+
+def test_a_model_of_two_ranks_gives_up_frames_on_both_devices_for_one() -> None:
+    machine = two_devices()
+    machine.register("pair", 70, ranks=2)
+    machine.register("one", 50)
+    machine.register("other", 80)
+    machine.load("pair", "one")
+    assert (machine.state("pair"), machine.replica("pair").reserved_frames) == (State.SWAPPED, 50)
+    assert machine.replica("one").devices == ("cpu:0",) and free(machine) == [0, 50]
+    machine.load("other")
+    assert machine.replica("other").devices == ("cpu:1",) and machine.replica("pair").reserved_frames == 20
+    machine.load("pair")
+    assert machine.state("pair") is State.RESIDENT and free(machine) == [0, 0]
+    assert [machine.replica(name).reserved_frames for name in ("one", "other")] == [30, 30]
+
+
+@pytest.mark.parametrize(("first", "where", "left"), [(100, "cpu:0", [10, 40]), (110, "cpu:1", [50, 10])])
+def test_who_makes_room_on_two_devices_is_asked_once_for_the_larger_part(
+    first: int, where: str, left: list[int]
+) -> None:
+    machine = two_devices(first)
+    machine.register("old", 60, ranks=2)
+    machine.register("one", 30)
+    machine.register("new", 70, ranks=2)
+    machine.load("old", "one")
+    assert machine.replica("one").devices == (where,) and free(machine) == left
+    assert kinds(machine.post(ev.LoadWanted, "new")) == [("Drain", "old")]
+    assert machine.replica("old").keep_frames == 0
+    machine.settle()
+    assert machine.state("new") is machine.state("one") is State.RESIDENT
+    assert kinds(machine.done).count(("SwapOut", "old")) == 1
+
+
+def test_a_model_of_more_ranks_than_devices_is_refused() -> None:
+    machine = Machinery(Device("cpu:0", 100), Device("cpu:1", 60))
+    machine.register("three", 10, ranks=3)
+    machine.register("large", 70, ranks=2)
+    assert machine.post(ev.LoadWanted, "three") == [
+        ev.Refuse("three", "three has 3 ranks and needs a device for each, this node has 2")
+    ]
+    assert machine.post(ev.LoadWanted, "large") == [
+        ev.Refuse("large", "large needs 70 frames on each of 2 devices; 1 of 2 devices have as many")
+    ]
+
+
+def test_an_undeclared_model_of_two_ranks_grows_on_both_devices() -> None:
+    machine = Machinery(Device("cpu:0", 100), Device("cpu:1", 80))
+    machine.register("one", 50)
+    machine.load("one")  # on cpu:1, which is the fuller
+    machine.register("pair", None, ranks=2)
+    machine.post(ev.LoadWanted, "pair")
+    assert machine.post(ev.FramesWanted, "pair", 30, 1) == [ev.GrantFrames("pair", 30, 1)]
+    assert machine.post(ev.FramesWanted, "pair", 25, 0) == [ev.GrantFrames("pair", 25, 0)]
+    assert free(machine) == [70, 0], "the larger rank counts on both"
+    (drain,) = machine.post(ev.FramesWanted, "pair", 10, 0)
+    assert drain.name == "one"
+    machine.open = [drain]
+    machine.settle()
+    assert machine.replica("pair").reserved_frames == 35 and machine.replica("one").reserved_frames == 45
+    (refusal,) = machine.post(ev.FramesWanted, "pair", 60, 1)
+    assert refusal == ev.RefuseFrames("pair", "it needs at least 90 frames of cpu:1, which has 80", 1)
+
+
+def test_the_books_of_two_ranks_are_compared_rank_by_rank() -> None:
+    machine = two_devices()
+    machine.register("pair", 50, ranks=2)
+    machine.load("pair")
+    pair, audit = machine.replica("pair"), machine.policy.inventory.audit
+    assert pair.footprints == {0: 50, 1: 49}
+    assert audit(pair, [50, 49]) == ""
+    assert audit(pair, [50, 50]) == (
+        "pair: 50+50 frames granted while RESIDENT with 50 reserved and a footprint of 50+49"
+    )
+    machine.register("one", 80)
+    machine.load("one")
+    assert (pair.state, pair.reserved_frames) == (State.SWAPPED, 20)
+    assert audit(pair, [20, 20]) == "" and audit(pair, [20, 49]) != "" and audit(pair, [0, 20]) != ""
 
 
 def test_stale_answers_are_ignored() -> None:
@@ -465,10 +596,12 @@ def test_only_legal_moves() -> None:
 def test_random_histories_keep_the_books_and_serve_everybody(seed: int) -> None:
     """Arrivals, finishes, crashes, loads and unloads in any order; then quiet: every wish is granted."""
     rng = random.Random(seed)
-    machine = Machinery(Device("cpu:0", 100), Device("cpu:1", 60))
-    names = [f"m{index}" for index in range(6)]
-    for name in names:
-        machine.register(name, rng.choice([20, 40, 60, 90]), rng.choice([None, 0.0, 3.0]))
+    machine = Machinery(Device("cpu:0", 100), Device("cpu:1", 60), Device("cpu:2", 50))
+    names = [f"m{index}" for index in range(8)]
+    for index, name in enumerate(names):
+        ranks = 1 + index % 3  # of three ranks, two, and one
+        frames = rng.choice([20, 40, 50] if ranks == 3 else [20, 40, 60] if ranks == 2 else [20, 40, 60, 90])
+        machine.register(name, frames, rng.choice([None, 0.0, 3.0]), ranks)
         machine.post(ev.LoadWanted, name)
     for _ in range(400):
         name = rng.choice(names)
@@ -491,7 +624,7 @@ def test_random_histories_keep_the_books_and_serve_everybody(seed: int) -> None:
                 machine.obey(rng.choice(machine.open))
     for name in names:
         machine.post(ev.LoadWanted, name)
-        machine.register(name, machine.replica(name).request_frames, None)
+        machine.register(name, machine.replica(name).request_frames, None, machine.replica(name).ranks)
     asked_at = len(machine.done)
     for _ in range(60):
         machine.settle()
