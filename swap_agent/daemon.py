@@ -53,7 +53,7 @@ _MEASURE_S = 5.0
 _SPARE_FILES = 1024
 """Open files beside the frames: descriptors on their way to ranks, connections, logs."""
 _HELLO_TIMEOUT_S = 10.0
-_GONE_S = 5.0
+_GONE_S = 10.0
 """How long an engine that has lost a rank may take to end by itself, telling its clients."""
 _PARKED = frozenset({State.SWAPPED, State.COLD, State.FAILED})
 
