@@ -31,7 +31,7 @@ bench: $(STAMP) ## speed, as JSON and tables under out/ (12 minutes)
 	@$(BIN)/python -m loadtest.bench
 
 soak: $(STAMP) ## half an hour of mixed load, and 10,000 swap cycles; fails on the first lost request
-	@TRITON_SWAP_SOAK=1 $(BIN)/python -m pytest -q tests/contract/test_rank_link.py tests/contract/test_cuda_device.py
+	@TRITON_SWAP_SOAK=1 $(BIN)/python -m pytest -q tests/contract/test_rank_link.py tests/contract/test_cuda_device.py tests/contract/test_gpu_probe.py
 	@$(BIN)/python -m loadtest.load --duration 30m --out out/soak.json
 
 gpu: ## what only an NVIDIA GPU can show, with the python3 that has vLLM: make gpu PYTHON=… (15 minutes)

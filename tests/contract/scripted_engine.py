@@ -46,13 +46,13 @@ class Rank:
         if isinstance(welcome, wire.Refused):
             sys.exit(welcome.message)
         assert isinstance(welcome, wire.RankWelcome), welcome
-        assert world_size == 1 or welcome.device == f"cpu:{number}", welcome
+        assert world_size == 1 or welcome.device.endswith(f":{number}"), welcome
         if "refuses" in self.faults:
             self.channel.send(wire.RankFailed("INVALID_ARG", "refused for a test"))
             sys.exit(1)
         self.frame_bytes = welcome.frame_bytes
         cuda = welcome.device.startswith("cuda")  # the tests' imitation: its memory is the host's
-        self.device: Addresses = CudaAddresses(0) if cuda else HostAddresses()
+        self.device: Addresses = CudaAddresses(number) if cuda else HostAddresses()
         self.seed = zlib.crc32(f"{replica} {number}".encode())
         self.addresses: dict[wire.Region, int] = {}
         self.counts: dict[wire.Region, int] = {}

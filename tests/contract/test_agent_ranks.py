@@ -12,16 +12,16 @@ import signal
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from devices import FRAME_BYTES, Nth, break_nth
+from devices import FRAME_BYTES, NAME, break_nth, spec
 from test_agent import ENGINE, Stub, until
 
 from swap_agent.config import AgentConfig, RuntimeDir
 from swap_agent.daemon import Agent
 from swap_agent.errors import Unavailable
 from swap_agent.memory.frames import FramePool
-from swap_agent.policy.units import DeviceSpec
 from swap_agent.supervisor import group_exists
 from swap_agent.wire import messages as wire
 
@@ -31,7 +31,7 @@ FRAMES = (16, 14)
 
 @pytest.fixture
 async def agent(tmp_path: Path) -> AsyncIterator[Agent]:
-    device = DeviceSpec("cpu", tuple(frames * FRAME_BYTES for frames in FRAMES))
+    device = spec(*FRAMES)
     agent = Agent(AgentConfig(RuntimeDir(tmp_path), device, engine_command=ENGINE, drain_timeout_s=1, poison=True))
     async with agent.started():
         yield agent
@@ -48,7 +48,7 @@ def free(agent: Agent) -> tuple[int, ...]:
 
 
 def second(agent: Agent) -> FramePool:
-    return agent.pools["cpu:1"]
+    return agent.pools[f"{NAME[:-1]}1"]
 
 
 async def pair(agent: Agent, *faults: str, frames: int = 10, kv_frames: int = 2) -> Stub:
@@ -73,7 +73,7 @@ def ranks_of(agent: Agent, stub: Stub) -> list[int]:
 
 async def test_two_ranks_and_one_take_turns_and_find_every_byte(agent: Agent) -> None:
     double = await pair(agent)
-    assert double.report["devices"] == ["cpu:0", "cpu:1"] and free(agent) == (6, 5)
+    assert double.report["devices"] == [NAME, f"{NAME[:-1]}1"] and free(agent) == (6, 5)
     assert double.report["device_bytes"] == (10 + 9) * FRAME_BYTES
     pids = [rank.pid for rank in agent.engines[double.replica].ranks]
     assert pids == ranks_of(agent, double) and len({*pids, double.report["engine_pid"]}) == 3
@@ -83,7 +83,7 @@ async def test_two_ranks_and_one_take_turns_and_find_every_byte(agent: Agent) ->
     (where,) = single.report["devices"]  # type: ignore[misc]
     for turn in range(3):
         assert (single.report["state"], double.report["state"]) == ("RESIDENT", "SWAPPED")
-        kept = 16 - 10 if where == "cpu:0" else 14 - 10
+        kept = 16 - 10 if where == NAME else 14 - 10
         assert double.report["device_bytes"] == 2 * kept * FRAME_BYTES, "as many frames of both devices stay"
         await agent.load(double.replica)  # the scripted engine checks weights, state and KV of both ranks
         assert (double.report["state"], double.report["device_bytes"]) == ("RESIDENT", 19 * FRAME_BYTES)
@@ -176,8 +176,7 @@ async def test_a_rank_that_does_not_give_back_what_failed_elsewhere_ends_the_eng
     stub = await pair(agent, "no_taken_back_ack@0")
     pid = stub.report["engine_pid"]
     await agent.unload(stub.replica, purge=False)
-    device = second(agent).device
-    monkeypatch.setattr(device, "copy_in", Nth(device.copy_in, OSError(5, "Input/output error"), 2))
+    break_nth(monkeypatch, second(agent).device, "copy_in", 2)
     with pytest.raises(Unavailable, match="pair/1#0: swap-in failed: no Unmapped from rank"):
         await asyncio.wait_for(agent.load(stub.replica), 10)
     await everything_is_gone(agent, stub, pid)
@@ -225,18 +224,18 @@ async def test_an_engine_that_ends_during_a_copy_is_cleared_away_after_it(
     assert isinstance(pid, int)
     await agent.unload(stub.replica, purge=False)
     copying, may_go_on, done = threading.Event(), threading.Event(), threading.Event()
-    device = second(agent).device
-    real = device.copy_in
+    space = agent.engines[stub.replica].ranks[1].space
+    real = space.fill
 
-    def slow(*args: object) -> object:
+    def slow(*args: Any) -> object:
         copying.set()
         may_go_on.wait(10)
         try:
-            return real(*args)  # type: ignore[arg-type]
+            return real(*args)
         finally:
             done.set()
 
-    monkeypatch.setattr(device, "copy_in", slow)
+    monkeypatch.setattr(space, "fill", slow)
     loading = asyncio.create_task(agent.load(stub.replica))
     assert await asyncio.to_thread(copying.wait, 10)
     os.kill(pid, signal.SIGKILL)
@@ -263,7 +262,7 @@ async def test_an_engine_that_ends_during_a_copy_is_cleared_away_after_it(
         ({"tensor_parallel_size": 2, "faults": ["alone"]}, "a/1#0: its engine ended while starting; see "),
         (
             {"tensor_parallel_size": 2, "request": "", "frames": 20},
-            "frames of cpu:1, which has 14",  # at least 17 says the one rank, 16 the other
+            f"frames of {NAME[:-1]}1, which has 14",  # at least 17 says the one rank, 16 the other
         ),
     ],
 )

@@ -31,7 +31,7 @@ def test_memory_and_ranks(fake_cuda: FakeCuda) -> None:
 
 
 def test_the_agent_and_its_deaths(fake_cuda: FakeCuda) -> None:
-    fake_cuda.devices = "1x512MiB"
-    files = [str(HERE / "test_agent.py"), str(HERE / "test_agent_killed.py")]
+    fake_cuda.devices = "2x512MiB"
+    files = [str(HERE / name) for name in ("test_agent.py", "test_agent_ranks.py", "test_agent_killed.py")]
     run_suite(fake_cuda, *files, TRITON_SWAP_TEST_KILLS="5")
     assert fake_cuda.used_bytes() == 0
