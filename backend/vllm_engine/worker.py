@@ -100,7 +100,7 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
             if self._on_gpu:
                 self.cache_config.kv_cache_memory_bytes = self._kv_bytes
                 super().determine_available_memory()  # a profiling run, whose answer is this size
-            elif self._should_warm_up_model():
+            else:
                 self.model_runner.warming_up_model()
             return self._kv_bytes
 
