@@ -178,6 +178,18 @@ def test_the_kv_buffers_that_a_layout_takes(block_stride: int, sizes: list[int],
     assert buffer_sizes(SimpleNamespace(kv_cache_tensors=[])) == []
 
 
+def test_a_vllm_without_the_hooks_between_ranks_takes_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    from swap_agent.errors import Unsupported
+
+    between_ranks = pytest.importorskip("vllm_engine.between_ranks")
+    from vllm_engine.executor import executor
+
+    monkeypatch.delattr(between_ranks.shm_broadcast, "SHM_READER_RECHECK_INTERVAL_MS", raising=False)  # as in 0.26
+    assert executor(ranks=1) == "vllm_engine.executor.InProcessExecutor"
+    with pytest.raises(Unsupported, match=r"several ranks needs vLLM 0\.32\.0 .*RECHECK.* tensor_parallel_size"):
+        executor(ranks=2)
+
+
 def int8_layer(torch: Any, rows: int, symmetric: bool) -> tuple[Any, Any, Any]:
     """A kernel of vLLM's, its layer as it is before repacking, and the weight that it stands for."""
     from vllm.model_executor.kernels.linear.scaled_mm import cpu
