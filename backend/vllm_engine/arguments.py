@@ -1,7 +1,7 @@
 """model.json -> vLLM's AsyncEngineArgs, with errors that name the key and say what to do.
 
 `read` needs no vLLM, so that bad files are refused in milliseconds; `engine_args` and `engine_config` hand the result
-to vLLM and translate its complaints. Tried on vLLM 0.32.0.
+to vLLM and translate its complaints. Tried on vLLM 0.32.0 and 0.26.0.
 """
 
 from __future__ import annotations

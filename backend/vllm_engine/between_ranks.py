@@ -1,7 +1,8 @@
 """How the processes of an engine of several ranks wait for each other: asleep before long. See docs/adr/0005.
 
-Tried on vLLM 0.32.0. Hooks into vLLM: `sched_yield`, `SHM_READER_RECHECK_INTERVAL_MS` and `MessageQueue` of
-vllm.distributed.device_communicators.shm_broadcast; the names that `_CPUSHMDistributed` gives to its memory.
+Tried on vLLM 0.32.0; 0.26.0 has no SHM_READER_RECHECK_INTERVAL_MS. Hooks into vLLM: that, `sched_yield` and
+`MessageQueue` of vllm.distributed.device_communicators.shm_broadcast; the names that `_CPUSHMDistributed` gives to its
+memory.
 """
 
 from __future__ import annotations
@@ -24,14 +25,18 @@ RECHECK_MS = 100
 _SHARED_MEMORY = Path("/dev/shm")
 
 
-def wait_asleep() -> None:
-    """In this process, before its message queues are made: no long polling without pause, no names left in /dev/shm.
-
-    Raises Unsupported when a hook is gone.
-    """
+def check_hooks() -> None:
+    """Raise Unsupported when this vLLM lacks a hook, as 0.26.0 does: there a wake-up call that gets lost is lost."""
     for name in ("sched_yield", "SHM_READER_RECHECK_INTERVAL_MS", "MessageQueue"):
         if not hasattr(shm_broadcast, name):
-            raise Unsupported(f"this vLLM has no {shm_broadcast.__name__}.{name}: use a supported version")
+            raise Unsupported(
+                f"an engine of several ranks needs vLLM 0.32.0 (this one has no {shm_broadcast.__name__}.{name}): "
+                "install it, or remove tensor_parallel_size"
+            )
+
+
+def wait_asleep() -> None:
+    """In this process, before its message queues are made: no long polling without pause, no names left in /dev/shm."""
     shm_broadcast.sched_yield = Pause()
     shm_broadcast.SHM_READER_RECHECK_INTERVAL_MS = RECHECK_MS
     if shm_broadcast.MessageQueue.wait_until_ready is not _ready_and_nameless:

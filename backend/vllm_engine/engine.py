@@ -1,7 +1,7 @@
 """The only place that drives vLLM's AsyncLLM: start, generate, pause and resume around a swap, stop.
 
-Tried on vLLM 0.32.0. Beyond the public `AsyncLLM` it uses `engine_core.pause_scheduler_async(mode, clear_cache)` and
-`engine_core.resume_scheduler_async()`.
+Tried on vLLM 0.32.0 and 0.26.0. Beyond the public `AsyncLLM` it uses `engine_core.pause_scheduler_async(mode,
+clear_cache)` and `engine_core.resume_scheduler_async()`.
 """
 
 from __future__ import annotations

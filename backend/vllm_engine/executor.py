@@ -1,7 +1,7 @@
 """Where ranks run: a single one inside EngineCore's process, as vLLM does on GPUs; several in a process each.
 
-See docs/adr/0004-rank-in-enginecore.md and 0005-several-ranks.md. Tried on vLLM 0.32.0, CPU. Hooks into vLLM:
-`UniProcExecutor`, `MultiprocExecutor` and, on CPU, `OMPProcessManager`.
+See docs/adr/0004-rank-in-enginecore.md and 0005-several-ranks.md. Tried on CPU on vLLM 0.32.0, and with one rank on
+0.26.0. Hooks into vLLM: `UniProcExecutor`, `MultiprocExecutor` and, on CPU, `OMPProcessManager`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,16 @@ from vllm.platforms import current_platform
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from vllm_engine.between_ranks import wait_asleep
+from vllm_engine.between_ranks import check_hooks, wait_asleep
 
 
 def executor(ranks: int) -> str:
-    """The name by which vLLM finds the executor: its engine argument `distributed_executor_backend`."""
+    """The name by which vLLM finds the executor: its engine argument `distributed_executor_backend`.
+
+    Raises Unsupported when this vLLM cannot have several ranks.
+    """
+    if ranks > 1:
+        check_hooks()
     return f"{__name__}.{'InProcessExecutor' if ranks == 1 else 'ProcessesExecutor'}"
 
 

@@ -1,7 +1,7 @@
 """vLLM's KV cache: how large it has to be, and how it comes to lie in our frames.
 
-Tried on vLLM 0.32.0 (CPU, model runner V1; runner V2 calls the same function). There `allocate_kv_cache` makes one int8
-buffer for all layers with `torch.zeros`; 0.26.0 makes one per `KVCacheTensor` in the same way (read, not tried).
+Tried on vLLM 0.32.0 and 0.26.0 (CPU, model runner V1; the allocating function of runner V2 by itself). 0.32.0 makes
+one int8 buffer for all layers with `torch.zeros`, 0.26.0 one per `KVCacheTensor`, or one for all where it packs them.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ def check_holds_one_sequence(vllm_config: Any, specs: dict[str, Any], size: int)
 
 def buffer_sizes(kv_cache_config: Any) -> list[int]:
     """Sizes in bytes of the buffers that vLLM will ask for."""
-    sizes = [int(tensor.size) for tensor in kv_cache_config.kv_cache_tensors]
-    shares_one_buffer = hasattr(kv_cache_config, "kv_cache_layout")  # 0.32
-    return sizes[:1] if shares_one_buffer else sizes
+    tensors = kv_cache_config.kv_cache_tensors
+    sizes = [int(tensor.size) for tensor in tensors]
+    share_one_buffer = any(tensor.block_stride > 0 for tensor in tensors)  # always in 0.32
+    return sizes[:1] if share_one_buffer else sizes
 
 
 class KVCacheInFrames(TorchFunctionMode):  # type: ignore[misc]  # torch is not type-checked here

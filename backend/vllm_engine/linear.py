@@ -4,9 +4,9 @@ Stock vLLM on CPU repacks each weight into private memory of oneDNN. Here a bf16
 kernel for small matrices, whose packed form is a tensor of the same size (faster than oneDNN's at decode where the CPU
 has AVX512-BF16); any other goes through `torch.nn.functional.linear`. See docs/adr/0002.
 
-Tried on vLLM 0.32.0. Hooks: `dispatch_cpu_unquantized_gemm` in vllm.model_executor.layers.utils, called once per linear
-and vocabulary layer after loading; `UnquantizedEmbeddingMethod.embedding`; the operators `_C.convert_weight_packed` and
-`_C.weight_packed_linear`.
+Tried on vLLM 0.32.0, and on 0.26.0, whose `_C.weight_packed_linear` is another: there all goes through F.linear. Hooks:
+`dispatch_cpu_unquantized_gemm` in vllm.model_executor.layers.utils, called once per linear and vocabulary layer after
+loading; `UnquantizedEmbeddingMethod.embedding`; the operators `_C.convert_weight_packed` and `_C.weight_packed_linear`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def load_with_ordinary_weights(load: Callable[[], None], model: Callable[[], tor
         raise Unsupported(f"this vLLM has no vllm.model_executor.layers.utils.{name}(layer, remove_weight)")
     pack = packing_works()
     if not pack:
-        log.warning("no packed bf16 kernel on this CPU: linear layers run F.linear, slower than stock vLLM at decode")
+        log.warning("no packed bf16 kernel in this vLLM on this CPU: F.linear, slower than stock vLLM at decode")
 
     def dispatch(layer: torch.nn.Module, remove_weight: bool) -> None:
         # Vocabulary layers (remove_weight=False) serve as embedding too; _pack_vocabulary decides about them.

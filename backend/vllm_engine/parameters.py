@@ -1,6 +1,6 @@
 """A request's parameters, as vLLM takes them: for text SamplingParams, for an embedding PoolingParams.
 
-Tried on vLLM 0.32.0.
+Tried on vLLM 0.32.0 and 0.26.0.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 vLLM's CPU kernels repack a layer's weights into parameters of it, which move into frames as they are. Its int8 kernel
 alone gives them to oneDNN, unless the CPU has AMX; the packed kernel that it uses then needs no more than AVX512-VNNI.
 
-Tried on vLLM 0.32.0. Hooks: `check_cpu_sgl_kernel` in vllm.model_executor.kernels.linear.scaled_mm.cpu,
-`create_onednn_scaled_mm` in vllm._custom_ops; the operators `_C.convert_weight_packed` and
-`_C.int8_scaled_mm_with_quant`.
+Tried on vLLM 0.32.0 and 0.26.0, which uses that kernel only with VLLM_CPU_SGL_KERNEL=1. Hooks: `check_cpu_sgl_kernel`
+in vllm.model_executor.kernels.linear.scaled_mm.cpu, `create_onednn_scaled_mm` in vllm._custom_ops; the operators
+`_C.convert_weight_packed` and `_C.int8_scaled_mm_with_quant`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from vllm import _custom_ops as ops
+from vllm import envs
 from vllm.model_executor.kernels.linear.scaled_mm import cpu as scaled_mm
 
 from swap_agent.errors import Unsupported
@@ -42,6 +43,7 @@ def in_parameters() -> Iterator[None]:
     """While active, loading packs int8 weights into parameters, or raises Unsupported where it cannot."""
     original_check, original_create = scaled_mm.check_cpu_sgl_kernel, ops.create_onednn_scaled_mm
     works = int8_kernel_works()
+    off = not getattr(envs, "VLLM_CPU_SGL_KERNEL", True)  # 0.26 has the switch
 
     def check(n: int, k: int, dtype: torch.dtype) -> bool:
         fits = dtype is torch.int8 and n % _TILE == 0 and k % _TILE == 0
@@ -51,6 +53,7 @@ def in_parameters() -> Iterator[None]:
         k, n = weight.shape
         why = (
             "this CPU has no AVX512-VNNI" if not works
+            else "this vLLM's packed kernels are off (VLLM_CPU_SGL_KERNEL=1 turns them on)" if off
             else "its inputs are quantized asymmetrically, or its sizes are no multiples of 32"
         )  # fmt: skip
         raise Unsupported(

@@ -1,6 +1,7 @@
 """The sampling parameters of a request: JSON -> vLLM's SamplingParams, with errors that name the key.
 
-Values given as strings are cast ("0.1" -> 0.1), as the stock Triton vLLM backend does. Tried on vLLM 0.32.0.
+Values given as strings are cast ("0.1" -> 0.1), as the stock Triton vLLM backend does. Tried on vLLM 0.32.0 and
+0.26.0.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import os
 from swap_agent.errors import Unsupported
 
 ACCEPTED = ("0.32.0", "0.26.0")
-"""0.32.0: tried on CPU. 0.26.0: accepted, not tried yet."""
+"""Both tried on CPU, 0.26.0 with one rank per engine only and without the whole servers (docs/stack.md)."""
 TRY_ANYWAY = "TRITON_SWAP_TRY_ANY_VLLM"
 """Environment variable; `1` lets any version start, to see whether its hooks still fit."""
 

@@ -1,7 +1,7 @@
 """The vLLM worker of a swappable engine: weights, state and KV cache lie in frames that the agent grants.
 
-Tried on vLLM 0.32.0, CPU; untested on a GPU. Hooks into vLLM: the worker methods overridden here, `linear.py`,
-`kv_cache.py` and `gpu.py`. vLLM finds the class by its name, `vllm_engine.worker.SwappableWorker`.
+Tried on vLLM 0.32.0 and 0.26.0, CPU; untested on a GPU. Hooks into vLLM: the worker methods overridden here,
+`linear.py`, `kv_cache.py` and `gpu.py`. vLLM finds the class by its name, `vllm_engine.worker.SwappableWorker`.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
             if self._on_gpu:
                 self.cache_config.kv_cache_memory_bytes = self._kv_bytes
                 super().determine_available_memory()  # a profiling run, whose answer is this size
-            elif self._should_warm_up_model():
+            else:
                 self.model_runner.warming_up_model()
             return self._kv_bytes
 

@@ -113,7 +113,7 @@ def test_malformed_sampling_parameters_name_the_key(text: str, says: str) -> Non
 
 def test_a_packed_weight_multiplies_as_the_plain_one(linear: Any, torch: Any) -> None:
     if not linear.packing_works():
-        pytest.skip("this CPU has no AVX512-BF16")
+        pytest.skip("no packed bf16 kernel in this vLLM on this CPU")
     torch.manual_seed(0)
     layer = torch.nn.Module()
     layer.weight = torch.nn.Parameter((torch.randn(96, 256) / 16).to(torch.bfloat16), requires_grad=False)
@@ -130,7 +130,7 @@ def test_a_packed_weight_multiplies_as_the_plain_one(linear: Any, torch: Any) ->
 
 def test_rows_read_out_of_a_packed_weight_are_the_same_bits(linear: Any, torch: Any) -> None:
     if not linear.packing_works():
-        pytest.skip("this CPU has no AVX512-BF16")
+        pytest.skip("no packed bf16 kernel in this vLLM on this CPU")
     weight = torch.randn(64, 128).to(torch.bfloat16)
     layer = SimpleNamespace(packed_weight=linear._pack(weight))
     tokens = torch.tensor([[0, 63, 31], [32, 5, 5]])
@@ -169,6 +169,27 @@ def test_the_kv_hook_replaces_the_expected_buffers_and_nothing_else(torch: Any) 
         hook.check_all_replaced()
 
 
+@pytest.mark.parametrize(("block_stride", "sizes"), [(0, [64, 128]), (16, [64])], ids=["one each", "one for all"])
+def test_the_kv_buffers_that_a_layout_takes(block_stride: int, sizes: list[int], torch: Any) -> None:
+    from vllm_engine.kv_cache import buffer_sizes
+
+    tensors = [SimpleNamespace(size=size, block_stride=block_stride) for size in (64, 128)]
+    assert buffer_sizes(SimpleNamespace(kv_cache_tensors=tensors)) == sizes
+    assert buffer_sizes(SimpleNamespace(kv_cache_tensors=[])) == []
+
+
+def test_a_vllm_without_the_hooks_between_ranks_takes_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    from swap_agent.errors import Unsupported
+
+    between_ranks = pytest.importorskip("vllm_engine.between_ranks")
+    from vllm_engine.executor import executor
+
+    monkeypatch.delattr(between_ranks.shm_broadcast, "SHM_READER_RECHECK_INTERVAL_MS", raising=False)  # as in 0.26
+    assert executor(ranks=1) == "vllm_engine.executor.InProcessExecutor"
+    with pytest.raises(Unsupported, match=r"several ranks needs vLLM 0\.32\.0 .*RECHECK.* tensor_parallel_size"):
+        executor(ranks=2)
+
+
 def int8_layer(torch: Any, rows: int, symmetric: bool) -> tuple[Any, Any, Any]:
     """A kernel of vLLM's, its layer as it is before repacking, and the weight that it stands for."""
     from vllm.model_executor.kernels.linear.scaled_mm import cpu
@@ -187,9 +208,10 @@ def int8_layer(torch: Any, rows: int, symmetric: bool) -> tuple[Any, Any, Any]:
     return kernel, layer, weight.float() * 0.01
 
 
-def test_int8_weights_stay_in_parameters(torch: Any, linear: Any) -> None:
+def test_int8_weights_stay_in_parameters(torch: Any, linear: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_engine import quantized
 
+    monkeypatch.setenv("VLLM_CPU_SGL_KERNEL", "1")  # 0.26 has its packed kernels off
     if not quantized.int8_kernel_works():
         pytest.skip("no packed int8 kernel on this CPU")
     kernel, layer, weight = int8_layer(torch, 96, symmetric=True)
