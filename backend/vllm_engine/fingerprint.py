@@ -39,7 +39,7 @@ def fingerprint(vllm_config: Any, engine_arguments: str, rank: int) -> str:
         raise Unfit(f"its quantization ({model.quantization}) may keep values outside of tensors")
     if not isinstance(get_model_loader(vllm_config.load_config), DefaultModelLoader):
         raise Unfit(f"load_format {vllm_config.load_config.load_format} does not read plain weight files")
-    if model.word_embeddings_untied_by_checkpoint:
+    if getattr(model, "word_embeddings_untied_by_checkpoint", False):  # 0.26.0 never compares them
         raise Unfit("whether its word embeddings are tied shows only in the weights")
     facts = {
         "files": files(Path(model.model)),

@@ -1,7 +1,8 @@
 """Models that vLLM builds without reading their weights: every tensor has its form and no content yet.
 
-Tried on vLLM 0.32.0. Hooks: `register_model_loader`, `load_config.load_format`, `BaseModelLoader.create_model`, and, to
-build a model a second time in one process, the registers of layers in `compilation_config`.
+Tried on vLLM 0.32.0; the hooks are in 0.26.0 as well: `register_model_loader`, `load_config.load_format`,
+`initialize_model` in vLLM's base_loader, and, to build a model a second time in one process, the registers of layers in
+`compilation_config`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader import base_loader, register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 LOAD_FORMAT = "triton_swap_placeholders"
@@ -45,19 +46,19 @@ def no_weights(vllm_config: Any) -> Iterator[None]:
 def timed_builds() -> Iterator[list[float]]:
     """How long vLLM takes for each model that it builds in the `with` block, seconds, without its weights."""
     taken: list[float] = []
-    original = BaseModelLoader.create_model
+    original = base_loader.initialize_model
 
-    def create_model(*args: Any, **kwargs: Any) -> Any:
+    def initialize_model(*args: Any, **kwargs: Any) -> Any:
         begin_s = time.perf_counter()
         model = original(*args, **kwargs)
         taken.append(time.perf_counter() - begin_s)
         return model
 
-    BaseModelLoader.create_model = create_model
+    base_loader.initialize_model = initialize_model
     try:
         yield taken
     finally:
-        BaseModelLoader.create_model = original
+        base_loader.initialize_model = original
 
 
 def forget_model(vllm_config: Any, model_runner: Any) -> None:
