@@ -10,7 +10,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from test_agent import Stub, config, until
+from test_agent import Stub, config, stubs, until  # noqa: F401  # a fixture: closes what is open
 
 from swap_agent.api import report
 from swap_agent.daemon import Agent
