@@ -33,6 +33,8 @@ def fingerprint(vllm_config: Any, engine_arguments: str, rank: int) -> str:
     model = vllm_config.model_config
     if not current_platform.is_cpu():
         raise Unfit(f"restoring from a mirror was not tried on {current_platform.device_name} yet")
+    if vllm_config.parallel_config.world_size > 1:
+        raise Unfit("restoring several ranks from mirrors was not tried yet")
     from vllm_engine import linear
 
     if vllm_config.quant_config is not None:
