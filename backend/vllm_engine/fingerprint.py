@@ -21,6 +21,9 @@ from vllm.platforms import current_platform
 
 from swap_agent.errors import Unfit
 
+if current_platform.is_cpu():
+    from vllm_engine import linear
+
 _PER_ENGINE = frozenset({"VLLM_RPC_BASE_PATH", "VLLM_DIST_IDENT"})
 """`VLLM_*` variables that differ between engines and decide nothing about weights."""
 
@@ -35,8 +38,6 @@ def fingerprint(vllm_config: Any, engine_arguments: str, rank: int) -> str:
         raise Unfit(f"restoring from a mirror was not tried on {current_platform.device_name} yet")
     if vllm_config.parallel_config.world_size > 1:
         raise Unfit("restoring several ranks from mirrors was not tried yet")
-    from vllm_engine import linear
-
     if vllm_config.quant_config is not None:
         raise Unfit(f"its quantization ({model.quantization}) may keep values outside of tensors")
     if not isinstance(get_model_loader(vllm_config.load_config), DefaultModelLoader):
