@@ -19,14 +19,16 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from swap_agent import ranks as together
 from swap_agent.config import AgentConfig, read_ranks, read_settings
+from swap_agent.desk import MirrorDesk, void
 from swap_agent.devices import open_devices
 from swap_agent.engine import Engine, ModelSpec
 from swap_agent.errors import (
     BooksDoNotBalance,
+    Damaged,
     InvalidModel,
     InvalidUsage,
     PeerGone,
@@ -36,6 +38,7 @@ from swap_agent.errors import (
     Unavailable,
 )
 from swap_agent.memory.frames import FramePool
+from swap_agent.memory.mirrors import Mirror, MirrorStore
 from swap_agent.memory.space import RankSpace
 from swap_agent.policy import events as ev
 from swap_agent.policy.coordinator import Coordinator
@@ -58,6 +61,7 @@ _GONE_S = 10.0
 _PARKED = frozenset({State.SWAPPED, State.COLD, State.FAILED})
 
 HostChannel = AsyncChannel[wire.FromStub | wire.FromHost]
+T = TypeVar("T")
 
 
 class Agent:
@@ -72,6 +76,7 @@ class Agent:
         }
         devices = [Device(name, pool.device.total_frames) for name, pool in self.pools.items()]
         self.coordinator = Coordinator(devices, config.host_memory_bytes)
+        self.mirrors = MirrorStore()
         self.engines: dict[str, Engine] = {}
         self.specs: dict[str, ModelSpec] = {}
         self._users: dict[str, set[HostChannel]] = {}
@@ -132,8 +137,9 @@ class Agent:
     async def _end_engines(self) -> None:
         for engine in list(self.engines.values()):
             self._stop_engine(engine, "the swap agent was stopped")
-        while self.engines:
+        while self.engines or self._mirrors_are_leaving():
             await asyncio.sleep(0.02)
+        self.mirrors.close()
 
     async def _tick(self) -> None:
         while True:
@@ -193,6 +199,10 @@ class Agent:
                     engine.host.send(wire.RefuseWaiting("UNAVAILABLE", action.message))
             case ev.StartEngine():
                 self._start_engine(action.name, action.devices)
+            case ev.DropMirror():
+                if action.reason:
+                    log.info("%s", action.reason)
+                self._spawn(self._drop_mirror(self.mirrors.take(action.name)))
             case _ if engine is None or engine.clearing:
                 pass  # it died meanwhile: its end is on the way as an event
             case ev.StopEngine():
@@ -268,6 +278,9 @@ class Agent:
         except Exception as error:
             if not isinstance(error, (TritonSwapError, TimeoutError)):
                 log.exception("%s: %s", engine.spec.replica, what)
+            if isinstance(error, Damaged):  # of which rank is not told
+                for mirror in [rank.space.stored for rank in engine.ranks if rank.space.stored]:
+                    void(self.mirrors, self.post, engine.spec.replica, mirror, unfit=False)
             engine.fail(f"{engine.spec.replica}: {what} failed: {error or 'no answer from its engine in time'}")
             self._kill(engine)
 
@@ -379,6 +392,7 @@ class Agent:
                 want_host_memory=lambda size: self._want_host_memory(engine, size),
                 on_failure=lambda reason: engine.fail(f"model {hello.replica}: {reason}"),
                 on_gone=lambda: self._from_thread(self._rank_gone, engine, number),
+                mirrors=MirrorDesk(self.mirrors, engine, number, lambda call: self._on_loop(engine, call), self.post),
             )
             request_bytes = engine.spec.settings.request_bytes
             channel.send(wire.RankWelcome(device.name, device.frame_bytes, request_bytes, capacity_bytes))
@@ -431,6 +445,28 @@ class Agent:
 
         self._loop.call_soon_threadsafe(on_loop)
         answer.result()
+
+    def _on_loop(self, engine: Engine, call: Callable[[], T]) -> T:
+        """On a rank's thread: run `call` on the loop's and wait for it. Raises Unavailable when the engine is gone."""
+        answer: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                if self.engines.get(engine.spec.replica) is not engine or engine.clearing:
+                    raise Unavailable("the engine was stopped")
+                answer.set_result(call())
+            except Exception as error:
+                answer.set_exception(error)
+
+        self._loop.call_soon_threadsafe(run)
+        return answer.result()
+
+    def _mirrors_are_leaving(self) -> bool:
+        return any(mirror.dropping for mirror in self.coordinator.inventory.mirrors.values())
+
+    async def _drop_mirror(self, mirror: Mirror) -> None:
+        await asyncio.to_thread(mirror.close)
+        self.post(ev.MirrorDropped(time.monotonic(), mirror.name))
 
     async def _measure(self) -> None:
         """Tell the policy what mirrors and processes take, for as long as the agent runs."""
@@ -598,6 +634,8 @@ class Agent:
         wanted = frozenset({State.COLD, State.FAILED}) if purge else _PARKED
         record = self.replica(replica)
         while (record.unload_wanted or record.state not in wanted) and not record.load_wanted:
+            await self._changed.wait()
+        while purge and self._mirrors_are_leaving():
             await self._changed.wait()
 
     def trim(self) -> int:

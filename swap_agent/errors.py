@@ -7,6 +7,7 @@ TritonSwapError
 ├── Unsupported        this version does not do it
 ├── OutOfFrames        a device has not that many free frames
 ├── TakenBack          a swap-in failed and was undone: the model is SWAPPED as before
+├── Unfit              a mirror is not of what an engine has: its weights come from disk
 ├── Damaged            weights in memory are not what they were: bad memory, or a bug
 ├── BooksDoNotBalance  frames were lost or counted twice: a bug
 ├── Refusal            another process of triton-swap said no; carries its code
@@ -54,6 +55,10 @@ class OutOfFrames(Unavailable):
 
 class TakenBack(Unavailable):
     """A swap-in failed and was undone: the model is SWAPPED as before, its mirror intact."""
+
+
+class Unfit(TritonSwapError):
+    """A mirror does not hold what an engine asks of it."""
 
 
 class Damaged(TritonSwapError):

@@ -9,8 +9,18 @@ import threading
 import time
 from collections.abc import Callable
 
-from swap_agent.errors import OutOfFrames, PeerGone, ProtocolError, TakenBack, TritonSwapError, Unavailable
+from swap_agent.errors import (
+    Damaged,
+    OutOfFrames,
+    PeerGone,
+    ProtocolError,
+    TakenBack,
+    TritonSwapError,
+    Unavailable,
+    Unfit,
+)
 from swap_agent.memory.device import Frame
+from swap_agent.memory.mirrors import Desk, Mirror, end, same_layout
 from swap_agent.memory.space import RankSpace, SwapIn
 from swap_agent.wire import messages as wire
 from swap_agent.wire.framing import FDS_PER_MESSAGE, Channel
@@ -38,6 +48,7 @@ class RankLink:
         want_host_memory: Callable[[int], None],
         on_failure: Callable[[str], None],
         on_gone: Callable[[], None],
+        mirrors: Desk | None = None,
     ) -> None:
         self.channel = channel
         self.space = space
@@ -51,6 +62,8 @@ class RankLink:
         self._held: dict[wire.Region, int] = {}
         """Frames of each region that the space had before the swap-in under way."""
         self.reader: threading.Thread | None = None
+        self._mirrors = mirrors
+        self._recalled: Mirror | None = None
         self._acks: queue.SimpleQueue[Ack | None] = queue.SimpleQueue()
 
     def serve(self) -> None:
@@ -66,6 +79,10 @@ class RankLink:
                 match message:
                     case wire.Reserve():
                         self._reserve(message)
+                    case wire.Recall():
+                        self._recall(message)
+                    case wire.Restore():
+                        self._restore(message)
                     case wire.Loaded():
                         self._loaded(message)
                     case wire.RankFailed():
@@ -76,7 +93,7 @@ class RankLink:
                         raise ProtocolError(f"{type(message).__name__} is out of place")
         except PeerGone:
             pass
-        except ProtocolError as error:
+        except (ProtocolError, Unavailable) as error:
             log.error("%s: %s; closing its connection", self.space.holder, error)
         finally:
             self._acks.put(None)
@@ -96,12 +113,47 @@ class RankLink:
         self._on_failure(str(error))
         self.channel.send(wire.Refused("UNAVAILABLE", str(error)))
 
-    def _loaded(self, message: wire.Loaded) -> None:
-        self.weights_bytes = _end(message.weights)
-        self.state_bytes = _end(message.state)
+    def _recall(self, message: wire.Recall) -> None:
+        found = self._recalled = self._mirrors.recall(message.fingerprint) if self._mirrors else None
+        if found:
+            self.channel.send(wire.Recalled(found.manifest["weights"], found.manifest["state"], found.outside))
+        else:
+            self.channel.send(wire.Recalled())
+
+    def _restore(self, message: wire.Restore) -> None:
+        """Fill the frames from the mirror that was recalled; when that cannot be, the rank loads from disk."""
+        mirror = self._recalled
+        if mirror is None or self._mirrors is None:
+            raise ProtocolError("Restore without a mirror")
+        self.weights_bytes, self.state_bytes = end(message.weights), end(message.state)
         try:
-            self._want_host_memory(self.weights_bytes + self.state_bytes)
+            shared = same_layout(mirror.manifest["weights"], message.weights)
+            self._want_host_memory(self.state_bytes + (0 if shared else self.weights_bytes))
+            self.space.restore(mirror, _manifest(message))
+        except (TritonSwapError, OSError) as error:
+            log.warning("%s is not restored from its mirror: %s", self.space.holder, error)
+            if isinstance(error, Damaged | Unfit):
+                self._mirrors.void(mirror, unfit=isinstance(error, Unfit))
+            self._recalled = None
+            self.channel.send(wire.Refused("UNAVAILABLE", str(error)))
+        else:
+            self.channel.send(wire.Mirrored(self.weights_bytes))
+
+    def _loaded(self, message: wire.Loaded) -> None:
+        self.weights_bytes, self.state_bytes = end(message.weights), end(message.state)
+        mirrors = self._mirrors
+        copies_of_state = 2 if message.fingerprint and mirrors else 1
+        if self._recalled and mirrors:  # the rank found that it cannot use what was recalled
+            mirrors.void(self._recalled, unfit=True)
+        try:
+            self._want_host_memory(self.weights_bytes + self.state_bytes * copies_of_state)
             self.space.make_images(self.weights_bytes, self.state_bytes)
+            if message.fingerprint and mirrors:
+                self.space.keep(
+                    lambda weights, state: mirrors.keep(
+                        message.fingerprint, weights, state, _manifest(message), message.outside
+                    )
+                )
         except TritonSwapError as error:
             self._refuse(error)
         else:
@@ -189,5 +241,5 @@ def start_serving(link: RankLink) -> threading.Thread:
     return link.reader
 
 
-def _end(extents: list[wire.Extent]) -> int:
-    return max((extent.offset + extent.bytes for extent in extents), default=0)
+def _manifest(message: wire.Loaded | wire.Restore) -> dict[wire.Region, list[wire.Extent]]:
+    return {"weights": message.weights, "state": message.state}

@@ -10,6 +10,7 @@ One decision per message, in `Host._take`:
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import select
@@ -32,6 +33,7 @@ from vllm_engine import arguments
 from vllm_engine.engine import Engine
 from vllm_engine.gate import Gate
 from vllm_engine.generate import DataPlane
+from vllm_engine.headers import read_past_cache
 from vllm_engine.parameters import parameters
 from vllm_engine.rank import Endpoint
 from vllm_engine.versions import check_vllm_version
@@ -102,10 +104,11 @@ def _start_engine(channel: AsyncChannel[wire.ToHost], replica: str, token: str, 
 
     with _Watch(channel):
         check_vllm_version(vllm.__version__)
+        read_past_cache()
         values = arguments.read(welcome.model_json, Path(welcome.version_dir), arguments.known_arguments())
         args = arguments.engine_args(values)
         config = arguments.engine_config(args)
-        Endpoint(welcome.ranks_socket, replica, token).export()
+        Endpoint(welcome.ranks_socket, replica, token, json.dumps(values, sort_keys=True)).export()
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks of one engine are on one machine
         return Engine(replica, config, args)
 

@@ -35,9 +35,12 @@ ROWS_PER_BLOCK = 32
 log = logging.getLogger(__name__)
 
 
-def load_with_ordinary_weights(load: Callable[[], None], model: Callable[[], torch.nn.Module]) -> None:
+def load_with_ordinary_weights(
+    load: Callable[[], None], model: Callable[[], torch.nn.Module], *, placeholders: bool = False
+) -> None:
     """Call `load`, which loads `model()`, so that its linear weights end up in registered parameters.
 
+    With `placeholders` the weights have no content yet: what is made of them has the right form and none either.
     Raises Unsupported when the hook is gone.
     """
     name = "dispatch_cpu_unquantized_gemm"
@@ -45,13 +48,14 @@ def load_with_ordinary_weights(load: Callable[[], None], model: Callable[[], tor
     if original is None or list(inspect.signature(original).parameters) != ["layer", "remove_weight"]:
         raise Unsupported(f"this vLLM has no vllm.model_executor.layers.utils.{name}(layer, remove_weight)")
     pack = packing_works()
+    pack_weight = _placeholder if placeholders else _pack
     if not pack:
         log.warning("no packed bf16 kernel in this vLLM on this CPU: F.linear, slower than stock vLLM at decode")
 
     def dispatch(layer: torch.nn.Module, remove_weight: bool) -> None:
         # Vocabulary layers (remove_weight=False) serve as embedding too; _pack_vocabulary decides about them.
         if pack and remove_weight and _fits(layer.weight):
-            _use_packed(layer, _pack(layer.weight))
+            _use_packed(layer, pack_weight(layer.weight))
         else:
             layer.cpu_linear = F.linear
 
@@ -62,10 +66,10 @@ def load_with_ordinary_weights(load: Callable[[], None], model: Callable[[], tor
     finally:
         setattr(vllm_layers, name, original)
     if pack:
-        _pack_vocabulary(model())
+        _pack_vocabulary(model(), pack_weight)
 
 
-def _pack_vocabulary(model: torch.nn.Module) -> None:
+def _pack_vocabulary(model: torch.nn.Module, pack_weight: Callable[[torch.Tensor], torch.nn.Parameter]) -> None:
     """Pack the weight of every vocabulary layer that computes logits, once for tied layers.
 
     An input embedding tied to one reads its rows out of the packed form, bit by bit the same.
@@ -82,7 +86,7 @@ def _pack_vocabulary(model: torch.nn.Module) -> None:
     for key in heads:
         group = layers[key]
         if _fits(group[0].weight):
-            packed = _pack(group[0].weight)
+            packed = pack_weight(group[0].weight)
             for layer in group:
                 _use_packed(layer, packed)
                 layer.quant_method = PackedEmbeddingMethod()
@@ -122,6 +126,11 @@ def _fits(weight: torch.Tensor) -> bool:
 def _pack(weight: torch.Tensor) -> torch.nn.Parameter:
     packed = torch.ops._C.convert_weight_packed(weight.detach().contiguous())
     return torch.nn.Parameter(packed, requires_grad=False)
+
+
+def _placeholder(weight: torch.Tensor) -> torch.nn.Parameter:
+    """What `_pack` would return, without content."""
+    return torch.nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype), requires_grad=False)
 
 
 def _use_packed(layer: torch.nn.Module, packed: torch.nn.Parameter) -> None:

@@ -22,7 +22,7 @@ START_TIMEOUT_S = 300.0
 SWAP_TIMEOUT_S = 120.0
 """Longest wait for the grants and for `Filled` of one swap-in."""
 
-M = TypeVar("M", wire.RankWelcome, wire.Mirrored)
+M = TypeVar("M", wire.RankWelcome, wire.Recalled, wire.Mirrored)
 
 
 class Endpoint(msgspec.Struct, frozen=True):
@@ -31,6 +31,8 @@ class Endpoint(msgspec.Struct, frozen=True):
     ranks_socket: str
     replica: str
     token: str
+    engine_arguments: str = ""
+    """model.json in canonical form: part of the fingerprint of what the rank loads."""
 
     def export(self) -> None:
         """Leave it in the environment for the processes that vLLM spawns.
@@ -66,6 +68,8 @@ class RankConnection:
             self._channel: Channel[wire.ToRank] = Channel.connect(endpoint.ranks_socket, wire.ToRank)
         except OSError as error:
             raise Unavailable(f"no swap agent listens on {endpoint.ranks_socket}: {error}") from error
+        self.rank = rank
+        self.engine_arguments = endpoint.engine_arguments
         self._channel.send(wire.RankHello(endpoint.replica, endpoint.token, rank, world_size))
         self.welcome = self._answer(wire.RankWelcome)
 
@@ -90,10 +94,23 @@ class RankConnection:
             self._channel.send(wire.Reserve(region, frames))
             self._map_grants(space, [region], epoch=0, deadline=time.monotonic() + START_TIMEOUT_S)
 
-    def loaded(self, weights: list[wire.Extent], state: list[wire.Extent]) -> int:
-        """Have the mirror made of what is in the frames. Returns its bytes once it is complete."""
-        self._channel.send(wire.Loaded(weights, state))
-        return self._answer(wire.Mirrored).bytes
+    def recall(self, fingerprint: str) -> wire.Recalled:
+        """What mirror there is of weights of this fingerprint; empty: none."""
+        self._channel.send(wire.Recall(fingerprint))
+        return self._answer(wire.Recalled)
+
+    def restore(self, weights: list[wire.Extent], state: list[wire.Extent]) -> None:
+        """Have the frames filled from the mirror that was recalled. Raises Refusal: what they hold is undefined."""
+        self._channel.send(wire.Restore(weights, state))
+        self._answer(wire.Mirrored)
+
+    def loaded(self, weights: list[wire.Extent], state: list[wire.Extent], fingerprint: str, outside: str) -> None:
+        """Have the mirror made of what is in the frames; returns once it is complete. Raises Refusal.
+
+        Later engines may be restored from it under `fingerprint`, unless that is empty; see `outside.py`.
+        """
+        self._channel.send(wire.Loaded(weights, state, fingerprint, outside))
+        self._answer(wire.Mirrored)
 
     def swap_in(self, space: Space, epoch: int) -> SwapInTimes:
         """Map the grants of every region, acknowledge, and wait until they are filled.

@@ -73,19 +73,24 @@ def plan(module: torch.nn.Module, device: torch.device) -> Layout:
         storage = tensor.untyped_storage()
         offset = -(-layout.size(region) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         dtype = str(tensor.dtype).removeprefix("torch.")
-        layout.extents(region).append(Extent(name, dtype, tuple(tensor.shape), offset, storage.nbytes()))
+        shape, stride = tuple(tensor.shape), tuple(tensor.stride())
+        layout.extents(region).append(Extent(name, dtype, shape, stride, offset, storage.nbytes()))
         layout.storages[region].append(storage)
     return layout
 
 
-def move(layout: Layout, space: Space) -> None:
-    """Copy each storage of `layout` into its mapped region, point every tensor there, and free the originals."""
+def move(layout: Layout, space: Space, *, copy: bool = True) -> None:
+    """Copy each storage of `layout` into its mapped region, point every tensor there, and free the originals.
+
+    Without `copy` the bytes are there already.
+    """
     homes: dict[int, torch.UntypedStorage] = {}
     originals: list[torch.UntypedStorage] = []
     for region, storages in layout.storages.items():
         for extent, storage in zip(layout.extents(region), storages, strict=True):
             home = storage_at(space.place(region, extent.offset, extent.bytes), extent.bytes, layout.device)
-            home.copy_(storage)
+            if copy:
+                home.copy_(storage)
             homes[storage.data_ptr()] = home
             originals.append(storage)
         storages.clear()

@@ -1,7 +1,8 @@
 """The vLLM worker of a swappable engine: weights, state and KV cache lie in frames that the agent grants.
 
 Tried on vLLM 0.32.0 and 0.26.0, CPU; untested on a GPU. Hooks into vLLM: the worker methods overridden here,
-`linear.py`, `kv_cache.py` and `gpu.py`. vLLM finds the class by its name, `vllm_engine.worker.SwappableWorker`.
+`linear.py`, `placeholders.py`, `kv_cache.py` and `gpu.py`. vLLM finds the class by its name,
+`vllm_engine.worker.SwappableWorker`.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from swap_agent.errors import InvalidModel, TakenBack, TritonSwapError, Unsuppor
 from swap_agent.wire.messages import Region
 from vllm_engine import between_ranks, gpu, kv_cache, quantized, rehome
 from vllm_engine.addresses import CudaAddresses, HostAddresses
+from vllm_engine.headers import read_past_cache
 from vllm_engine.rank import Endpoint, RankConnection
 from vllm_engine.space import Space
+from vllm_engine.weights import Weights
 
 log = logging.getLogger(__name__)
+logging.getLogger("vllm_engine").parent = logging.getLogger("vllm")  # the only one that vLLM sets up in EngineCore
 
 
 def _platform_worker() -> Any:
@@ -40,6 +44,7 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
 
     def __init__(self, vllm_config: Any, local_rank: int, rank: int, *args: Any, **kwargs: Any) -> None:
         """Connect to the agent, then as vLLM's worker. Raises TritonSwapError, of which the agent is told."""
+        read_past_cache()  # as in the engine host: vLLM looks again when it copies its configuration
         world_size = vllm_config.parallel_config.world_size
         if world_size > 1:
             between_ranks.wait_asleep()
@@ -71,26 +76,16 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
             between_ranks.forget_shared_memory()
 
     def load_model(self, **kwargs: Any) -> None:
-        """Load as vLLM does, then move weights and state into frames and have the mirror made."""
+        """Bring weights and state into frames, with a mirror of them at the agent."""
         with self._agent.reporting("load the model"):
-            if self._on_gpu:
-                super().load_model(**kwargs)
-            else:
-                from vllm_engine import linear
-
-                load = super().load_model
-                linear.load_with_ordinary_weights(lambda: load(**kwargs), self.get_model)
-            if self.vllm_config.quant_config is not None:
-                quantized.check_all_registered(self.get_model())
-            layout = rehome.plan(self.get_model(), self.device)
-            self._kv_bytes = self._plan_kv_cache(layout)
-            for region in ("weights", "state"):
-                self._agent.reserve(self._space, region, self._frames(layout.size(region)))
-            rehome.move(layout, self._space)
-            mirrored = self._agent.loaded(layout.weights, layout.state)
+            weights = Weights(
+                self._agent, self._space, self.vllm_config, self.model_runner,
+                load=lambda placeholders: self._load(placeholders, kwargs), reserve=self._reserve,
+            )  # fmt: skip
+            layout = weights.bring()
         log.info(
-            "weights %d bytes, state %d bytes in frames, mirror %d bytes, KV cache of %d bytes planned",
-            layout.size("weights"), layout.size("state"), mirrored, self._kv_bytes,
+            "weights %d bytes, state %d bytes in frames, KV cache of %d bytes planned",
+            layout.size("weights"), layout.size("state"), self._kv_bytes,
         )  # fmt: skip
 
     def determine_available_memory(self) -> int:
@@ -150,6 +145,26 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
         """End as vLLM's worker does."""
         super().shutdown()
         self._agent.close()
+
+    def _load(self, placeholders: bool, kwargs: dict[str, Any]) -> None:
+        """Have vLLM load the model, or with `placeholders` make of its empty tensors what it would make of weights."""
+        load = super().load_model
+        if self._on_gpu:
+            load(**kwargs)
+        else:
+            from vllm_engine import linear
+
+            linear.load_with_ordinary_weights(lambda: load(**kwargs), self.get_model, placeholders=placeholders)
+        if self.vllm_config.quant_config is not None:
+            quantized.check_all_registered(self.get_model())
+
+    def _reserve(self, layout: rehome.Layout) -> None:
+        """Obtain the frames of weights and state, unless a try to restore them from a mirror has."""
+        self._kv_bytes = self._plan_kv_cache(layout)
+        for region in ("weights", "state"):
+            frames = self._frames(layout.size(region))
+            if self._space.regions.get(region) != frames:
+                self._agent.reserve(self._space, region, frames)
 
     def _frames(self, size: int) -> int:
         return -(-size // self._space.frame_bytes)

@@ -24,7 +24,10 @@ def devices(agent: Agent) -> list[dict[str, Any]]:
 
 def host(agent: Agent) -> dict[str, Any]:
     """What mirrors and engine processes take of the host's memory, and their bound (null: none)."""
-    used = sum(model["mirror_bytes"] + model["residue_bytes"] for model in models(agent))
+    used = agent.mirrors.resident_bytes()
+    for engine in list(agent.engines.values()):
+        used += engine.mirror_bytes
+        used += private_bytes(engine.process.pid) if engine.process else 0
     return {"used_bytes": used, "limit_bytes": agent.config.host_memory_bytes}
 
 
@@ -38,7 +41,7 @@ def _model(agent: Agent, replica: Replica) -> dict[str, Any]:
         "state": replica.state.value,
         "devices": list(replica.devices),
         "device_bytes": engine.device_bytes if engine else 0,
-        "mirror_bytes": engine.mirror_bytes if engine else 0,
+        "mirror_bytes": _mirror_bytes(agent, replica.name) + (engine.mirror_bytes if engine else 0),
         "residue_bytes": private_bytes(process.pid) if process else 0,
         "in_flight": replica.in_flight,
         "waiting": replica.waiting,
@@ -54,6 +57,12 @@ def _model(agent: Agent, replica: Replica) -> dict[str, Any]:
         "swaps_out": engine.swaps_out if engine else 0,
         "last_swap_in": dataclasses.asdict(engine.last_swap_in) if engine and engine.last_swap_in else None,
     }
+
+
+def _mirror_bytes(agent: Agent, replica: str) -> int:
+    """Of the mirror that its engine runs on or its next one would be restored from. Several replicas may share it."""
+    mirrors = list(agent.coordinator.inventory.mirrors.values())
+    return sum(mirror.bytes for mirror in mirrors if replica in mirror.names)
 
 
 def _device(agent: Agent, name: str) -> dict[str, Any]:

@@ -37,6 +37,12 @@ class Image:
         """From now on the content is not to change: `restore` and `compare` check it."""
         self._sums = [zlib.crc32(self._part(index).data) for index in range(self._frames())]
 
+    def check(self) -> None:
+        """Raises Damaged when the image is sealed and has changed."""
+        for index, expected in enumerate(self._sums):
+            if zlib.crc32(self._part(index).data) != expected:
+                raise Damaged(f"frame {index} of its {self.region} changed in host memory")
+
     def compare(self, frames: list[Frame]) -> None:
         """Raises Damaged when one of the frames, the first ones of the region, differs from a sealed image."""
         for index, (frame, expected) in enumerate(zip(frames, self._sums, strict=False)):

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from swap_agent.memory.device import Frame
 from swap_agent.memory.frames import FramePool
 from swap_agent.memory.mirror import Image
-from swap_agent.wire.messages import Region
+from swap_agent.memory.mirrors import Mirror, rearranged, same_layout
+from swap_agent.wire.messages import Extent, Region
 
 REGIONS: tuple[Region, ...] = ("weights", "state", "scratch", "kv")
 """In the order in which regions are granted."""
@@ -40,6 +41,8 @@ class RankSpace:
     sizes_frames: dict[Region, int] = field(default_factory=dict)
     mirror: Image | None = None
     staging: Image | None = None
+    stored: Mirror | None = None
+    """Whose weights are `mirror`, when that is the store's: it outlives this rank."""
     verify: bool = False
     """Check the weights by checksums whenever they come and go."""
     _dirty: set[Frame] = field(default_factory=set)
@@ -56,8 +59,12 @@ class RankSpace:
 
     @property
     def mirror_bytes(self) -> int:
-        """Host memory of mirror and staging."""
-        return sum(image.resident_bytes() for image in (self.mirror, self.staging) if image)
+        """Host memory of staging and mirror, unless that is the store's."""
+        return sum(image.resident_bytes() for image in self._own_images if image)
+
+    @property
+    def _own_images(self) -> tuple[Image | None, ...]:
+        return (self.staging,) if self.stored else (self.staging, self.mirror)
 
     def reserve(self, region: Region, count: int) -> list[Frame]:
         """Start-up: frames for a region, zeroed. Raises OutOfFrames."""
@@ -77,6 +84,55 @@ class RankSpace:
         if self.verify:
             self.mirror.seal()
         self.staging = Image(device, "triton-swap-staging", "state", state_bytes)
+
+    def keep(self, hand_over: Callable[[Image, Image], Mirror | None]) -> None:
+        """Have the store take the mirror, with the state as it is now, right after load. Raises OutOfFrames, OSError.
+
+        `hand_over` is given both images and returns None when the store does not want them.
+        """
+        assert self.mirror is not None and self.staging is not None
+        state = Image(self.pool.device, "triton-swap-state", "state", self.staging.size_bytes)
+        try:
+            state.save(self.frames["state"], "mirror")
+            if self.verify:
+                state.seal()
+            self.stored = hand_over(self.mirror, state)
+        finally:
+            if self.stored is None:
+                state.close()
+
+    def restore(self, stored: Mirror, manifest: Mapping[Region, list[Extent]]) -> None:
+        """Instead of load and `make_images`: fill weights and state, by name, from a mirror of the store.
+
+        An engine of the same layout uses that mirror from now on, any other has one of its own. Raises Unfit, Damaged,
+        OutOfFrames.
+        """
+        device = self.pool.device
+        same = {region: same_layout(stored.manifest[region], extents) for region, extents in manifest.items()}
+        weights, state = stored.weights, stored.state
+        own: list[Image] = []
+        try:
+            if not same["weights"]:
+                weights = rearranged(device, weights, stored.manifest["weights"], manifest["weights"])
+                own.append(weights)
+            if not same["state"]:
+                state = rearranged(device, state, stored.manifest["state"], manifest["state"])
+                own.append(state)
+            with device.transfer("start") as transfer:
+                for image in (weights, state):
+                    image.restore(transfer, self.frames[image.region])
+            staging = Image(device, "triton-swap-staging", "state", state.size_bytes)
+        except BaseException:
+            for image in own:
+                image.close()
+            raise
+        if state in own:
+            state.close()
+        if weights not in own:
+            self.stored = stored
+        elif self.verify:
+            weights.seal()
+        self.mirror, self.staging = weights, staging
 
     def plan_keep(self, frames: int) -> dict[Region, int]:
         """How many frames of each region stay when the rank keeps `frames` of all it holds: the first of each."""
@@ -144,8 +200,8 @@ class RankSpace:
         for frames in self.frames.values():
             self.pool.give_back(self.holder, frames, recycle=False)
         self.frames = {}
-        for image in (self.mirror, self.staging):
+        for image in self._own_images:
             if image:
                 image.close()
-        self.mirror = self.staging = None
+        self.mirror = self.staging = self.stored = None
         self.sizes_frames = {}

@@ -14,7 +14,7 @@ from swap_agent.policy import events as ev
 from swap_agent.policy import eviction
 from swap_agent.policy.eviction import LEAVING, TURN_S
 from swap_agent.policy.host_memory import HostMemory
-from swap_agent.policy.inventory import Device, Inventory, Replica
+from swap_agent.policy.inventory import Device, Inventory, Mirror, Replica
 from swap_agent.policy.lifecycle import State
 
 
@@ -38,7 +38,7 @@ class Coordinator:
         2. Follow up on wishes that had to wait: unload, purge (`_follow_wishes`).
         3. Swap out what has been idle for its keep-alive (`_expire`).
         4. Serve the queue, making room where needed (`_serve_queue`).
-        5. Keep within the host's memory (`_fit_host_memory`).
+        5. Keep within the host's memory (`_fit_host_memory`), drop mirrors that nobody needs (`_drop_mirrors`).
         """
         self._actions = []
         if not isinstance(event, ev.Tick):
@@ -53,6 +53,7 @@ class Coordinator:
             self._expire(replica, event.now_s)
         self._serve_queue(event.now_s)
         self._fit_host_memory()
+        self._drop_mirrors()
         return self._actions
 
     # --- 1. notes -----------------------------------------------------------------------------------------------------
@@ -102,6 +103,34 @@ class Coordinator:
         if replica.state not in (State.COLD, State.FAILED):
             replica.host_bytes = event.total_bytes
 
+    def _mirror_wanted(self, replica: Replica, event: ev.MirrorWanted) -> None:
+        self._own_mirror((replica.name, event.rank), event.mirror)
+
+    def _mirror_kept(self, replica: Replica, event: ev.MirrorKept) -> None:
+        self.inventory.mirrors[event.mirror] = Mirror(event.mirror, event.bytes, idle_since_s=event.now_s)
+        replica.host_bytes = max(0, replica.host_bytes - event.bytes)
+        self._host_memory.kept(replica.name, event.bytes)
+        self._own_mirror((replica.name, event.rank), event.mirror)
+
+    def _own_mirror(self, rank: tuple[str, int], name: str) -> None:
+        """This mirror and no other is the rank's; an empty name: none is."""
+        for mirror in self.inventory.mirrors.values():
+            change = set.add if mirror.name == name else set.discard
+            change(mirror.users, rank)
+            change(mirror.owners, rank)
+            mirror.drop_wanted = mirror.drop_wanted and mirror.name != name
+
+    def _forget_mirrors(self, replica: Replica) -> None:
+        for mirror in self.inventory.mirrors.values():
+            mirror.owners = {owner for owner in mirror.owners if owner[0] != replica.name}
+
+    def _mirror_voided(self, replica: Replica, event: ev.MirrorVoided) -> None:
+        if event.mirror in self.inventory.mirrors:
+            self.inventory.mirrors[event.mirror].owners.clear()
+
+    def _mirror_dropped(self, replica: Replica, event: ev.MirrorDropped) -> None:
+        del self.inventory.mirrors[event.name]
+
     def _engine_ready(self, replica: Replica, event: ev.EngineReady) -> None:
         replica.move(State.RESIDENT)
         self._settle(replica, event.now_s)
@@ -148,6 +177,12 @@ class Coordinator:
         replica.devices = ()
         replica.footprints = {}
         replica.reserved_frames = replica.in_flight = replica.waiting = replica.host_bytes = 0
+        for mirror in self.inventory.mirrors.values():
+            if replica.name in {name for name, _ in mirror.users}:
+                mirror.users = {user for user in mirror.users if user[0] != replica.name}
+                mirror.idle_since_s = event.now_s
+        if replica.purge_wanted:
+            self._forget_mirrors(replica)
         replica.stopping = replica.unload_wanted = replica.purge_wanted = replica.drop_wanted = False
         # A load that came while the old engine was being stopped is still wanted; one that the failure answers is not.
         replica.load_wanted = replica.load_wanted and not replica.failure
@@ -176,6 +211,7 @@ class Coordinator:
                 self._stop(replica, f"model {replica.name} was unloaded")
             elif replica.state in (State.COLD, State.FAILED):
                 replica.purge_wanted = False
+                self._forget_mirrors(replica)
                 if replica.state is State.FAILED:
                     replica.move(State.COLD)
 
@@ -342,17 +378,28 @@ class Coordinator:
     # --- 5. host memory -----------------------------------------------------------------------------------------------
 
     def _fit_host_memory(self) -> None:
-        replicas = list(self.inventory.replicas.values())
         for name, message in self._host_memory.refused():
             self._actions.append(ev.RefuseHostMemory(name, message))
         for name in self._host_memory.granted(self.inventory):
             self._actions.append(ev.GrantHostMemory(name))
-        for victim in self._host_memory.victims(replicas, self.inventory.host_bytes()):
+        for victim in self._host_memory.victims(self.inventory):
             victim.drop_wanted = True
+            if isinstance(victim, Mirror):
+                continue
             if victim.state is State.RESIDENT:
                 self._drain(victim, 0, wait=False, reason="host_memory")
             else:
                 self._drop(victim)
+
+    def _drop_mirrors(self) -> None:
+        for mirror in self.inventory.mirrors.values():
+            if not mirror.users and not mirror.dropping and (mirror.drop_wanted or not mirror.owners):
+                reason = ""
+                if mirror.drop_wanted:
+                    owners = ", ".join(sorted({name for name, _ in mirror.owners}))
+                    reason = f"the mirror of {owners} is dropped: --host-memory is short, and it was idle for longest"
+                mirror.drop_wanted = mirror.dropping = True
+                self._actions.append(ev.DropMirror(mirror.name, reason))
 
 
 _HANDLERS: dict[type[ev.Event], Callable[..., None]] = {
@@ -363,6 +410,10 @@ _HANDLERS: dict[type[ev.Event], Callable[..., None]] = {
     ev.FramesWanted: Coordinator._frames_wanted,
     ev.HostMemoryWanted: Coordinator._host_memory_wanted,
     ev.HostMemoryMeasured: Coordinator._host_memory_measured,
+    ev.MirrorWanted: Coordinator._mirror_wanted,
+    ev.MirrorKept: Coordinator._mirror_kept,
+    ev.MirrorVoided: Coordinator._mirror_voided,
+    ev.MirrorDropped: Coordinator._mirror_dropped,
     ev.EngineReady: Coordinator._engine_ready,
     ev.Drained: Coordinator._drained,
     ev.DrainRefused: Coordinator._drain_refused,

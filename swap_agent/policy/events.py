@@ -85,6 +85,40 @@ class HostMemoryMeasured(Event):
 
 
 @dataclass(frozen=True)
+class MirrorWanted(Event):
+    """A rank of a starting engine is to be restored from `mirror`; empty: there is none that fits it."""
+
+    name: str
+    mirror: str
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class MirrorKept(Event):
+    """The mirror of a starting engine's rank, `bytes` of what was granted to it, may serve later engines as well."""
+
+    name: str
+    mirror: str
+    bytes: int
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class MirrorVoided(Event):
+    """No engine may be restored from `mirror` any more; those that run on it go on. The engine `name` found out."""
+
+    name: str
+    mirror: str
+
+
+@dataclass(frozen=True)
+class MirrorDropped(Event):
+    """The memory of a mirror is free; `name` is the mirror's."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class EngineReady(Event):
     """The engine runs and its mirrors are complete."""
 
@@ -159,7 +193,7 @@ class StartEngine(Action):
 
 @dataclass(frozen=True)
 class StopEngine(Action):
-    """End the engine's processes and drop its mirror; ends in EngineExited."""
+    """End the engine's processes; ends in EngineExited."""
 
     reason: str
     """One line for a person."""
@@ -191,6 +225,14 @@ class RefuseHostMemory(Action):
     """A starting engine cannot have a mirror."""
 
     message: str
+
+
+@dataclass(frozen=True)
+class DropMirror(Action):
+    """Free a mirror that no engine uses; ends in MirrorDropped. `name` is the mirror's."""
+
+    reason: str
+    """One line for a person; empty when nobody has to know."""
 
 
 @dataclass(frozen=True)

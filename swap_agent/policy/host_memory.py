@@ -1,14 +1,15 @@
 """Host memory: mirrors and engine processes together stay within a bound (`--host-memory`).
 
-When it is short, models become COLD: their engines end and their mirrors are dropped, parked ones first, least recently
-used first; then idle resident ones. One that runs or waits for requests is never dropped.
+When it is short, mirrors that no engine uses are dropped first. Then models become COLD: their engines end, parked ones
+before idle resident ones, and where that is not enough their mirrors go with them. Least recently used first, always;
+one that runs or waits for requests is never dropped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
-from swap_agent.policy.inventory import Inventory, Replica
+from swap_agent.policy.inventory import Inventory, Mirror, Replica
 from swap_agent.policy.lifecycle import State
 from swap_agent.policy.units import format_bytes
 
@@ -43,19 +44,36 @@ class HostMemory:
                 replica.host_bytes = total
                 yield name
 
-    def victims(self, replicas: Iterable[Replica], used_bytes: int) -> Iterator[Replica]:
-        """Whom to make COLD so that what is wanted fits, and what is used."""
+    def kept(self, name: str, mirror_bytes: int) -> None:
+        """So much of what this replica wants for all its ranks is a mirror now, which counts by itself."""
+        if name in self.wanted:
+            self.wanted[name] = max(0, self.wanted[name] - mirror_bytes)
+
+    def victims(self, inventory: Inventory) -> Iterator[Mirror | Replica]:
+        """What to drop, and whom to make COLD, so that what is wanted fits, and what is used."""
         if self.limit_bytes is None:
             return
-        replicas = list(replicas)
+        replicas, mirrors = list(inventory.replicas.values()), list(inventory.mirrors.values())
         leaving = [r for r in replicas if r.stopping or r.drop_wanted]
-        missing = used_bytes + sum(self.wanted.values()) - self.limit_bytes - sum(r.host_bytes for r in leaving)
+        gone = {r.name for r in leaving}
+        for mirror in mirrors:  # whoever was to leave may have been wanted after all
+            mirror.drop_wanted = mirror.drop_wanted and {name for name, _ in mirror.users} <= gone
+        missing = inventory.host_bytes() + sum(self.wanted.values()) - self.limit_bytes
+        missing -= sum(r.host_bytes for r in leaving) + sum(m.bytes for m in mirrors if m.drop_wanted)
+        for mirror in sorted(mirrors, key=lambda m: m.idle_since_s):
+            if missing > 0 and not mirror.users and not mirror.drop_wanted:
+                missing -= mirror.bytes
+                yield mirror
         parked = [r for r in replicas if r.state is State.SWAPPED and not r.activation_wanted]
         idle = [r for r in replicas if r.state is State.RESIDENT and r.idle]
         for group in (parked, idle):
             for replica in sorted(group, key=lambda r: r.idle_since_s):
-                if missing <= 0:
-                    return
-                if replica.host_bytes and replica not in leaving:
+                if missing > 0 and replica.host_bytes and replica not in leaving:
                     missing -= replica.host_bytes
                     yield replica
+                    gone.add(replica.name)
+                    for mirror in mirrors:
+                        names = {name for name, _ in mirror.users}
+                        if missing > 0 and names and names <= gone and not mirror.drop_wanted:
+                            missing -= mirror.bytes
+                            yield mirror

@@ -38,7 +38,7 @@ class Replica:
     footprints: dict[int, int] = field(default_factory=dict)
     """Frames that the regions of each rank take, summed up while the engine starts."""
     host_bytes: int = 0
-    """Host memory of its mirrors and its engine's processes, as last measured."""
+    """Host memory of its engine's processes and what else is its own, as last measured; a `Mirror` counts by itself."""
     in_flight: int = 0
     waiting: int = 0
     idle_since_s: float = 0.0
@@ -86,11 +86,35 @@ class Replica:
 
 
 @dataclass
+class Mirror:
+    """Weights in host memory that can outlive the engine that loaded them. It stays while it has users or owners."""
+
+    name: str
+    bytes: int
+    users: set[tuple[str, int]] = field(default_factory=set)
+    """Replicas, and which rank of their engines, that run on it."""
+    owners: set[tuple[str, int]] = field(default_factory=set)
+    """Replicas, and which rank of their next engines, that would be restored from it."""
+    idle_since_s: float = 0.0
+    """Since when it has no user."""
+    drop_wanted: bool = False
+    """It goes once its users are gone."""
+    dropping: bool = False
+    """Its memory is being freed."""
+
+    @property
+    def names(self) -> set[str]:
+        """Replicas that use or own it."""
+        return {name for name, _ in self.users | self.owners}
+
+
+@dataclass
 class Inventory:
-    """All devices and replicas of the node."""
+    """All devices, replicas and mirrors of the node."""
 
     devices: dict[str, Device]
     replicas: dict[str, Replica] = field(default_factory=dict)
+    mirrors: dict[str, Mirror] = field(default_factory=dict)
 
     def on(self, device: str) -> list[Replica]:
         """Replicas with a rank on `device`."""
@@ -126,7 +150,8 @@ class Inventory:
 
     def host_bytes(self) -> int:
         """Host memory of all mirrors and engines."""
-        return sum(replica.host_bytes for replica in self.replicas.values())
+        mirrors = sum(mirror.bytes for mirror in self.mirrors.values())
+        return mirrors + sum(replica.host_bytes for replica in self.replicas.values())
 
     def check_integrity(self) -> None:
         """Raises BooksDoNotBalance when a device is overbooked or a reservation has no holder."""

@@ -239,9 +239,37 @@ class Extent(msgspec.Struct, frozen=True):
     name: str
     dtype: str
     shape: tuple[int, ...]
+    stride: tuple[int, ...]
     offset: int
     """Bytes from the start of the region."""
     bytes: int
+
+
+class Recall(Message, frozen=True):
+    """Before anything is loaded: is there a mirror of exactly these weights? Answered by `Recalled`.
+
+    An empty fingerprint: they can only come from disk.
+    """
+
+    fingerprint: str
+
+
+class Recalled(Message, frozen=True):
+    """The manifest of the mirror with that fingerprint, kept for this rank; empty when there is none."""
+
+    weights: list[Extent] = []
+    state: list[Extent] = []
+    outside: str = ""
+
+
+class Restore(Message, frozen=True):
+    """The rank's regions are reserved: fill weights and state, by name, from the mirror that was recalled.
+
+    Answered by `Mirrored`, or by `Refused`: then the rank loads from disk and says `Loaded`.
+    """
+
+    weights: list[Extent]
+    state: list[Extent]
 
 
 class Loaded(Message, frozen=True):
@@ -249,10 +277,14 @@ class Loaded(Message, frozen=True):
 
     weights: list[Extent]
     state: list[Extent]
+    fingerprint: str = ""
+    """Under which the mirror may be recalled by an engine that starts later; empty: by none."""
+    outside: str = ""
+    """Digest of what the model keeps outside of its extents; a restored model must come to the same."""
 
 
 class Mirrored(Message, frozen=True):
-    """The mirror of this rank's weights is complete."""
+    """This rank's weights are in its frames and in a mirror."""
 
     bytes: int
 
@@ -369,7 +401,7 @@ FromHost = (
     | OrderFailed
 )  # fmt: skip
 ToHost = HostWelcome | Drain | SwapOut | SwapIn | RefuseWaiting | Shutdown | Refused
-FromRank = RankHello | Reserve | Loaded | RankFailed | Mapped | MapFailed | Unmapped
-ToRank = RankWelcome | Grant | Mirrored | Filled | Refused
+FromRank = RankHello | Recall | Reserve | Restore | Loaded | RankFailed | Mapped | MapFailed | Unmapped
+ToRank = RankWelcome | Recalled | Grant | Mirrored | Filled | Refused
 StubToEngine = Submit | Embed | Abort
 EngineToStub = Step

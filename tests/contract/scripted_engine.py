@@ -5,7 +5,8 @@ rank lives in the host's process, several in a process each; every next one has 
 the host (`dies_starting`, `garbage`: a malformed message) or a rank misbehave, rank 0 unless its name ends in `@rank`:
 `refuses` (RankFailed), `alone` (claims to be the only rank), `no_unmap_ack`, `no_map_ack`, `dies_in_swap_in`,
 `dies_when_mapped`, `dies_in_swap_out`, `dies_when_unmapped`, `no_taken_back_ack`, `cannot_map` (first swap-in only).
-Weights hold a pattern made from replica and rank; state counts swaps; KV must arrive as zeros.
+With a "fingerprint" a rank asks for a mirror; "reversed" lays its tensors out the other way round; "dtype" names their
+type. Weights hold a pattern made from model and rank; state counts swaps; KV must arrive as zeros.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Rank:
         self.frame_bytes = welcome.frame_bytes
         cuda = welcome.device.startswith("cuda")  # the tests' imitation: its memory is the host's
         self.device: Addresses = CudaAddresses(number) if cuda else HostAddresses()
-        self.seed = zlib.crc32(f"{replica} {number}".encode())
+        self.seed = zlib.crc32(f"{replica.partition('#')[0]} {number}".encode())
         self.addresses: dict[wire.Region, int] = {}
         self.counts: dict[wire.Region, int] = {}
         self.swaps = 0
@@ -62,7 +63,8 @@ class Rank:
         self.kept: dict[wire.Region, int] = {}
         """Of these, the ones that stayed over the last swap-out."""
         weights_bytes = model["weights"] - number * self.frame_bytes
-        self.load(weights_bytes, model.get("state", 0), model.get("kv_frames", 0))
+        self.number = number
+        self.load(model, weights_bytes, model.get("state", 0), model.get("kv_frames", 0))
 
     def take(self, region: wire.Region, epoch: int) -> None:
         """Receive and map the grants of one region."""
@@ -91,29 +93,70 @@ class Rank:
     def view(self, region: wire.Region) -> np.ndarray:
         return mapping.bytes_at(self.addresses[region], self.counts[region] * self.frame_bytes)
 
-    def pattern(self, size: int) -> np.ndarray:
-        return np.random.default_rng(self.seed).integers(0, 256, size, dtype=np.uint8)
+    def tensors(self) -> list[tuple[str, np.ndarray]]:
+        """Three of unlike sizes, the same for all replicas of a model, in the order in which they lie."""
+        rng = np.random.default_rng(self.seed)
+        size = self.weights_bytes
+        content = np.split(rng.integers(0, 256, size, dtype=np.uint8), [size // 7, size // 2])
+        return [(f"w{index}", part) for index, part in enumerate(content)][:: -1 if self.reversed else 1]
 
-    def load(self, weights_bytes: int, state_bytes: int, kv_frames: int) -> None:
+    def pattern(self) -> np.ndarray:
+        return np.concatenate([content for _, content in self.tensors()])
+
+    def load(self, model: dict[str, object], weights_bytes: int, state_bytes: int, kv_frames: int) -> None:
         self.weights_bytes = weights_bytes
+        self.reversed = bool(model.get("reversed"))
+        weights: list[wire.Extent] = []
+        offset = 0
+        for name, content in self.tensors():
+            dtype = str(model.get("dtype", "uint8"))
+            weights.append(wire.Extent(name, dtype, (content.size,), (1,), offset, content.size))
+            offset += content.size
+        del content  # it holds all of them
+        state = [wire.Extent("s", "uint8", (state_bytes,), (1,), 0, state_bytes)] if state_bytes else []
+        fingerprint = f"{model['fingerprint']}{self.number or ''}" if model.get("fingerprint") else ""
+        found = self.recall(fingerprint)
         for region, size in (("weights", weights_bytes), ("state", state_bytes)):
             self.reserve(region, -(-size // self.frame_bytes))
             assert not self.view(region).any(), f"{region} is not zeroed at start"
-        self.view("weights")[:weights_bytes] = self.pattern(weights_bytes)
-        self.view("state")[:8] = 0
-        weights = [wire.Extent("w", "uint8", (weights_bytes,), 0, weights_bytes)]
-        state = [wire.Extent("s", "uint8", (state_bytes,), 0, state_bytes)] if state_bytes else []
-        self.channel.send(wire.Loaded(weights, state))
-        message, _ = self.channel.receive(30)
-        assert isinstance(message, wire.Mirrored) and message.bytes == weights_bytes, message
+        if not (found and self.restored(weights, state)):
+            self.view("weights")[:weights_bytes] = self.pattern()
+            if state_bytes:
+                self.view("state")[8:16] = 0x5A
+            self.channel.send(wire.Loaded(weights, state, fingerprint, "outside"))
+            message, _ = self.channel.receive(30)
+            assert isinstance(message, wire.Mirrored) and message.bytes == weights_bytes, message
         self.reserve("kv", kv_frames)
+        self.check()
+
+    def recall(self, fingerprint: str) -> bool:
+        if not fingerprint:
+            return False
+        self.channel.send(wire.Recall(fingerprint))
+        message, _ = self.channel.receive(30)
+        assert isinstance(message, wire.Recalled)
+        print("recalled" if message.weights else "nothing to recall", file=sys.stderr, flush=True)
+        assert message.outside == ("outside" if message.weights else "")
+        return bool(message.weights)
+
+    def restored(self, weights: list[wire.Extent], state: list[wire.Extent]) -> bool:
+        self.channel.send(wire.Restore(weights, state))
+        message, _ = self.channel.receive(30)
+        print(
+            "restored" if isinstance(message, wire.Mirrored) else f"not restored: {message}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return isinstance(message, wire.Mirrored)
 
     def check(self) -> None:
         """Everything is where and what it was."""
         weights = self.view("weights")
-        assert np.array_equal(weights[: self.weights_bytes], self.pattern(self.weights_bytes)), "weights differ"
+        assert np.array_equal(weights[: self.weights_bytes], self.pattern()), "weights differ"
         assert not weights[self.weights_bytes :].any(), "the tail of the weights is not zero"
-        assert int(self.view("state")[:8].view(np.uint64)[0]) == self.swaps, "state differs"
+        if self.counts["state"]:
+            assert int(self.view("state")[:8].view(np.uint64)[0]) == self.swaps, "state differs"
+            assert (self.view("state")[8:16] == 0x5A).all(), "state differs"
         kept = self.kept.get("kv", 0) * self.frame_bytes
         assert not self.view("kv")[kept:].any(), "KV is not zeroed"
         assert (self.view("kv")[:kept] == 0xAB).all(), "kept KV was touched"

@@ -164,6 +164,8 @@ class FakeAgent:
                 fields = {"device": "cpu:0", "frame_bytes": FRAME_BYTES, "request_bytes": None, "device_bytes": 1 << 30}
                 overrides = {key: value for key, value in self._welcome.items() if key in fields}
                 self.rank.send(wire.RankWelcome(**{**fields, **overrides}))
+            case wire.Recall():
+                self.rank.send(wire.Recalled())
             case wire.Reserve():
                 self.sizes[message.region] = message.frames
                 self._grant(0, message.region, message.frames, zero=True)

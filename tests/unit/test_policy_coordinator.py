@@ -65,6 +65,8 @@ class Machinery:
                 self.post(ev.EngineExited, name, action.message)
             case ev.StopEngine():
                 self.post(ev.EngineExited, name, "stopped")
+            case ev.DropMirror():
+                self.post(ev.MirrorDropped, name)
             case ev.Drain():
                 if action.wait or not self.busy.get(name):
                     self.busy[name] = 0
@@ -636,3 +638,105 @@ def test_random_histories_keep_the_books_and_serve_everybody(seed: int) -> None:
     told = {action.name for action in machine.done if isinstance(action, ev.Activated)}
     waiting = [name for name in names if machine.replica(name).load_wanted]
     assert waiting == [] and told == set(names), (asked_at, waiting)
+
+
+def keep_mirror(machine: Machinery, name: str, mirror: str, size: int) -> None:
+    """The engine of `name` starts with a mirror of `size`, new or known as `mirror`, and 20 of its own."""
+    machine.now_s += 1
+    machine.host_bytes.pop(name, None)
+    machine.register(name, 10)
+    known = mirror in machine.policy.inventory.mirrors
+    machine.post(ev.LoadWanted, name)
+    machine.open.remove(next(action for action in machine.open if isinstance(action, ev.StartEngine)))
+    machine.post(ev.MirrorWanted, name, mirror if known else "")
+    machine.post(ev.HostMemoryWanted, name, 20 if known else 20 + size)
+    for _ in range(50):
+        if any(action == ev.GrantHostMemory(name) for action in machine.open):
+            break
+        for action in [action for action in machine.open if not isinstance(action, ev.GrantHostMemory)]:
+            machine.obey(action)
+        machine.tick(0.1)
+    machine.open.remove(ev.GrantHostMemory(name))
+    if not known:
+        machine.post(ev.MirrorKept, name, mirror, size)
+    machine.post(ev.EngineReady, name)
+    machine.settle()
+
+
+def kill(machine: Machinery, *names: str) -> None:
+    for name in names:
+        machine.now_s += 1
+        machine.post(ev.EngineExited, name, "killed")
+        machine.settle()
+
+
+def mirrors(machine: Machinery) -> set[str]:
+    return set(machine.policy.inventory.mirrors)
+
+
+def test_a_mirror_counts_once_whoever_uses_it_and_outlives_its_engines() -> None:
+    machine = Machinery(Device("cpu:0", 100), host_limit_bytes=100)
+    keep_mirror(machine, "a#0", "m", 30)
+    keep_mirror(machine, "a#1", "m", 30)
+    assert machine.policy.inventory.host_bytes() == 30 + 20 + 20
+    kill(machine, "a#0", "a#1")
+    assert machine.policy.inventory.host_bytes() == 30
+    keep_mirror(machine, "a#0", "m", 30)
+    assert machine.policy.inventory.host_bytes() == 50
+    machine.post(ev.UnloadWanted, "a#0", True)
+    machine.settle()
+    assert mirrors(machine) == {"m"}, "a#1 would be restored from it"
+    machine.post(ev.UnloadWanted, "a#1", True)
+    machine.settle()
+    assert mirrors(machine) == set() and machine.policy.inventory.host_bytes() == 0
+    (drop,) = [action for action in machine.done if isinstance(action, ev.DropMirror)]
+    assert drop == ev.DropMirror("m", ""), "nobody has to be told"
+
+
+def test_a_mirror_of_what_the_model_was_is_dropped() -> None:
+    machine = Machinery(Device("cpu:0", 100))
+    keep_mirror(machine, "a", "old", 30)
+    kill(machine, "a")
+    keep_mirror(machine, "a", "new", 30)
+    assert mirrors(machine) == {"new"}
+    machine.post(ev.MirrorVoided, "a", "new")
+    assert mirrors(machine) == {"new"}, "its engine runs on it"
+    kill(machine, "a")
+    assert mirrors(machine) == set()
+
+
+def test_mirrors_without_engine_go_first_the_least_recently_used_before_others() -> None:
+    machine = Machinery(Device("cpu:0", 100), host_limit_bytes=150)
+    for name in "abc":
+        keep_mirror(machine, name, f"mirror of {name}", 30)
+    kill(machine, "b", "a")
+    assert machine.policy.inventory.host_bytes() == 30 + 30 + 50
+    keep_mirror(machine, "d", "mirror of d", 30)
+    assert mirrors(machine) == {"mirror of a", "mirror of c", "mirror of d"}
+    assert machine.policy.inventory.host_bytes() == 130
+    (drop,) = [action for action in machine.done if isinstance(action, ev.DropMirror)]
+    assert drop.reason == "the mirror of b is dropped: --host-memory is short, and it was idle for longest"
+    assert not any(isinstance(action, ev.StopEngine) for action in machine.done)
+
+
+def test_a_model_that_becomes_cold_keeps_its_mirror_where_that_fits() -> None:
+    machine = Machinery(Device("cpu:0", 100), host_limit_bytes=115)
+    keep_mirror(machine, "a", "mirror of a", 30)
+    machine.post(ev.UnloadWanted, "a", False)
+    machine.settle()
+    keep_mirror(machine, "b", "mirror of b", 30)
+    machine.post(ev.HostMemoryMeasured, "b", 36)
+    machine.settle()
+    assert machine.state("a") is State.COLD and mirrors(machine) == {"mirror of a", "mirror of b"}
+    machine.post(ev.HostMemoryMeasured, "b", 56)
+    machine.settle()
+    assert mirrors(machine) == {"mirror of b"} and machine.state("b") is State.RESIDENT
+
+
+def test_a_mirror_in_use_is_never_dropped() -> None:
+    machine = Machinery(Device("cpu:0", 100), host_limit_bytes=100)
+    keep_mirror(machine, "a", "mirror of a", 30)
+    machine.report("a", in_flight=1)
+    machine.post(ev.HostMemoryMeasured, "a", 90)
+    machine.settle()
+    assert mirrors(machine) == {"mirror of a"} and machine.state("a") is State.RESIDENT

@@ -1,0 +1,68 @@
+"""Models that vLLM builds without reading their weights: every tensor has its form and no content yet.
+
+Tried on vLLM 0.32.0; the hooks are in 0.26.0 as well: `register_model_loader`, `load_config.load_format`,
+`initialize_model` in vLLM's base_loader, and, to build a model a second time in one process, the registers of layers in
+`compilation_config`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from vllm.model_executor.model_loader import base_loader, register_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+LOAD_FORMAT = "triton_swap_placeholders"
+"""vLLM's name of `PlaceholderLoader`."""
+
+
+@register_model_loader(LOAD_FORMAT)
+class PlaceholderLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM has no types here
+    """Builds and processes a model as every loader of vLLM does, but loads nothing into it."""
+
+    def download_model(self, model_config: Any) -> None:
+        """Nothing is needed."""
+
+    def load_weights(self, model: Any, model_config: Any) -> None:
+        """Leave the tensors as they are."""
+
+
+@contextmanager
+def no_weights(vllm_config: Any) -> Iterator[None]:
+    """In the `with` block vLLM loads placeholders."""
+    load_config = vllm_config.load_config
+    load_format = load_config.load_format
+    load_config.load_format = LOAD_FORMAT
+    try:
+        yield
+    finally:
+        load_config.load_format = load_format
+
+
+@contextmanager
+def timed_builds() -> Iterator[list[float]]:
+    """How long vLLM takes for each model that it builds in the `with` block, seconds, without its weights."""
+    taken: list[float] = []
+    original = base_loader.initialize_model
+
+    def initialize_model(*args: Any, **kwargs: Any) -> Any:
+        begin_s = time.perf_counter()
+        model = original(*args, **kwargs)
+        taken.append(time.perf_counter() - begin_s)
+        return model
+
+    base_loader.initialize_model = initialize_model
+    try:
+        yield taken
+    finally:
+        base_loader.initialize_model = original
+
+
+def forget_model(vllm_config: Any, model_runner: Any) -> None:
+    """Let go of the model, so that vLLM can build it anew: it refuses a layer whose name is taken."""
+    model_runner.model = None
+    vllm_config.compilation_config.static_forward_context.clear()
+    vllm_config.compilation_config.static_all_moe_layers.clear()
