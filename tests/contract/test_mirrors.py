@@ -75,8 +75,8 @@ async def test_an_engine_that_was_killed_is_restored_by_name(tmp_path: Path, rev
         assert report.host(agent)["used_bytes"] == model.mirror_bytes, "counted once, without any engine"
         assert await model.start(reversed=reverse) == "recalled\nrestored\n"
         assert device.device_to_host["weights", "mirror"] == copied, "no mirror is made of what came from one"
-        rank = agent.engines[model.replica].rank
-        assert rank is not None and (rank.space.stored is None) is reverse
+        (rank,) = agent.engines[model.replica].ranks
+        assert (rank.space.stored is None) is reverse
         for _ in range(2):
             await model.swap()
         await model.kill()
@@ -99,10 +99,10 @@ async def test_replicas_share_one_mirror_for_as_long_as_one_wants_it(tmp_path: P
         alone = agent.mirrors.resident_bytes()
         assert await second.start(frames=9, instance=1) == "recalled\nrestored\n"
         assert agent.mirrors.resident_bytes() == alone
-        engines = [agent.engines[model.replica] for model in (first, second)]
-        assert len({id(engine.rank.space.mirror) for engine in engines if engine.rank}) == 1
+        spaces = [agent.engines[model.replica].ranks[0].space for model in (first, second)]
+        assert spaces[0].mirror is spaces[1].mirror
         residues = sum(int(str(model.report["residue_bytes"])) for model in (first, second))
-        staging = sum(engine.rank.space.mirror_bytes for engine in engines if engine.rank)
+        staging = sum(space.mirror_bytes for space in spaces)
         used = report.host(agent)["used_bytes"]
         assert alone + staging <= used < alone + staging + residues + 8 * MIB
         await first.kill()
