@@ -104,12 +104,13 @@ class RankLink:
         try:
             self._want_frames(message.frames)
             frames = self.space.reserve(message.region, message.frames)
-        except TritonSwapError as error:
-            self._refuse(error)
-        else:
             self._send_grants(0, message.region, frames)
+        except PeerGone:
+            raise
+        except (TritonSwapError, OSError) as error:
+            self._refuse(error)
 
-    def _refuse(self, error: TritonSwapError) -> None:
+    def _refuse(self, error: Exception) -> None:
         self._on_failure(str(error))
         self.channel.send(wire.Refused("UNAVAILABLE", str(error)))
 
@@ -154,7 +155,7 @@ class RankLink:
                         message.fingerprint, weights, state, _manifest(message), message.outside
                     )
                 )
-        except TritonSwapError as error:
+        except (TritonSwapError, OSError) as error:
             self._refuse(error)
         else:
             self.channel.send(wire.Mirrored(self.weights_bytes))

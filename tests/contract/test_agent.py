@@ -343,6 +343,19 @@ async def test_a_swap_in_that_fails_is_taken_back_and_can_be_tried_again(
     assert await stub.attach(frames=14, kv_frames=6) == attached, "the engine is the same"
 
 
+@pytest.mark.parametrize(("what", "nth"), [("create", 3), ("export", 3)])
+async def test_a_start_that_fails_in_the_agent_is_refused_in_words_and_can_be_tried_again(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch, what: str, nth: int
+) -> None:
+    (pool,) = agent.pools.values()
+    stub = await Stub.connect(agent, "a")
+    break_nth(monkeypatch, pool.device, what, nth)
+    answer = await stub.attach(frames=14)
+    assert isinstance(answer, wire.Refused) and re.search(r"model a/1#0: .*(full|open files)", answer.message)
+    await until(lambda: stub.report["state"] == "FAILED" and pool.free_frames == 16)
+    assert isinstance(await stub.attach(frames=14), wire.Attached)
+
+
 @pytest.mark.parametrize("where", ["host memory", "device"])
 async def test_verify_finds_damaged_weights_and_the_next_load_reads_them_anew(tmp_path: Path, where: str) -> None:
     agent = Agent(config(tmp_path, verify=True))
