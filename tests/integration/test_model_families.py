@@ -119,7 +119,9 @@ def texts(stub: Stub) -> list[str]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_stay_over_swaps_and_come_from_the_frames(family: str, tmp_path: Path) -> None:
-    pytest.importorskip("vllm")
+    vllm = pytest.importorskip("vllm")
+    if "Mamba" in family and vllm.__version__.startswith("0.26"):
+        pytest.skip("vLLM 0.26 computes Mamba-2 layers with Triton only, which is not there on CPU")
     weights = make_tiny(tmp_path / "weights", COMMON | FAMILIES[family])
     agent, stub = check_swaps(tmp_path, weights, texts, kv_cache_memory_bytes=32 << 20)
     stub.channel.close()
