@@ -44,7 +44,7 @@ EMBEDDING: dict[str, dict[str, Any]] = {
     "decoder": COMMON | {"architectures": ["Qwen3Model"], "model_type": "qwen3", "intermediate_size": 512},
     "encoder, which has no KV cache": BERT,
 }
-QUANTIZED = ("awq", "gptq", "compressed-tensors")
+QUANTIZED = ("awq", "compressed-tensors")  # GPTQ runs on AWQ's kernel
 
 
 def make_tiny(folder: Path, config: dict[str, Any]) -> Path:
