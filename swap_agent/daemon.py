@@ -68,14 +68,10 @@ class Agent:
     """Devices, engines and the conversations with stubs, hosts and ranks."""
 
     def __init__(self, config: AgentConfig) -> None:
-        """Raises InvalidUsage and Unsupported for devices that this machine does not have."""
         self.config = config
-        self.pools = {
-            device.name: FramePool(device, poison=config.poison)
-            for device in open_devices(config.device, late=config.poison)
-        }
-        devices = [Device(name, pool.device.total_frames) for name, pool in self.pools.items()]
-        self.coordinator = Coordinator(devices, config.host_memory_bytes)
+        self.pools: dict[str, FramePool] = {}
+        """By device; from `started` on."""
+        self.coordinator = Coordinator([])
         self.mirrors = MirrorStore()
         self.engines: dict[str, Engine] = {}
         self.specs: dict[str, ModelSpec] = {}
@@ -91,6 +87,7 @@ class Agent:
         self._channels: set[HostChannel] = set()
         self.books_violations = 0
         """How often policy and pools, or the policy's own books, did not agree."""
+        self._closing = False
         self._numbers = 0
         self._loop: asyncio.AbstractEventLoop
 
@@ -98,13 +95,17 @@ class Agent:
 
     @contextlib.asynccontextmanager
     async def started(self) -> AsyncIterator[None]:
-        """Serve inside the `with` block, then end every engine. Raises InvalidUsage when another agent runs here."""
+        """Serve inside the `with` block, then end every engine.
+
+        Raises InvalidUsage when another agent runs here, InvalidUsage and Unsupported for devices that this machine
+        does not have.
+        """
         self._loop = asyncio.get_running_loop()
-        self._raise_file_limit()
         runtime = self.config.runtime
         runtime.create()
         with _exclusive(runtime.lock), subreaper():
             await asyncio.to_thread(end_leftovers, runtime, self.config.drain_timeout_s + 2)
+            self._open_devices()
             ranks = listen(runtime.ranks_socket)
             threading.Thread(target=self._accept_ranks, args=(ranks,), name="ranks", daemon=True).start()
             server = await asyncio.start_unix_server(self._converse, sock=listen(runtime.agent_socket))
@@ -126,6 +127,14 @@ class Agent:
                 for path in (runtime.agent_socket, runtime.ranks_socket):
                     path.unlink(missing_ok=True)
 
+    def _open_devices(self) -> None:
+        """When nobody else uses frames of them any more. Raises InvalidUsage, Unsupported."""
+        for device in open_devices(self.config.device, late=self.config.poison):
+            self.pools[device.name] = FramePool(device, poison=self.config.poison)
+        devices = [Device(name, pool.device.total_frames) for name, pool in self.pools.items()]
+        self.coordinator = Coordinator(devices, self.config.host_memory_bytes)
+        self._raise_file_limit()
+
     def _raise_file_limit(self) -> None:
         """A frame may be an open file; exporting it opens another. Raises InvalidUsage when too few may be."""
         needed = sum(pool.device.total_frames for pool in self.pools.values()) + _SPARE_FILES
@@ -135,9 +144,11 @@ class Agent:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed), hard))
 
     async def _end_engines(self) -> None:
-        for engine in list(self.engines.values()):
-            self._stop_engine(engine, "the swap agent was stopped")
+        self._closing = True
         while self.engines or self._mirrors_are_leaving():
+            for engine in self.engines.values():  # also those that the end of others lets start
+                if not engine.stopping:
+                    self._stop_engine(engine, "the swap agent was stopped")
             await asyncio.sleep(0.02)
         self.mirrors.close()
 
@@ -304,6 +315,8 @@ class Agent:
         replica = engine.spec.replica
         try:
             gpus = [name for pool in engine.pools if (name := pool.device.visible_name)]
+            if gpus:  # vLLM loads into memory of its own first: what nobody holds must not be frames
+                await asyncio.gather(*(asyncio.to_thread(pool.trim) for pool in engine.pools))
             engine.process = start_engine(self.config.runtime, self.config.engine_command, replica, engine.token, gpus)
         except OSError as error:
             engine.fail(f"{replica}: its engine process cannot be started: {error}")
@@ -319,7 +332,11 @@ class Agent:
         self._answer_nobody(engine)
         if engine.order:
             await asyncio.wait([engine.order])  # it may be copying; nothing that it uses may go away
-        await asyncio.gather(*(asyncio.to_thread(rank.lost) for rank in engine.ranks))
+        for outcome in await asyncio.gather(
+            *(asyncio.to_thread(rank.lost) for rank in engine.ranks), return_exceptions=True
+        ):
+            if isinstance(outcome, BaseException):
+                log.error("%s: its memory was not all released: %r", replica, outcome)
         del self.engines[replica]
         engine.socket.unlink(missing_ok=True)
         shutil.rmtree(engine.socket.with_suffix(".vllm"), ignore_errors=True)
@@ -465,8 +482,10 @@ class Agent:
         return any(mirror.dropping for mirror in self.coordinator.inventory.mirrors.values())
 
     async def _drop_mirror(self, mirror: Mirror) -> None:
-        await asyncio.to_thread(mirror.close)
-        self.post(ev.MirrorDropped(time.monotonic(), mirror.name))
+        try:
+            await asyncio.to_thread(mirror.close)
+        finally:
+            self.post(ev.MirrorDropped(time.monotonic(), mirror.name))
 
     async def _measure(self) -> None:
         """Tell the policy what mirrors and processes take, for as long as the agent runs."""
@@ -624,6 +643,8 @@ class Agent:
 
     async def load(self, replica: str) -> None:
         """Return when the replica is RESIDENT. Raises Unavailable with the reason when that fails."""
+        if self._closing:
+            raise Unavailable("the swap agent was stopped")
         activated = self._activation_of(replica)
         self.post(ev.LoadWanted(time.monotonic(), replica))
         await asyncio.shield(activated)

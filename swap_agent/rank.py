@@ -127,15 +127,18 @@ class RankLink:
         if mirror is None or self._mirrors is None:
             raise ProtocolError("Restore without a mirror")
         self.weights_bytes, self.state_bytes = end(message.weights), end(message.state)
+        asked = 0
         try:
             shared = same_layout(mirror.manifest["weights"], message.weights)
-            self._want_host_memory(self.state_bytes + (0 if shared else self.weights_bytes))
+            asked = self.state_bytes + (0 if shared else self.weights_bytes)
+            self._want_host_memory(asked)
             self.space.restore(mirror, _manifest(message))
         except (TritonSwapError, OSError) as error:
             log.warning("%s is not restored from its mirror: %s", self.space.holder, error)
             if isinstance(error, Damaged | Unfit):
                 self._mirrors.void(mirror, unfit=isinstance(error, Unfit))
             self._recalled = None
+            self._want_host_memory(-asked)  # what follows asks anew
             self.channel.send(wire.Refused("UNAVAILABLE", str(error)))
         else:
             self.channel.send(wire.Mirrored(self.weights_bytes))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 import vllm
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
@@ -50,7 +51,7 @@ def fingerprint(vllm_config: Any, engine_arguments: str, rank: int) -> str:
         "arguments": engine_arguments,
         "dtype": str(model.dtype),
         "rank": [rank, vllm_config.parallel_config.world_size],
-        "versions": [vllm.__version__, torch.__version__],
+        "versions": [vllm.__version__, torch.__version__, transformers.__version__],
         "machine": [platform.machine(), torch.backends.cpu.get_cpu_capability(), linear.packing_works()],
         "device": [current_platform.get_device_name(), str(current_platform.get_device_capability())],
         "variables": variables(os.environ),

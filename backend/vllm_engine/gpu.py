@@ -7,6 +7,7 @@ start-up checks against the free memory of the whole GPU; `Platform._global_grap
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import torch
@@ -34,6 +35,9 @@ class GraphsInFrames:
 
     def __init__(self, agent: RankConnection, space: Space) -> None:
         """Before the model runner exists. Raises Unsupported when vLLM has no such hook or there is no compiler."""
+        for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+            if "expandable_segments:true" in os.environ.get(name, "").lower():
+                raise Unsupported(f"{name} has expandable_segments, which torch's memory pools cannot do: remove it")
         platform = type(current_platform)
         if getattr(platform, "_global_graph_pool", self) is not None:
             raise Unsupported("this vLLM keeps the pool of CUDA graphs elsewhere: use a supported version")

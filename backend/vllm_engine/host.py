@@ -109,6 +109,7 @@ def _start_engine(channel: AsyncChannel[wire.ToHost], replica: str, token: str, 
         args = arguments.engine_args(values)
         config = arguments.engine_config(args)
         Endpoint(welcome.ranks_socket, replica, token, json.dumps(values, sort_keys=True)).export()
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # forked, EngineCore would not die with this process
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks of one engine are on one machine
         return Engine(replica, config, args)
 

@@ -65,7 +65,10 @@ class _Walk:
         elif isinstance(value, types.FunctionType):
             self._note(path, kind, value.__qualname__)
             for index, cell in enumerate(value.__closure__ or ()):
-                self._visit(f"{path}.closure[{index}]", cell.cell_contents)
+                try:
+                    self._visit(f"{path}.closure[{index}]", cell.cell_contents)
+                except ValueError:
+                    self._note(path, "empty", index)
         elif isinstance(value, types.MethodType):
             self._note(path, kind, value.__func__.__qualname__)
             self._visit(f"{path}.self", value.__self__)

@@ -18,6 +18,7 @@ import torch
 from vllm import _custom_ops as ops
 from vllm import envs
 from vllm.model_executor.kernels.linear.scaled_mm import cpu as scaled_mm
+from vllm.platforms import current_platform
 
 from swap_agent.errors import Unsupported
 
@@ -31,6 +32,8 @@ _TILE = 32
 
 def check_method(method: str) -> None:
     """Raise Unsupported for a quantisation whose weights were not seen in frames."""
+    if not current_platform.is_cpu():
+        raise Unsupported(f"the weights are quantized ({method}), which was not tried on a GPU yet: use others")
     if method not in METHODS:
         raise Unsupported(
             f"the weights are quantized ({method}), and of quantized weights only AWQ, GPTQ and compressed-tensors "

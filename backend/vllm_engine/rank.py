@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 
 import msgspec
 
-from swap_agent.errors import PeerGone, ProtocolError, Refusal, TakenBack, TritonSwapError, Unavailable
+from swap_agent.errors import OutOfFrames, PeerGone, ProtocolError, Refusal, TakenBack, TritonSwapError, Unavailable
 from swap_agent.wire import messages as wire
 from swap_agent.wire.framing import Channel
 from vllm_engine.space import Space
@@ -125,7 +125,7 @@ class RankConnection:
             self._map_grants(space, [region for region, frames in space.regions.items() if frames], epoch, deadline)
         except Refusal as error:
             raise self._taken_back(space, held, epoch, error) from error
-        except OSError as error:
+        except (OSError, OutOfFrames) as error:
             if isinstance(error, TimeoutError):
                 raise
             self._channel.send(wire.MapFailed(epoch, str(error)))

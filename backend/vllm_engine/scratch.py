@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -59,19 +60,25 @@ class Scratch:
 
 def build() -> Path:
     """The compiled allocator, made at its first use and kept in the user's cache. Raises Unsupported."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "triton-swap"
+    try:
+        return _build(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "triton-swap")
+    except (OSError, RuntimeError) as error:
+        raise Unsupported(f"{SOURCE.name} cannot be compiled ({error}): set XDG_CACHE_HOME or CC") from error
+
+
+def _build(cache: Path) -> Path:
     key = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:16]
     library = cache / f"scratch-{key}.so"
     if library.exists():
         return library
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CC", "")) or [name for name in ("cc", "gcc") if shutil.which(name)][:1]
+    if not compiler:
         raise Unsupported("there is no C compiler to make the allocator of region scratch: install gcc, or set CC")
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         new = Path(folder) / library.name
-        made = subprocess.run([compiler, *FLAGS, "-o", str(new), str(SOURCE), "-ldl"], capture_output=True, text=True)
+        made = subprocess.run([*compiler, *FLAGS, "-o", str(new), str(SOURCE), "-ldl"], capture_output=True, text=True)
         if made.returncode != 0:
-            raise Unsupported(f"{compiler} does not compile {SOURCE.name}: {made.stderr.strip()[-300:]}")
+            raise Unsupported(f"{compiler[0]} does not compile {SOURCE.name}: {made.stderr.strip()[-300:]}")
         new.replace(library)
     return library

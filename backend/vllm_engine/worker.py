@@ -51,6 +51,8 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
         self._agent = RankConnection(Endpoint.from_environment(), rank, world_size)
         self._on_gpu = current_platform.is_cuda()
         cuda = self._agent.welcome.device.startswith("cuda")
+        if self._on_gpu and not cuda:
+            raise Unsupported("this vLLM computes on the GPU, the agent has simulated devices: use --device cuda")
         addresses = CudaAddresses(local_rank) if cuda else HostAddresses()
         self._space = Space(self._agent.welcome.frame_bytes, addresses)
         self._graphs: gpu.GraphsInFrames | None = None
@@ -68,7 +70,8 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
     def init_device(self) -> None:
         """As vLLM's worker does; on a GPU with the memory of CUDA graphs in frames."""
         with self._agent.reporting("set up the device"):
-            if self._on_gpu and not self.model_config.enforce_eager:
+            # Ranks share buffers of their graphs by IPC handles, which memory that is mapped has none of.
+            if self._on_gpu and not self.model_config.enforce_eager and self.parallel_config.world_size == 1:
                 torch.cuda.set_device(self.local_rank)
                 self._graphs = gpu.GraphsInFrames(self._agent, self._space)
             super().init_device()
@@ -103,7 +106,8 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
         """Set up the KV cache as vLLM does, with its buffers in frames."""
         with self._agent.reporting("create the KV cache"):
             sizes = kv_cache.buffer_sizes(kv_cache_config)
-            self._agent.reserve(self._space, "kv", self._frames(sum(sizes)))
+            aligned = sum(-(-size // rehome.ALIGNMENT_BYTES) * rehome.ALIGNMENT_BYTES for size in sizes)
+            self._agent.reserve(self._space, "kv", self._frames(aligned))
             with kv_cache.KVCacheInFrames(sizes, self._kv_buffers(sizes)) as hook:
                 super().initialize_from_config(kv_cache_config)
             hook.check_all_replaced()
@@ -208,7 +212,7 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
         def allocate(size: int) -> torch.Tensor:
             nonlocal offset
             storage = rehome.storage_at(self._space.place("kv", offset, size), size, self.device)
-            offset += size
+            offset += -(-size // rehome.ALIGNMENT_BYTES) * rehome.ALIGNMENT_BYTES
             return torch.empty(0, dtype=torch.int8, device=storage.device).set_(storage)
 
         return allocate

@@ -80,23 +80,29 @@ class CudaDevice:
     def create(self) -> CudaFrame:
         """A new zeroed allocation, mapped. Raises OutOfFrames when the GPU has no memory left."""
         self.context.use()
-        handle = call("cuMemCreate", self.frame_bytes, self.context.allocation, 0)
         with self._lock:
             if not self._slots:
                 raise OutOfFrames(f"{self.name} has all its {self.total_frames} frames already")
             slot = self._slots.pop()
-        frame = CudaFrame(self.context, handle, self._base + slot * self.frame_bytes)
+        address = self._base + slot * self.frame_bytes
+        undo: list[tuple[Any, ...]] = []
         try:
-            self.context.map(frame.address, self.frame_bytes, handle)
-            self.context.allow(frame.address, self.frame_bytes)
-        except OSError:
-            call("cuMemRelease", handle)
-            self._slots.append(slot)
+            handle = call("cuMemCreate", self.frame_bytes, self.context.allocation, 0)
+            undo.append(("cuMemRelease", handle))
+            self.context.map(address, self.frame_bytes, handle)
+            undo.append(("cuMemUnmap", address, self.frame_bytes))
+            self.context.allow(address, self.frame_bytes)
+            frame = CudaFrame(self.context, handle, address)
+            with self.transfer("start") as transfer:
+                transfer.fill(frame, 0)
+        except BaseException:
+            for arguments in reversed(undo):
+                call(*arguments)
+            with self._lock:
+                self._slots.append(slot)
             raise
         with self._lock:
             self._frames.add(frame)
-        with self.transfer("start") as transfer:
-            transfer.fill(frame, 0)
         return frame
 
     def destroy(self, frame: Frame) -> None:
@@ -195,10 +201,17 @@ class CudaTransfer:
             self._events.append(self._record())
 
     def finish(self) -> None:
-        """Return when the last one has been seen to complete. Raises CudaError when one failed."""
-        self._events.append(self._record())
-        while self._events:
-            self._wait(self._events.pop(0))
+        """Return when the last one has been seen to complete; also when it raises CudaError, since one failed."""
+        try:
+            self._events.append(self._record())
+            while self._events:
+                self._wait(self._events.pop(0))
+        except BaseException:
+            call("cuStreamSynchronize", self._stream)
+            raise
+        finally:
+            while self._events:
+                call("cuEventDestroy", self._events.pop())
 
     def _record(self) -> Any:
         flags = driver().CUevent_flags

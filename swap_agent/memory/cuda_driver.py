@@ -115,7 +115,7 @@ class Context:
         """The NUMA node nearest to the GPU; None where the machine has no such thing."""
         identifier = call("cuDeviceGetPCIBusId", 32, self.device)
         text = identifier.decode() if isinstance(identifier, bytes) else str(identifier)
-        return _numa_node_of(text.rstrip("\0").lower())
+        return _numa_node_of(text.partition("\0")[0].strip().lower())
 
 
 def _numa_node_of(pci_bus_id: str) -> int | None:

@@ -52,7 +52,7 @@ class FramePool:
             try:
                 while len(frames) < count:
                     frames.append(self.device.create())
-            except OutOfFrames:
+            except BaseException:
                 self._dirty.extend(frames)
                 raise
             self._granted.update(dict.fromkeys(frames, holder))
@@ -71,25 +71,35 @@ class FramePool:
             for frame in frames:
                 if self._granted.get(frame) != holder:
                     raise BooksDoNotBalance(f"{holder} gives back a frame of {self.device.name} that it does not hold")
-            self._held[holder] -= len(frames)
             if self._poison and recycle:
                 with self.device.transfer("swap_out") as transfer:
                     for frame in frames:
                         transfer.fill(frame, 0xFF)  # who reads it unfilled computes NaN, not a plausible answer
+            self._held[holder] -= len(frames)
             for frame in frames:
                 del self._granted[frame]
-                if recycle:
-                    self._dirty.append(frame)
-                else:
-                    self.device.destroy(frame)
+            if recycle:
+                self._dirty.extend(frames)
+            else:
+                self._destroy(frames)
 
     def trim(self) -> int:
         """Release every free frame to the driver or the operating system; returns how many there were."""
         with self._lock:
             released, self._dirty = self._dirty, []
-            for frame in released:
-                self.device.destroy(frame)
+            self._destroy(released)
         return len(released)
+
+    def _destroy(self, frames: list[Frame]) -> None:
+        """Every one of them; then raises the first error. A frame that cannot be destroyed is the device's loss."""
+        errors = []
+        for frame in frames:
+            try:
+                self.device.destroy(frame)
+            except OSError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def close(self) -> None:
         """Let go of the device; nothing is granted or taken back after this."""

@@ -19,6 +19,7 @@ class HostMemory:
 
     def __init__(self, name: str, size_bytes: int, numa_node: int | None = None) -> None:
         self.size_bytes = size_bytes
+        self.address = 0
         self.fd = os.memfd_create(name, os.MFD_CLOEXEC)
         try:
             os.ftruncate(self.fd, size_bytes)
@@ -28,6 +29,8 @@ class HostMemory:
                 mapping.prefer_node(self.address, size_bytes, numa_node)
             mapping.populate(self.address, size_bytes)
         except OSError as error:
+            if self.address:
+                mapping.unmap(self.address, size_bytes)  # or what was populated so far would stay
             os.close(self.fd)
             raise OutOfFrames(f"the machine has no {size_bytes} bytes left for {name}: {error.strerror}") from error
         self.bytes: Bytes = mapping.bytes_at(self.address, size_bytes)

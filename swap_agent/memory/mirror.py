@@ -28,9 +28,9 @@ class Image:
         return self._memory.bytes
 
     def save(self, frames: list[Frame], during: During, first: int = 0) -> None:
-        """Copy from the frames of the region, from number `first` on."""
+        """Copy from the frames of the region, as far as there are any, from number `first` on."""
         with self._device.transfer(during) as transfer:
-            for index in range(first, self._frames()):
+            for index in range(first, min(len(frames), self._frames())):
                 transfer.copy_out(frames[index], self._part(index), self.region)
 
     def seal(self) -> None:

@@ -71,6 +71,8 @@ class Coordinator:
             self._actions.append(ev.Activated(replica.name))
 
     def _unload_wanted(self, replica: Replica, event: ev.UnloadWanted) -> None:
+        if replica.load_wanted and replica.state not in (State.STARTING, State.SWAPPING_IN):
+            self._actions.append(ev.Refuse(replica.name, f"{replica.name} was unloaded while its load waited"))
         replica.load_wanted = False
         replica.unload_wanted = True
         replica.purge_wanted |= event.purge

@@ -59,6 +59,7 @@ class HostMemory:
         for mirror in mirrors:  # whoever was to leave may have been wanted after all
             mirror.drop_wanted = mirror.drop_wanted and {name for name, _ in mirror.users} <= gone
         missing = inventory.host_bytes() + sum(self.wanted.values()) - self.limit_bytes
+        missing -= sum(inventory.replicas[name].host_bytes for name in self.wanted)  # their wishes are totals
         missing -= sum(r.host_bytes for r in leaving) + sum(m.bytes for m in mirrors if m.drop_wanted)
         for mirror in sorted(mirrors, key=lambda m: m.idle_since_s):
             if missing > 0 and not mirror.users and not mirror.drop_wanted:

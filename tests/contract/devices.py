@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from swap_agent.errors import OutOfFrames
-from swap_agent.memory import cuda, mapping
+from swap_agent.memory import cuda, cuda_driver, mapping
 from swap_agent.memory.cuda import CudaDevice
 from swap_agent.memory.cuda_driver import Context, call
 from swap_agent.memory.device import Bytes, DeviceMemory
@@ -131,3 +131,15 @@ def break_nth(monkeypatch: pytest.MonkeyPatch, device: DeviceMemory, what: str, 
         monkeypatch.setattr(SimulatedFrame, "export", lambda frame: failing(frame))
     else:
         monkeypatch.setattr(device, what, Nth(getattr(device, what), error, nth))
+
+
+def break_driver(monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+    """Have every call of a function of the driver fail from now on."""
+
+    def call_or_fail(name: str, *arguments: Any) -> Any:
+        if name == function:
+            raise OutOfFrames("the GPU has no memory left") if "Map" in name else OSError(5, "Input/output error")
+        return call(name, *arguments)
+
+    for module in (cuda, cuda_driver):
+        monkeypatch.setattr(module, "call", call_or_fail)

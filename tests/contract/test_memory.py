@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import zlib
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from devices import FRAME_BYTES, Mapped, contents, make_device, put
+from devices import CUDA, FRAME_BYTES, Mapped, break_driver, break_nth, contents, make_device, put
 
 from swap_agent.errors import BooksDoNotBalance, OutOfFrames
 from swap_agent.memory.device import DeviceMemory
@@ -131,6 +132,40 @@ def test_returned_frames_are_poisoned_recycled_and_said_to_be_dirty(pool: FrameP
     assert not contents(again[3]).any()
 
 
+def test_a_grant_that_fails_loses_no_frame(pool: FramePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for what in ("create", "create"):
+        frames, _ = pool.grant("a", 3)
+        pool.give_back("a", frames)
+        with monkeypatch.context() as patch:
+            break_nth(patch, pool.device, what, 2)
+            with pytest.raises(OutOfFrames):
+                pool.grant("b", 6)
+        with monkeypatch.context() as patch:
+            patch.setattr(pool.device, "create", lambda: os.open("/dev/null/none", os.O_RDONLY))
+            with pytest.raises(OSError, match="Not a directory"):
+                pool.grant("b", FRAMES)
+        frames, _ = pool.grant("b", FRAMES)
+        assert pool.device.resident_bytes() == FRAMES * pool.device.frame_bytes
+        pool.give_back("b", frames)
+        pool.trim()
+
+
+@pytest.mark.skipif(not CUDA, reason="of a GPU's driver")
+@pytest.mark.parametrize(
+    "function", ["cuMemCreate", "cuMemMap", "cuMemSetAccess", "cuMemsetD8Async", "cuEventCreate", "cuEventRecord"]
+)
+def test_a_creation_that_the_driver_refuses_leaves_nothing(
+    device: DeviceMemory, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    with monkeypatch.context() as patch:
+        break_driver(patch, function)
+        for _ in range(FRAMES + 1):
+            with pytest.raises((OSError, OutOfFrames)):
+                device.create()
+    assert device.resident_bytes() == 0
+    assert not any(contents(device.create()).any() for _ in range(FRAMES))
+
+
 def test_nobody_gives_back_what_he_does_not_hold(pool: FramePool) -> None:
     frames, _ = pool.grant("a", 2)
     with pytest.raises(BooksDoNotBalance, match="b gives back a frame"):
@@ -244,3 +279,19 @@ def test_a_space_keeps_what_nobody_needs_and_gets_back_only_what_went(pool: Fram
     assert sum(pool.device.host_to_device.values()) == copied
     space.lost()
     assert pool.free_frames == FRAMES
+
+
+def test_state_of_several_frames_goes_and_comes_in_parts(pool: FramePool) -> None:
+    space = RankSpace("a", pool)
+    for region, count in (("weights", 1), ("state", 3), ("kv", 1)):
+        space.reserve(region, count)  # type: ignore[arg-type]
+    for number, frame in enumerate(space.frames["state"]):
+        put(frame, number + 1)
+    space.make_images(100, 3 * FRAME_BYTES)
+    for keep in (2, 1, 0):
+        space.take_back({"state": keep})
+    held = space.held
+    space.grant()
+    space.fill(held, 0.0)
+    assert [int(contents(frame)[-1]) for frame in space.frames["state"]] == [1, 2, 3]
+    space.lost()

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,11 +25,9 @@ from swap import FAMILIES, SIZES, TURNS, make_model
 
 
 def used_bytes() -> int:
-    """Of the whole GPU."""
-    import torch
-
-    free, total = torch.cuda.mem_get_info()
-    return int(total - free)
+    """Of the whole GPU, asked from outside: asking through torch would make its context first."""
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) << 20
 
 
 def measure(model: str, folder: Path) -> dict[str, Any]:

@@ -189,6 +189,20 @@ def test_ranks_ask_for_host_memory_in_turn_and_the_last_sum_counts() -> None:
     assert machine.policy.inventory.host_bytes() == 70
 
 
+def test_what_a_starting_model_has_already_is_not_missing_twice() -> None:
+    machine = Machinery(Device("cpu:0", 100), Device("cpu:1", 100), host_limit_bytes=100)
+    for name in ("a", "b"):
+        machine.register(name, 10)
+        machine.host_bytes[name] = 30
+        machine.load(name)
+        machine.post(ev.UnloadWanted, name, False)
+        machine.settle()
+    machine.register("pair", 10, ranks=2)
+    machine.post(ev.LoadWanted, "pair")
+    assert machine.post(ev.HostMemoryWanted, "pair", 30) == [ev.GrantHostMemory("pair")]
+    assert kinds(machine.post(ev.HostMemoryWanted, "pair", 50)) == [("StopEngine", "a")], "one is enough"
+
+
 def test_idle_resident_models_are_dropped_last_and_busy_ones_never() -> None:
     machine = host_machinery(100, a=40, b=40, c=40)
     machine.load("a", "b")
@@ -340,6 +354,15 @@ def test_busy_models_take_turns_after_a_while() -> None:
     machine.settle()
     assert machine.state("a") is State.RESIDENT
     assert machine.replica("a").in_flight == 2
+
+
+def test_a_load_that_waits_is_refused_when_its_model_is_unloaded() -> None:
+    machine = machinery(a=100, b=100)
+    machine.load("a")
+    machine.report("a", in_flight=1)
+    assert machine.post(ev.LoadWanted, "b") == []
+    (refused,) = machine.post(ev.UnloadWanted, "b", False)
+    assert isinstance(refused, ev.Refuse) and refused.name == "b" and "unloaded" in refused.message
 
 
 def test_a_withdrawn_wish_leaves_the_queue() -> None:
