@@ -27,11 +27,12 @@ check: $(STAMP) ## format, lint, types
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-bench: $(STAMP) ## speed, as JSON and tables under out/ (12 minutes)
+bench: $(STAMP) ## speed, as JSON and tables under out/ (20 minutes)
 	@$(BIN)/python -m loadtest.bench
 
-soak: $(STAMP) ## half an hour of mixed load, and 10,000 swap cycles; fails on the first lost request
+soak: $(STAMP) ## half an hour of mixed load, 10,000 swap cycles, and what is too slow for the suite; fails on the first lost request
 	@TRITON_SWAP_SOAK=1 $(BIN)/python -m pytest -q tests/contract/test_rank_link.py tests/contract/test_cuda_device.py tests/contract/test_gpu_probe.py
+	@TRITON_SWAP_SOAK=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/integration/test_model_families.py
 	@$(BIN)/python -m loadtest.load --duration 30m --out out/soak.json
 
 gpu: ## what only an NVIDIA GPU can show, with the python3 that has vLLM: make gpu PYTHON=… (15 minutes)

@@ -1,4 +1,5 @@
-"""`make bench`: swap-in bandwidth, time to first token, the cost of the path and of swappable weights, and a load test.
+"""`make bench`: swap-in bandwidth, time to first token, the cost of the path and of swappable weights, a load test, and
+engines restored from their mirrors.
 
 Every ratio is between figures of this one run. Writes out/bench.json and out/locust.json, prints tables.
 """
@@ -20,7 +21,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from loadtest import bandwidth, load, models, overhead
+from loadtest import bandwidth, load, models, overhead, restore
 from loadtest.baseline import BaselineFailed
 from loadtest.clients import Client, RequestFailed
 from loadtest.measure import PROMPT_TOKENS, NotAsExpected, Row, Ttft, print_rows
@@ -65,12 +66,16 @@ def _run(console: Console) -> dict[str, Any]:
         print_rows(console, rows)
         loaded = load.run(console, server, load.DURATION_S, load.USERS, load.OUT)
         load.print_table(console, loaded)
+        with Steps(console, "restored engines", 2 * restore.REPEATS * len(server.models)) as step:
+            restores = restore.measure(server, step)
+        _print_restores(console, restores)
     with Steps(console, "plain vLLM", 2) as step:
         costs += overhead.without_server(OVERHEAD_MODEL, kv_bytes, OUT, step)
     _print_costs(console, costs)
     return {
         "machine": machine,
         "swap_in": [speed.as_json() for speed in speeds],
+        "restore": [each.as_json() for each in restores],
         "ttft": [row.as_json() | {"cold_over_swapped": row.speed_up} for row in rows],
         "overhead": {
             "model": OVERHEAD_MODEL,
@@ -129,6 +134,20 @@ def _print_speeds(console: Console, speeds: list[bandwidth.SwapInSpeed]) -> None
             f"{speed.gb_per_s:.2f}",
             f"{speed.plain_copy_gb_per_s:.2f}",
             f"{speed.share:.0%}",
+        )
+    console.print(table)
+
+
+def _print_restores(console: Console, restores: list[restore.Restore]) -> None:
+    table = Table("weights of", "from disk", "from the mirror", "gain", "with model and frames", "gain", box=None)
+    for each in restores:
+        table.add_row(
+            each.model,
+            f"{each.cold_s:.2f} s",
+            f"{each.restored_s:.2f} s",
+            f"{each.gain:.1f}x",
+            f"{each.cold_whole_s:.2f} s → {each.restored_whole_s:.2f} s",
+            f"{each.cold_whole_s / each.restored_whole_s:.1f}x",
         )
     console.print(table)
 

@@ -30,6 +30,12 @@ def claim_no_share(cache_config: Any) -> None:
     cache_config.gpu_memory_utilization = _NEXT_TO_NOTHING
 
 
+def cap(device: torch.device, size_bytes: int) -> None:
+    """Let torch take no more of the GPU than the agent has for models; above that it raises OutOfMemoryError."""
+    total_bytes = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, size_bytes / total_bytes), device)
+
+
 class GraphsInFrames:
     """Region `scratch`, and torch's pool over it; lives as long as the engine."""
 

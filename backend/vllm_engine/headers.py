@@ -32,11 +32,15 @@ def safetensors_header(path: str | os.PathLike[str]) -> Any:
 
 
 def _start(path: str | os.PathLike[str], size: int) -> bytes:
-    """The first bytes of a file, with O_DIRECT where its file system knows that (open(2): whole pages, aligned)."""
+    """The first bytes of a file, with O_DIRECT where its file system does that (open(2): whole pages, aligned)."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    except OSError:
-        fd = os.open(path, os.O_RDONLY)
+        return _read(path, os.O_DIRECT, size)
+    except (OSError, ValueError):
+        return _read(path, 0, size)
+
+
+def _read(path: str | os.PathLike[str], flag: int, size: int) -> bytes:
+    fd = os.open(path, os.O_RDONLY | flag)
     try:
         with mmap.mmap(-1, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE) as buffer:
             if os.preadv(fd, [buffer], 0) < size:

@@ -75,6 +75,8 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
                 torch.cuda.set_device(self.local_rank)
                 self._graphs = gpu.GraphsInFrames(self._agent, self._space)
             super().init_device()
+            if self._on_gpu:
+                gpu.cap(self.device, self._agent.welcome.device_bytes)
         if self.parallel_config.world_size > 1:
             between_ranks.forget_shared_memory()
 

@@ -6,6 +6,7 @@ The device holds the small model beside either large one, never both large ones:
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def references() -> dict[str, Reference]:
+def reference_run(request: pytest.FixtureRequest) -> Iterator[Future[dict[str, Reference]] | None]:
+    """Under way beside the start of the server's engines, when a test wants it."""
+    with ThreadPoolExecutor(1) as threads:
+        wanted = any("references" in getattr(item, "fixturenames", ()) for item in request.session.items)
+        yield threads.submit(_ask_plain_vllm) if wanted else None
+
+
+def _ask_plain_vllm() -> dict[str, Reference]:
     """By plain vLLM with the same linear path, on ordinary memory, one engine at a time beside the server's three."""
     found = {}
     for model in (LLAMA, QWEN):
@@ -37,7 +45,13 @@ def references() -> dict[str, Reference]:
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
+def references(server: Server, reference_run: Future[dict[str, Reference]]) -> dict[str, Reference]:
+    """What plain vLLM answers."""
+    return reference_run.result()
+
+
+@pytest.fixture(scope="session")
+def server(reference_run: object) -> Iterator[Server]:
     """All three models loaded through Triton."""
     with Server() as server:
         yield server

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ EMBEDDING: dict[str, dict[str, Any]] = {
     "decoder": COMMON | {"architectures": ["Qwen3Model"], "model_type": "qwen3", "intermediate_size": 512},
     "encoder, which has no KV cache": BERT,
 }
-QUANTIZED = ("awq", "compressed-tensors")  # GPTQ runs on AWQ's kernel
+QUANTIZED = ("awq", "compressed-tensors", *(["gptq"] if "TRITON_SWAP_SOAK" in os.environ else []))
+"""GPTQ runs on AWQ's kernel, so `make soak` is enough for it."""
 
 
 def make_tiny(folder: Path, config: dict[str, Any]) -> Path:
