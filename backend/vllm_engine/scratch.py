@@ -37,16 +37,16 @@ class Scratch:
 
     def __init__(self, address: int, size: int) -> None:
         """Raises Unsupported when there is no C compiler, TritonSwapError when the range is in use already."""
-        self.library_path = build()
-        self._library = ctypes.CDLL(str(self.library_path))
-        self._library.triton_swap_scratch_open.argtypes = (ctypes.c_uint64, ctypes.c_uint64)
-        if self._library.triton_swap_scratch_open(address, size) != 0:
+        self.shared_object = build()
+        self._functions = ctypes.CDLL(str(self.shared_object))
+        self._functions.triton_swap_scratch_open.argtypes = (ctypes.c_uint64, ctypes.c_uint64)
+        if self._functions.triton_swap_scratch_open(address, size) != 0:
             raise TritonSwapError("region scratch was opened twice")
 
     def figures(self) -> Figures:
         """What is in use."""
         values = (ctypes.c_uint64 * 4)()
-        self._library.triton_swap_scratch_figures(values)
+        self._functions.triton_swap_scratch_figures(values)
         return Figures(*values)
 
     def memory_pool(self) -> Any:
@@ -54,7 +54,7 @@ class Scratch:
         import torch
 
         names = ("triton_swap_scratch_malloc", "triton_swap_scratch_free")
-        self._allocator = torch.cuda.memory.CUDAPluggableAllocator(str(self.library_path), *names)
+        self._allocator = torch.cuda.memory.CUDAPluggableAllocator(str(self.shared_object), *names)
         return torch.cuda.MemPool(self._allocator.allocator())
 
 

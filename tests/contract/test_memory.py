@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import zlib
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ import pytest
 from devices import CUDA, FRAME_BYTES, Mapped, break_driver, break_nth, contents, make_device, put
 
 from swap_agent.errors import BooksDoNotBalance, OutOfFrames
+from swap_agent.memory import cuda_driver
+from swap_agent.memory.cuda import CudaDevice
 from swap_agent.memory.device import DeviceMemory
 from swap_agent.memory.frames import FramePool
 from swap_agent.memory.mirror import Image
@@ -133,21 +136,28 @@ def test_returned_frames_are_poisoned_recycled_and_said_to_be_dirty(pool: FrameP
 
 
 def test_a_grant_that_fails_loses_no_frame(pool: FramePool, monkeypatch: pytest.MonkeyPatch) -> None:
-    for what in ("create", "create"):
-        frames, _ = pool.grant("a", 3)
-        pool.give_back("a", frames)
-        with monkeypatch.context() as patch:
-            break_nth(patch, pool.device, what, 2)
-            with pytest.raises(OutOfFrames):
-                pool.grant("b", 6)
-        with monkeypatch.context() as patch:
-            patch.setattr(pool.device, "create", lambda: os.open("/dev/null/none", os.O_RDONLY))
-            with pytest.raises(OSError, match="Not a directory"):
-                pool.grant("b", FRAMES)
-        frames, _ = pool.grant("b", FRAMES)
-        assert pool.device.resident_bytes() == FRAMES * pool.device.frame_bytes
-        pool.give_back("b", frames)
-        pool.trim()
+    frames, _ = pool.grant("a", 3)
+    pool.give_back("a", frames)
+    with monkeypatch.context() as patch:
+        break_nth(patch, pool.device, "create", 2)
+        with pytest.raises(OutOfFrames):
+            pool.grant("b", 6)
+    with monkeypatch.context() as patch:
+        patch.setattr(pool.device, "create", lambda: os.open("/dev/null/none", os.O_RDONLY))
+        with pytest.raises(OSError, match="Not a directory"):
+            pool.grant("b", FRAMES)
+    pool.grant("b", FRAMES)
+    assert pool.device.resident_bytes() == FRAMES * pool.device.frame_bytes
+
+
+@pytest.mark.skipif(not CUDA, reason="of a GPU's driver")
+def test_the_numa_node_is_looked_up_by_the_gpu_s_bus_address(
+    device: CudaDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(cuda_driver, "_numa_node_of", asked.append)
+    device.context.numa_node()
+    assert re.fullmatch(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]", asked[0]), asked
 
 
 @pytest.mark.skipif(not CUDA, reason="of a GPU's driver")

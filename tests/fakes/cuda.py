@@ -26,9 +26,9 @@ def build_libcuda(folder: Path, *flags: str) -> Path:
 class FakeCuda:
     """Devices that the processes started with `environment()` share, until `close()`."""
 
-    def __init__(self, library: Path, folder: Path, devices: str = "1x256MiB") -> None:
+    def __init__(self, driver_folder: Path, folder: Path, devices: str = "1x256MiB") -> None:
         self.devices = devices
-        self.library = library
+        self.driver_folder = driver_folder
         self.log_path = folder / "calls.log"
         self.faults_path = folder / "faults"
         # A container's /dev/shm may be small; then device memory is files on disk, slower and otherwise the same.
@@ -50,7 +50,7 @@ class FakeCuda:
 
     def environment(self, **more: str) -> dict[str, str]:
         """The environment of a process on this machine: ours, the imitation, then `more` (FAKE_CUDA_…, libcuda.c)."""
-        paths = [str(self.library), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+        paths = [str(self.driver_folder), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
         return {
             **os.environ,
             "LD_LIBRARY_PATH": os.pathsep.join(paths),

@@ -65,7 +65,7 @@ from swap_agent.memory.cuda_driver import Context
 from vllm_engine.scratch import Scratch
 Context(0).use()
 scratch = Scratch(1 << 40, 4 << 20)
-library = scratch._library
+library = scratch._functions
 library.triton_swap_scratch_malloc.restype = ctypes.c_uint64
 library.triton_swap_scratch_malloc.argtypes = (ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p)
 library.triton_swap_scratch_free.argtypes = (ctypes.c_uint64, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p)
