@@ -38,7 +38,7 @@ from swap_agent.wire import messages as wire
 
 log = logging.getLogger(__name__)
 
-_TICK_S = 0.1
+_AUDIT_S = 0.1
 _MEASURE_S = 5.0
 _SPARE_FILES = 1024
 """Open files beside the frames: descriptors on their way to ranks, connections, logs."""
@@ -65,6 +65,7 @@ class Agent:
         self._tasks: set[asyncio.Task[None]] = set()
         self.books_violations = 0
         """How often policy and pools, or the policy's own books, did not agree."""
+        self._alarm: asyncio.TimerHandle | None = None
         self._closing = False
         self._numbers = 0
         self._loop: asyncio.AbstractEventLoop
@@ -86,18 +87,19 @@ class Agent:
             self._open_devices()
             self._memory_plane.open()
             await self._control_plane.open()
-            ticking = [asyncio.create_task(self._tick())]
+            watching = [asyncio.create_task(self._keep_books())]
             if self.config.host_memory_bytes is not None:
-                ticking.append(asyncio.create_task(self._measure()))
+                watching.append(asyncio.create_task(self._measure()))
             try:
                 yield
             finally:
-                for task in ticking:
+                for task in watching:
                     task.cancel()
                 self._control_plane.refuse_newcomers()
                 self._memory_plane.close()
                 await self._end_engines()
                 await self._control_plane.close()
+                self._wake_at(float("inf"))
                 for pool in self.pools.values():
                     pool.close()
 
@@ -126,10 +128,9 @@ class Agent:
             await asyncio.sleep(0.02)
         self.mirrors.close()
 
-    async def _tick(self) -> None:
+    async def _keep_books(self) -> None:
         while True:
-            await asyncio.sleep(_TICK_S)
-            self.post(ev.Tick(time.monotonic()))
+            await asyncio.sleep(_AUDIT_S)
             self._audit()
 
     def _audit(self) -> None:
@@ -167,9 +168,19 @@ class Agent:
         except BooksDoNotBalance:
             log.exception("after %s the books do not balance", event)
             self.books_violations += 1
+        self._wake_at(self.coordinator.next_tick_s)
         if not isinstance(event, ev.Tick):
             self._changed.set()
             self._changed = asyncio.Event()
+
+    def _wake_at(self, at_s: float) -> None:
+        """Have the policy hear of the time when it said that time alone changes something."""
+        if self._alarm:
+            self._alarm.cancel()
+        self._alarm = None
+        if at_s < float("inf"):
+            # A timer may be early by the clock's resolution; then the next one follows at once.
+            self._alarm = self._loop.call_at(at_s, lambda: self.post(ev.Tick(time.monotonic())))
 
     def _perform(self, action: ev.Action) -> None:
         engine = self.engines.get(action.name)
