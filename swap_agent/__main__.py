@@ -51,6 +51,11 @@ def _parser() -> argparse.ArgumentParser:
             "--host-memory", metavar="SIZE", help="bound of mirrors and engine processes together (default: none)"
         )
         verb.add_argument("--verify", action="store_true", help="check weights by checksums at every swap; slow")
+        verb.add_argument(
+            "--preempt",
+            action="store_true",
+            help="when a model's turn is over and one of higher PRIORITY waits, its requests stand still, not finish",
+        )
         verb.add_argument("--agent-port", type=_port, default=8003, help="admin API on loopback (default: %(default)s)")
     agent.add_argument("--poison", action="store_true", help="fill returned frames with 0xFF, to find use after return")
     agent.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
@@ -101,6 +106,7 @@ def _serve(options: argparse.Namespace) -> int:
             device=options.device,
             host_memory=options.host_memory,
             verify=options.verify,
+            preempt=options.preempt,
             runtime_dir=options.runtime_dir,
             host=options.host,
             http_port=options.http_port,
@@ -143,8 +149,16 @@ def _agent(options: argparse.Namespace) -> int:
     device = parse_device(_check_device(options.device))
     runtime = RuntimeDir(options.runtime_dir)
     host_memory = _host_memory(options.host_memory)
-    port, poison, verify = options.agent_port, options.poison, options.verify
-    asyncio.run(_run_agent(AgentConfig(runtime, device, host_memory, port, poison=poison, verify=verify)))
+    config = AgentConfig(
+        runtime,
+        device,
+        host_memory,
+        options.agent_port,
+        poison=options.poison,
+        verify=options.verify,
+        preempt=options.preempt,
+    )
+    asyncio.run(_run_agent(config))
     return 0
 
 

@@ -104,6 +104,8 @@ class AgentConfig:
     """Fill every returned frame with 0xFF, and have simulated copies complete late and in any order; for tests."""
     verify: bool = False
     """Check weights by checksums at every swap."""
+    preempt: bool = False
+    """A model of higher PRIORITY does not wait for the running requests of a lower one: they stand still."""
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ class Agent:
         for device in open_devices(self.config.device, late=self.config.poison):
             self.pools[device.name] = FramePool(device, poison=self.config.poison)
         devices = [Device(name, pool.device.total_frames) for name, pool in self.pools.items()]
-        self.coordinator = Coordinator(devices, self.config.host_memory_bytes)
+        self.coordinator = Coordinator(devices, self.config.host_memory_bytes, preempt=self.config.preempt)
         self._raise_file_limit()
 
     def _raise_file_limit(self) -> None:
@@ -213,7 +213,7 @@ class Agent:
             case ev.RefuseHostMemory():
                 self._memory_plane.answer_host_memory(action.name, action.message)
             case ev.Drain():
-                self._send(engine, wire.Drain(action.epoch, action.wait))
+                self._send(engine, wire.Drain(action.epoch, action.wait, action.preempt))
             case ev.SwapOut():
                 engine.order = self._spawn(self._swap_out(engine, action.epoch, action.keep_frames))
             case ev.SwapIn():

@@ -47,6 +47,8 @@ class ServeOptions:
     """None: no bound."""
     verify: bool
     """Weights are checked by checksums at every swap."""
+    preempt: bool
+    """Requests of models of lower PRIORITY stand still for those of higher ones."""
     runtime_dir: Path
     host: str
     http_port: int
@@ -203,6 +205,7 @@ class _Supervisor:
         command += [f"--device={options.device}"] if options.device else []
         command += [f"--host-memory={options.host_memory}"] if options.host_memory else []
         command += ["--verify"] if options.verify else []
+        command += ["--preempt"] if options.preempt else []
         self._agent_starts_s.append(time.monotonic())
         self._agent = Child("the swap agent", command, os.environ, self._logs / "agent.log")
         socket_path = RuntimeDir(options.runtime_dir).admin_socket

@@ -122,13 +122,14 @@ class Engine:
             text = json.dumps(result.outputs.data.tolist())
             yield Output(request, [Sequence(text, None, 0)], len(result.prompt_token_ids), result.finished)
 
-    async def swap_out(self, epoch: int, keep: list[dict[Region, int]]) -> SwapOutTimes:
+    async def swap_out(self, epoch: int, keep: list[dict[Region, int]], *, preempt: bool) -> SwapOutTimes:
         """Pause, forget the KV cache, and have every rank unmap all but its part of `keep` (empty: all of it).
 
-        Call it when nothing is in flight.
+        Call it when nothing is in flight, or with `preempt`: then requests stand still until the swap-in, and their KV
+        is computed again. What they have generated stays (vLLM preempts them when it resets its prefix cache).
         """
         begin = time.monotonic()
-        await self._llm.engine_core.pause_scheduler_async(mode="wait", clear_cache=True)
+        await self._llm.engine_core.pause_scheduler_async(mode="keep" if preempt else "wait", clear_cache=True)
         paused = time.monotonic()
         await self._llm.collective_rpc("swap_out", RPC_TIMEOUT_S, (epoch, keep))
         return SwapOutTimes(paused - begin, time.monotonic() - paused)

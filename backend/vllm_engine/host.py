@@ -127,6 +127,8 @@ class Host:
         self._gate = Gate(replica, welcome.max_queue, welcome.queue_timeout_s, self._load_changed)
         self._plane = DataPlane(engine, self._gate, partial(parameters, replica, engine.embeds))
         self._order: asyncio.Task[None] | None = None
+        self._preempted = False
+        """What is in flight may stand still while the engine is swapped out."""
         self._reported = wire.Report(0, 0, 0)
         self._report_timer: asyncio.TimerHandle | None = None
 
@@ -173,11 +175,11 @@ class Host:
 
     def _take(self, message: wire.ToHost) -> None:
         match message:
-            case wire.Drain(wait=False) if self._gate.in_flight:
+            case wire.Drain(wait=False, preempt=False) if self._gate.in_flight:
                 self._channel.send(wire.DrainRefused(message.epoch))
             case wire.Drain():
                 self._gate.close()
-                self._start(message.epoch, self._drain(message.epoch))
+                self._start(message.epoch, self._drain(message))
             case wire.SwapOut():
                 self._start(message.epoch, self._swap_out(message))
             case wire.SwapIn():
@@ -201,14 +203,18 @@ class Host:
             log.exception("order of epoch %d", epoch)
             self._channel.send(wire.OrderFailed(epoch, f"{self._replica}: {type(error).__name__}: {error}"))
 
-    async def _drain(self, epoch: int) -> None:
-        await self._gate.idle()
-        self._channel.send(wire.Drained(epoch))
+    async def _drain(self, order: wire.Drain) -> None:
+        self._preempted = order.preempt
+        if not order.preempt:
+            await self._gate.idle()
+        self._channel.send(wire.Drained(order.epoch))
 
     async def _swap_out(self, order: wire.SwapOut) -> None:
-        if self._gate.is_open or self._gate.in_flight:
+        if self._gate.is_open or (self._gate.in_flight and not self._preempted):
             raise ProtocolError("SwapOut before Drained")
-        times = await self._engine.swap_out(order.epoch, order.keep)
+        if self._gate.in_flight:
+            log.info("%d requests stand still until the engine is back", self._gate.in_flight)
+        times = await self._engine.swap_out(order.epoch, order.keep, preempt=self._preempted)
         self._channel.send(wire.SwappedOut(order.epoch))
         log.info("swapped out, epoch %d: pause %.4f s, ranks %.4f s", order.epoch, *times)
 

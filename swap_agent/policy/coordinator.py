@@ -33,12 +33,19 @@ class Coordinator:
     """Owns the states of all replicas and the reservations on all devices."""
 
     def __init__(
-        self, devices: list[Device], host_limit_bytes: int | None = None, regret: Regret = expected_regret
+        self,
+        devices: list[Device],
+        host_limit_bytes: int | None = None,
+        regret: Regret = expected_regret,
+        *,
+        preempt: bool = False,
     ) -> None:
         """`host_limit_bytes` bounds mirrors and engine processes together; None: no bound.
 
-        `regret` orders idle models that could be evicted.
+        `regret` orders idle models that could be evicted. With `preempt`, a model whose turn is over does not wait for
+        its requests when one of a higher priority waits: they stand still until it is back.
         """
+        self._preempt = preempt
         self._host_memory = HostMemory(host_limit_bytes)
         self._regret = regret
         self.inventory = Inventory({device.name: device for device in devices})
@@ -256,13 +263,14 @@ class Coordinator:
         if replica.purge_wanted:
             self._forget_mirrors(replica)
         replica.stopping = replica.unload_wanted = replica.purge_wanted = replica.drop_wanted = False
+        replica.preempted = False
         # A load that came while the old engine was being stopped is still wanted; one that the failure answers is not.
         replica.load_wanted = replica.load_wanted and not replica.failure
         self._growth = {key: frames for key, frames in self._growth.items() if key[0] != replica.name}
         self._host_memory.wanted.pop(replica.name, None)
 
     def _settle(self, replica: Replica, now_s: float) -> None:
-        replica.load_wanted = False
+        replica.load_wanted = replica.preempted = False
         replica.waiting = 0  # the gate is open: the host's next report counts anew
         replica.idle_since_s = replica.resident_since_s = now_s
         self._actions.append(ev.Activated(replica.name))
@@ -314,11 +322,12 @@ class Coordinator:
         else:
             self._release(replica, 0)
 
-    def _drain(self, replica: Replica, keep_frames: int, *, wait: bool, reason: str) -> None:
+    def _drain(self, replica: Replica, keep_frames: int, *, wait: bool, reason: str, preempt: bool = False) -> None:
         replica.move(State.DRAINING)
         replica.epoch += 1
         replica.keep_frames = keep_frames
-        self._actions.append(ev.Drain(replica.name, replica.epoch, wait, reason))
+        replica.preempted = preempt
+        self._actions.append(ev.Drain(replica.name, replica.epoch, wait, reason, preempt))
 
     def _release(self, replica: Replica, keep_frames: int) -> None:
         """Take frames from a model that is SWAPPED already."""
@@ -460,8 +469,12 @@ class Coordinator:
             victim = self.inventory.replicas[name]
             if victim.state is State.SWAPPED:
                 self._release(victim, keep)
+            elif victim.idle:
+                self._drain(victim, keep, wait=False, reason="eviction")
+            elif self._preempt and who.priority > victim.priority:
+                self._drain(victim, keep, wait=False, reason="preemption", preempt=True)
             else:
-                self._drain(victim, keep, wait=not victim.idle, reason="eviction" if victim.idle else "turn")
+                self._drain(victim, keep, wait=True, reason="turn")
 
     def _look_again(self, device: str, at_s: float) -> None:
         if self._alarm_s.get(device, float("inf")) > at_s:

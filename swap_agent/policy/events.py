@@ -255,7 +255,9 @@ class Drain(Action):
     epoch: int
     wait: bool
     reason: str
-    """Why: `unload`, `keep_alive`, `eviction`, `turn` or `host_memory`."""
+    """Why: `unload`, `keep_alive`, `eviction`, `turn`, `preemption` or `host_memory`."""
+    preempt: bool = False
+    """Do not wait for what is in flight: it stands still until the replica is RESIDENT again."""
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,8 @@ class Replica:
     drop_wanted: bool = False
     """Host memory is short: once SWAPPED, its engine is to end."""
     stopping: bool = False
+    preempted: bool = False
+    """It was drained without waiting for its requests: what is in flight stands still."""
     failure: str = ""
 
     @property
@@ -79,7 +81,7 @@ class Replica:
     @property
     def activation_wanted(self) -> bool:
         """Somebody waits for it to be RESIDENT."""
-        return self.load_wanted or self.waiting > 0
+        return self.load_wanted or self.waiting > 0 or (self.preempted and self.in_flight > 0)
 
     @property
     def footprint_frames(self) -> int:

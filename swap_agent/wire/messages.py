@@ -125,10 +125,12 @@ class Drain(Message, frozen=True):
 
     epoch: int
     wait: bool
+    preempt: bool = False
+    """Do not wait for what is in flight: it stands still while the engine is swapped out, and goes on afterwards."""
 
 
 class Drained(Message, frozen=True):
-    """The gate is closed and nothing is in flight."""
+    """The gate is closed, and nothing is in flight that may not be preempted."""
 
     epoch: int
 

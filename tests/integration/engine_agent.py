@@ -90,10 +90,10 @@ class FakeAgent:
             while True:
                 self.receive(wire.Report, 0.2)
 
-    def swap_out(self, epoch: int, keep: dict[wire.Region, int] | None = None) -> None:
+    def swap_out(self, epoch: int, keep: dict[wire.Region, int] | None = None, *, preempt: bool = False) -> None:
         """Drain, unmap all frames but `keep`, save the state that goes, poison the frames."""
         keep = keep or {}
-        self.host.send(wire.Drain(epoch, wait=True))
+        self.host.send(wire.Drain(epoch, wait=not preempt, preempt=preempt))
         assert self.receive(wire.Drained) == wire.Drained(epoch)
         self.host.send(wire.SwapOut(epoch, [keep]))
         assert self._ack() == wire.Unmapped(epoch)
@@ -229,9 +229,14 @@ class Stub:
                 yield item
                 if isinstance(item, wire.Failed) or item.finished:
                     return
-            step, _ = self.channel.receive(timeout_s)
-            self.steps.append(step)
-            self._pending += step.items
+            if not any(item.id == request for item in self._pending):
+                self.take(timeout_s)
+
+    def take(self, timeout_s: float) -> None:
+        """Take one message. Raises TimeoutError."""
+        step, _ = self.channel.receive(timeout_s)
+        self.steps.append(step)
+        self._pending += step.items
 
     def ask(self, prompt: str, sampling_parameters: str = "", stream: bool = False) -> list[wire.Output | wire.Failed]:
         """Submit and take everything."""

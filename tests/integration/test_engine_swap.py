@@ -277,6 +277,26 @@ def test_a_busy_engine_refuses_to_drain_unless_told_to_wait(
     agent.swap_in(epoch())
 
 
+def test_a_preempted_request_goes_on_where_it_stood(
+    agent: FakeAgent, stub: Stub, reference: list[str], epoch: Callable[[], int]
+) -> None:
+    sampling = '{"temperature": "0", "max_tokens": "300", "ignore_eos": true}'
+    whole = text(stub.ask(PROMPTS[0], sampling, stream=True))
+    requests = [stub.submit(PROMPTS[0], sampling, stream=True) for _ in range(3)]
+    streams = [stub.items(request) for request in requests]
+    begun = [[next(stream) for _ in range(3)] for stream in streams]  # all three are generating
+    number = epoch()
+    agent.swap_out(number, preempt=True)
+    with pytest.raises(TimeoutError):  # once what was on its way has arrived
+        while True:
+            stub.take(0.5)
+    agent.swap_in(number)
+    answers = [items + list(stream) for items, stream in zip(begun, streams, strict=True)]
+    assert {sum(item.sequences[0].num_tokens for item in answer) for answer in answers} == {300}  # type: ignore[union-attr]
+    assert whole.startswith(reference[0]) and [text(answer) for answer in answers] == [whole] * 3
+    assert "3 requests stand still" in agent.log.read_text()
+
+
 def test_a_request_for_a_swapped_out_model_waits_and_is_answered(
     agent: FakeAgent, stub: Stub, reference: list[str], epoch: Callable[[], int]
 ) -> None:

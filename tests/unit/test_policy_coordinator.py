@@ -773,3 +773,26 @@ def test_a_mirror_in_use_is_never_dropped() -> None:
     machine.post(ev.HostMemoryMeasured, "a", 90)
     machine.settle()
     assert mirrors(machine) == {"mirror of a"} and machine.state("a") is State.RESIDENT
+
+
+def test_a_lower_priority_gives_way_at_the_end_of_its_turn_and_its_requests_stand_still() -> None:
+    machine = Machinery(Device("cpu:0", 100))
+    machine.policy = Coordinator([Device("cpu:0", 100)], preempt=True)
+    machine.post(ev.Registered, "low", 100, None)
+    machine.post(ev.Registered, "high", 100, None, 1, None, 1)
+    machine.load("high", "low")
+    machine.report("low", in_flight=2)
+    assert machine.report("high", waiting=1) == [], "its minimum residency is not over"
+    (drain,) = machine.tick(TURN_S)
+    assert drain == ev.Drain("low", machine.replica("low").epoch, False, "preemption", preempt=True)
+    machine.open.clear()
+    machine.post(ev.Drained, "low", drain.epoch)
+    assert machine.replica("low").activation_wanted, "two requests stand still inside"
+    machine.settle()
+    assert machine.state("high") is State.RESIDENT
+    machine.busy["high"] = 1
+    machine.tick(TURN_S)
+    (turn,) = [action for action in machine.open if isinstance(action, ev.Drain)]
+    assert (turn.name, turn.wait, turn.preempt) == ("high", True, False), "a higher priority is never preempted"
+    machine.settle()
+    assert machine.state("low") is State.RESIDENT and not machine.replica("low").preempted
