@@ -20,7 +20,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--token", required=True, help="proves to the agent that it started this process")
     options = parser.parse_args(argv)
 
-    from vllm_engine.host import run
+    from vllm_engine.zygote import importing
+
+    with importing():
+        from vllm_engine.host import run
 
     return run(options.runtime_dir, options.replica, options.token)
 
