@@ -54,6 +54,8 @@ class Zygote:
     def __init__(self, imports: Sequence[str] = ()) -> None:
         """Fork; `imports` are modules that only the child needs. Call it in the main thread. Raises OSError."""
         host = os.getpid()
+        self.context = _Context(self)
+        """For multiprocessing: its processes run here, the first one, or are new."""
         self._fixed = _fixed()
         self._connection, theirs = Pipe()
         sys.stdout.flush()
@@ -72,7 +74,7 @@ class Zygote:
         from vllm.v1.engine import utils
 
         original = utils.get_mp_context
-        utils.get_mp_context = lambda: _Context(self)
+        utils.get_mp_context = lambda: self.context
         try:
             yield
         finally:
@@ -154,7 +156,8 @@ class _Popen(popen_fork.Popen):
         self._connection = connection
         super().__init__(process)
 
-    def duplicate_for_child(self, fd: int) -> int:
+    @staticmethod
+    def DupFd(fd: int) -> NoReturn:  # noqa: N802  # multiprocessing's name
         raise _DescriptorError
 
     def _launch(self, process: SpawnProcess) -> None:
