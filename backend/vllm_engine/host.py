@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 
 def run(runtime_dir: Path, replica: str, token: str) -> int:
     """Run a host to its end. Returns the exit status: 0 when told to stop, else 1."""
-    # A GPU's driver does not survive a fork; that nothing has touched it by now was not seen.
+    # First thing. Not on a GPU: CUDA does not survive a fork, and that nothing has touched it by now was not seen.
     zygote = Zygote(["vllm_engine.worker"]) if current_platform.is_cpu() else None
     logging.basicConfig(level=logging.INFO, format="%(asctime)s host %(levelname)s %(message)s", stream=sys.stderr)
     try:
@@ -116,7 +116,7 @@ def _start_engine(
         args = arguments.engine_args(values)
         config = arguments.engine_config(args)
         Endpoint(welcome.ranks_socket, replica, token, json.dumps(values, sort_keys=True)).export()
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # forked, EngineCore would not die with this process
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # what vLLM forks does not die with its parent
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks of one engine are on one machine
         with zygote.as_engine_core() if zygote else nullcontext():
             return Engine(replica, config, args)
