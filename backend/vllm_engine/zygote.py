@@ -4,7 +4,7 @@ The fork is made right after the imports: before there is a loop, a connection o
 (GNU OpenMP's threads do not survive a fork) and before CUDA is touched. It waits until vLLM wants to start EngineCore,
 and becomes that process: what it shall run comes pickled, as with `spawn`.
 
-Tried on vLLM 0.32.0. Hook: `get_mp_context` in vllm.v1.engine.utils.
+Tried on vLLM 0.32.0 and, with one rank, on 0.26.0. Hook: `get_mp_context` in vllm.v1.engine.utils.
 """
 
 from __future__ import annotations
