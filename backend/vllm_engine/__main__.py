@@ -1,7 +1,8 @@
 """Entry of an engine host: `python -m vllm_engine --runtime-dir D --replica NAME/VERSION#I --token T`.
 
-The agent starts it. vLLM starts its own processes with multiprocessing's `spawn`, which runs this file again in each of
-them under the name `__mp_main__`, before anything else: that is where they are tied to the life of their parent.
+The agent starts it. EngineCore is a fork of it (zygote.py); where that cannot be, and for the workers of several ranks,
+vLLM uses multiprocessing's `spawn`, which runs this file again in each new process under the name `__mp_main__`, before
+anything else: that is where they are tied to the life of their parent.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--token", required=True, help="proves to the agent that it started this process")
     options = parser.parse_args(argv)
 
-    from vllm_engine.host import run
+    from vllm_engine.zygote import importing
+
+    with importing():
+        from vllm_engine.host import run
 
     return run(options.runtime_dir, options.replica, options.token)
 

@@ -20,10 +20,12 @@ import socket
 import sys
 import threading
 from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from vllm.platforms import current_platform
 
 from swap_agent.errors import PeerGone, ProtocolError, Refusal, TakenBack, TritonSwapError, Unavailable
 from swap_agent.wire import messages as wire
@@ -37,6 +39,7 @@ from vllm_engine.headers import read_past_cache
 from vllm_engine.parameters import parameters
 from vllm_engine.rank import Endpoint
 from vllm_engine.versions import check_vllm_version
+from vllm_engine.zygote import Zygote
 
 REPORT_INTERVAL_S = 0.05
 """Reports that do not enter or leave zero are at least this far apart."""
@@ -52,15 +55,17 @@ log = logging.getLogger(__name__)
 
 def run(runtime_dir: Path, replica: str, token: str) -> int:
     """Run a host to its end. Returns the exit status: 0 when told to stop, else 1."""
+    # First thing. Not on a GPU: CUDA does not survive a fork, and that nothing has touched it by now was not seen.
+    zygote = Zygote(["vllm_engine.worker"]) if current_platform.is_cpu() else None
     logging.basicConfig(level=logging.INFO, format="%(asctime)s host %(levelname)s %(message)s", stream=sys.stderr)
     try:
-        return asyncio.run(_run(runtime_dir, replica, token))
+        return asyncio.run(_run(runtime_dir, replica, token, zygote))
     except TritonSwapError as error:
         log.error("%s: %s", replica, error)
         return 1
 
 
-async def _run(runtime_dir: Path, replica: str, token: str) -> int:
+async def _run(runtime_dir: Path, replica: str, token: str, zygote: Zygote | None) -> int:
     agent_socket = runtime_dir / AGENT_SOCKET
     try:
         channel: AsyncChannel[wire.ToHost] = await AsyncChannel.connect(str(agent_socket), wire.ToHost)
@@ -74,7 +79,7 @@ async def _run(runtime_dir: Path, replica: str, token: str) -> int:
         raise ProtocolError(f"the agent sent {type(welcome).__name__} where HostWelcome was due")
     with _vllm_sockets(Path(welcome.engine_socket).with_suffix(".vllm")):
         try:
-            engine = _start_engine(channel, replica, token, welcome)
+            engine = _start_engine(channel, replica, token, welcome, zygote)
         except TritonSwapError as error:
             channel.send(wire.HostFailed(error.code, f"{replica}: {error}"))  # type: ignore[arg-type]  # a plain str
             await channel.drain()
@@ -98,7 +103,9 @@ def _vllm_sockets(folder: Path) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start_engine(channel: AsyncChannel[wire.ToHost], replica: str, token: str, welcome: wire.HostWelcome) -> Engine:
+def _start_engine(
+    channel: AsyncChannel[wire.ToHost], replica: str, token: str, welcome: wire.HostWelcome, zygote: Zygote | None
+) -> Engine:
     """Start vLLM as model.json says. Blocking: EngineCore must be a child of the main thread (see lifetime.py)."""
     import vllm
 
@@ -109,9 +116,10 @@ def _start_engine(channel: AsyncChannel[wire.ToHost], replica: str, token: str, 
         args = arguments.engine_args(values)
         config = arguments.engine_config(args)
         Endpoint(welcome.ranks_socket, replica, token, json.dumps(values, sort_keys=True)).export()
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # forked, EngineCore would not die with this process
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # what vLLM forks does not die with its parent
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks of one engine are on one machine
-        return Engine(replica, config, args)
+        with zygote.as_engine_core() if zygote else nullcontext():
+            return Engine(replica, config, args)
 
 
 class Host:

@@ -52,18 +52,15 @@ class Weights:
 
     def bring(self) -> Layout:
         """Return when weights and state are in frames and in a mirror."""
-        gc.freeze()  # a collection looks at 700,000 objects otherwise, of which none is the model's
+        gc.freeze()  # a collection looks at 700,000 objects otherwise, of which none is the model's; vLLM freezes, too
         begin_s = time.monotonic()
-        try:
-            with placeholders.timed_builds() as builds:
-                found = self._agent.recall(self._fingerprint())
-                how = "restored from the mirror"
-                layout = self._restored(found) if found.weights else None
-                if layout is None:
-                    how = "loaded from disk"
-                    layout = self._from_disk()
-        finally:
-            gc.unfreeze()
+        with placeholders.timed_builds() as builds:
+            found = self._agent.recall(self._fingerprint())
+            how = "restored from the mirror"
+            layout = self._restored(found) if found.weights else None
+            if layout is None:
+                how = "loaded from disk"
+                layout = self._from_disk()
         build_s = sum(builds)
         log.info(
             "weights %s in %.3f s, beside %.3f s for building the model and %.3f s for frames",

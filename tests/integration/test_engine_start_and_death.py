@@ -57,6 +57,12 @@ def processes(session: int) -> list[int]:
     return found
 
 
+def anonymous_bytes(pid: int) -> dict[str, int]:
+    """Anonymous memory of a process, all of it and its share (proc(5), smaps_rollup)."""
+    lines = [line.split() for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()]
+    return {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines if line[0] in ("Anonymous:", "Pss_Anon:")}
+
+
 def gone_within(session: int, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while processes(session):
@@ -96,6 +102,8 @@ def test_the_request_is_used_up_by_the_kv_cache_and_a_killed_host_takes_its_engi
     assert sum(agent.sizes.values()) * (2 << 20) == 32 << 20  # whole frames
     assert agent.process is not None
     assert len(processes(agent.process.pid)) >= 3
+    memory = anonymous_bytes(agent.worker_pid)
+    assert memory["Pss_Anon"] < 0.9 * memory["Anonymous"], "EngineCore is a fork, and shares what its host imported"
     os.kill(agent.process.pid, signal.SIGKILL)
     agent.process.wait(10)
     assert gone_within(agent.process.pid, 5)
