@@ -15,7 +15,7 @@ from typing import Any
 from swap_agent import __version__
 from swap_agent.config import AgentConfig, RuntimeDir
 from swap_agent.errors import InvalidUsage, TritonSwapError
-from swap_agent.policy.units import parse_bytes, parse_device
+from swap_agent.policy.units import parse_bytes, parse_device, parse_seconds
 from swap_agent.wire.rendezvous import default_runtime_dir
 
 
@@ -49,6 +49,17 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--device", help="cuda, or simulated devices such as cpu:2x1GiB (default: cpu:4GiB)")
         verb.add_argument(
             "--host-memory", metavar="SIZE", help="bound of mirrors and engine processes together (default: none)"
+        )
+        verb.add_argument(
+            "--outside-allowance",
+            metavar="SIZE",
+            help="how much an engine may grow outside of its frames once it is ready, on each of its devices "
+            "(default: 1GiB or 5%% of the device, whichever is more)",
+        )
+        verb.add_argument(
+            "--outside-grace",
+            metavar="DURATION",
+            help="how long it may stay beyond that before it is stopped (default: 30s)",
         )
         verb.add_argument("--verify", action="store_true", help="check weights by checksums at every swap; slow")
         verb.add_argument("--agent-port", type=_port, default=8003, help="admin API on loopback (default: %(default)s)")
@@ -95,11 +106,14 @@ def _serve(options: argparse.Namespace) -> int:
 
     _check_device(options.device)
     _host_memory(options.host_memory)
+    _outside(options)
     return serve(
         ServeOptions(
             model_repository=options.model_repository,
             device=options.device,
             host_memory=options.host_memory,
+            outside_allowance=options.outside_allowance,
+            outside_grace=options.outside_grace,
             verify=options.verify,
             runtime_dir=options.runtime_dir,
             host=options.host,
@@ -119,6 +133,23 @@ def _host_memory(text: str | None) -> int | None:
         return None if text is None else parse_bytes(text)
     except ValueError as error:
         raise InvalidUsage(f"--host-memory {error}") from error
+
+
+def _outside(options: argparse.Namespace) -> tuple[int | None, float]:
+    """Allowance in bytes, None for the default, and grace period in seconds. Raises InvalidUsage."""
+    allowance_bytes, grace_s = None, AgentConfig.outside_grace_s
+    try:
+        flag = "--outside-allowance"
+        if options.outside_allowance is not None:
+            allowance_bytes = parse_bytes(options.outside_allowance)
+            if not allowance_bytes:
+                raise ValueError("0 lets no engine live; leave it out for the default")
+        flag = "--outside-grace"
+        if options.outside_grace is not None:
+            grace_s = parse_seconds(options.outside_grace)
+    except ValueError as error:
+        raise InvalidUsage(f"{flag} {error}") from error
+    return allowance_bytes, grace_s
 
 
 def _check_device(text: str | None) -> str:
@@ -143,8 +174,18 @@ def _agent(options: argparse.Namespace) -> int:
     device = parse_device(_check_device(options.device))
     runtime = RuntimeDir(options.runtime_dir)
     host_memory = _host_memory(options.host_memory)
-    port, poison, verify = options.agent_port, options.poison, options.verify
-    asyncio.run(_run_agent(AgentConfig(runtime, device, host_memory, port, poison=poison, verify=verify)))
+    allowance_bytes, grace_s = _outside(options)
+    config = AgentConfig(
+        runtime,
+        device,
+        host_memory,
+        port=options.agent_port,
+        outside_allowance_bytes=allowance_bytes,
+        outside_grace_s=grace_s,
+        poison=options.poison,
+        verify=options.verify,
+    )
+    asyncio.run(_run_agent(config))
     return 0
 
 
