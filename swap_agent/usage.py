@@ -100,10 +100,14 @@ class UsageWatch:
             unsettled = {
                 pool.device.name
                 for engine in self._engines.values()
-                if engine not in ready.values()
+                if key_of(engine) not in ready
                 for pool in engine.pools
             }
-            reading = await asyncio.to_thread(self._read, ready, unsettled)
+            try:
+                reading = await asyncio.to_thread(self._read, ready, unsettled)
+            except OSError as error:
+                log.error("what engines take outside of frames cannot be measured: %s", error)
+                continue
             for finding in self.watch.note(time.monotonic(), reading):
                 match finding:
                     case Exceeded() | DeviceExceeded():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from swap_agent.__main__ import main
 from swap_agent.policy.units import GIB, MIB
 from swap_agent.watch import DeviceExceeded, EngineKey, Exceeded, Finding, Reading, Stop, Usage, Watch
 
@@ -136,3 +137,17 @@ def test_a_device_is_compared_with_what_was_in_use_when_its_engines_last_changed
     assert node.read(4000, a=0, b=0) == []
     assert node.read(5000, a=0, b=0) == []
     assert node.read(500, a=0) == [] and node.read(1600, a=0) != []
+
+
+@pytest.mark.parametrize("verb", [["agent"], ["serve", "--model-repository", "/nowhere"]])
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--outside-allowance=lots", "--outside-allowance 'lots' is not a size such as 512MiB or 12GiB"),
+        ("--outside-allowance=0", "--outside-allowance 0 lets no engine live; leave it out for the default"),
+        ("--outside-grace=soon", "--outside-grace 'soon' is not a duration such as 30s, 5m or 1h"),
+    ],
+)
+def test_options_are_checked(verb: list[str], option: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*verb, "--device=cpu:1GiB", option]) == 1
+    assert capsys.readouterr().err == f"triton-swap: {words}\n"
