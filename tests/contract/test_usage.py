@@ -17,7 +17,8 @@ from devices import CUDA, FRAME_BYTES, NAME
 from fakes import nvml
 from test_agent import Stub, config, stubs, until  # noqa: F401  # stubs: a fixture
 
-from swap_agent.api import report
+from swap_agent import commands
+from swap_agent.api import admin, report
 from swap_agent.daemon import Agent
 from swap_agent.memory.cuda_driver import call
 from swap_agent.wire import messages as wire
@@ -62,9 +63,11 @@ def hoard() -> Hoard:
 
 @pytest.fixture
 async def agent(tmp_path: Path) -> AsyncIterator[Agent]:
-    agent = Agent(config(tmp_path, outside_allowance_bytes=ALLOWANCE, outside_grace_s=GRACE_S))
+    agent = Agent(config(tmp_path, outside_allowance_bytes=ALLOWANCE, outside_grace_s=GRACE_S, port=0))
     async with agent.started():
+        runner = await admin.start(agent)
         yield agent
+        await runner.cleanup()
     assert agent.books_violations == 0
 
 
@@ -79,7 +82,7 @@ async def start(agent: Agent, model: str, hoard: Hoard) -> tuple[Stub, int]:
 
 
 async def test_who_stays_beyond_the_allowance_is_named_then_stopped_and_its_neighbour_is_not(
-    agent: Agent, hoard: Hoard, caplog: pytest.LogCaptureFixture
+    agent: Agent, hoard: Hoard, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     a, first = await start(agent, "a", hoard)
     b, neighbour = await start(agent, "b", hoard)
@@ -92,6 +95,9 @@ async def test_who_stays_beyond_the_allowance_is_named_then_stopped_and_its_neig
     hoard.grow(neighbour)
     await until(lambda: bool(a.report["outside_exceeded"] and b.report["outside_exceeded"]))
     hoard.shrink(neighbour)  # in time
+    await asyncio.to_thread(commands.ps, agent.config.runtime, as_json=False)
+    shown = r"a/1#0 takes [0-9.]+ MiB \(\+1[0-9.]+ MiB\) outside of frames, beyond --outside-allowance"
+    assert re.search(shown, capsys.readouterr().out)
     assert a.report["state"] == b.report["state"] == "RESIDENT"
     grown = a.report
     assert HOARD - 8 * MIB < int(str(grown["residue_bytes"])) - int(str(before["residue_bytes"])) < HOARD + 8 * MIB
