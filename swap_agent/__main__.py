@@ -15,7 +15,7 @@ from typing import Any
 from swap_agent import __version__
 from swap_agent.config import AgentConfig, RuntimeDir
 from swap_agent.errors import InvalidUsage, TritonSwapError
-from swap_agent.policy.units import parse_bytes, parse_device
+from swap_agent.policy.units import parse_bytes, parse_device, parse_seconds
 from swap_agent.wire.rendezvous import default_runtime_dir
 
 
@@ -49,6 +49,17 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--device", help="cuda, or simulated devices such as cpu:2x1GiB (default: cpu:4GiB)")
         verb.add_argument(
             "--host-memory", metavar="SIZE", help="bound of mirrors and engine processes together (default: none)"
+        )
+        verb.add_argument(
+            "--outside-allowance",
+            metavar="SIZE",
+            help="how much an engine may grow outside of its frames once it is ready, on each of its devices "
+            "(default: 1GiB or 5%% of the device, whichever is more)",
+        )
+        verb.add_argument(
+            "--outside-grace",
+            metavar="DURATION",
+            help="how long it may stay beyond that before it is stopped (default: 30s)",
         )
         verb.add_argument("--verify", action="store_true", help="check weights by checksums at every swap; slow")
         verb.add_argument(
@@ -100,11 +111,14 @@ def _serve(options: argparse.Namespace) -> int:
 
     _check_device(options.device)
     _host_memory(options.host_memory)
+    _outside(options)
     return serve(
         ServeOptions(
             model_repository=options.model_repository,
             device=options.device,
             host_memory=options.host_memory,
+            outside_allowance=options.outside_allowance,
+            outside_grace=options.outside_grace,
             verify=options.verify,
             preempt=options.preempt,
             runtime_dir=options.runtime_dir,
@@ -127,6 +141,23 @@ def _host_memory(text: str | None) -> int | None:
         raise InvalidUsage(f"--host-memory {error}") from error
 
 
+def _outside(options: argparse.Namespace) -> tuple[int | None, float]:
+    """Allowance in bytes, None for the default, and grace period in seconds. Raises InvalidUsage."""
+    allowance_bytes, grace_s = None, AgentConfig.outside_grace_s
+    try:
+        flag = "--outside-allowance"
+        if options.outside_allowance is not None:
+            allowance_bytes = parse_bytes(options.outside_allowance)
+            if not allowance_bytes:
+                raise ValueError("0 lets no engine live; leave it out for the default")
+        flag = "--outside-grace"
+        if options.outside_grace is not None:
+            grace_s = parse_seconds(options.outside_grace)
+    except ValueError as error:
+        raise InvalidUsage(f"{flag} {error}") from error
+    return allowance_bytes, grace_s
+
+
 def _check_device(text: str | None) -> str:
     """The device to use. Raises InvalidUsage when it cannot be read or run."""
     try:
@@ -134,10 +165,10 @@ def _check_device(text: str | None) -> str:
     except ValueError as error:
         raise InvalidUsage(f"--device {error}") from error
     if kind == "cuda":
-        raise InvalidUsage("--device cuda: GPUs are not supported yet; use simulated devices, e.g. --device cpu:4GiB")
-    if text is None and Path("/dev/nvidiactl").exists():
-        print("triton-swap: this machine has a GPU, which is not supported yet; using the simulated device "
-              f"{_DEFAULT_DEVICE} in host memory", file=sys.stderr)  # fmt: skip
+        print("triton-swap: --device cuda is untested: no run on a real GPU has been seen", file=sys.stderr)
+    elif text is None and Path("/dev/nvidiactl").exists():
+        print("triton-swap: this machine has a GPU; --device cuda, which is untested, would use it. Now it is the "
+              f"simulated device {_DEFAULT_DEVICE} in host memory", file=sys.stderr)  # fmt: skip
     return text or _DEFAULT_DEVICE
 
 
@@ -149,11 +180,14 @@ def _agent(options: argparse.Namespace) -> int:
     device = parse_device(_check_device(options.device))
     runtime = RuntimeDir(options.runtime_dir)
     host_memory = _host_memory(options.host_memory)
+    allowance_bytes, grace_s = _outside(options)
     config = AgentConfig(
         runtime,
         device,
         host_memory,
-        options.agent_port,
+        port=options.agent_port,
+        outside_allowance_bytes=allowance_bytes,
+        outside_grace_s=grace_s,
         poison=options.poison,
         verify=options.verify,
         preempt=options.preempt,

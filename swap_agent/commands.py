@@ -36,7 +36,7 @@ def ps(runtime: RuntimeDir, *, as_json: bool) -> int:
             ",".join(model["devices"]) or "-",
             format_bytes(model["device_bytes"]),
             format_bytes(model["mirror_bytes"]),
-            format_bytes(model["residue_bytes"]),
+            _residue(model),
             str(model["in_flight"]),
             str(model["waiting"]),
             f"{model['idle_s']:.0f} s",
@@ -46,12 +46,26 @@ def ps(runtime: RuntimeDir, *, as_json: bool) -> int:
     for model in models:
         if model["failure"]:
             console.print(model["failure"], style="red", highlight=False, soft_wrap=True)
+        if model["outside_exceeded"]:
+            words = f"{model['name']} takes {_residue(model)} outside of frames, beyond --outside-allowance"
+            console.print(words, style="red", highlight=False, soft_wrap=True)
     for device in devices:
         total, free = (device[key] * device["frame_bytes"] for key in ("frames_total", "frames_free"))
-        console.print(f"{device['name']}: {format_bytes(total)}, {format_bytes(free)} free", highlight=False)
+        outside = device["outside_bytes"]
+        words = f", {format_bytes(max(0, outside))} in use outside of frames" if outside is not None else ""
+        words += ", beyond what its engines may add" if device["outside_exceeded"] else ""
+        console.print(f"{device['name']}: {format_bytes(total)}, {format_bytes(free)} free{words}", highlight=False)
     bound = f" of {format_bytes(host['limit_bytes'])}" if host["limit_bytes"] is not None else ""
     console.print(f"host: {format_bytes(host['used_bytes'])}{bound} in mirrors and engines", highlight=False)
     return 0
+
+
+def _residue(model: dict[str, Any]) -> str:
+    """What it takes outside of frames and, in brackets, how much of that has come since it was ready."""
+    if model["residue_bytes"] is None:
+        return "-"
+    grown = f" (+{format_bytes(model['residue_growth_bytes'])})" if model["residue_growth_bytes"] else ""
+    return format_bytes(model["residue_bytes"]) + grown
 
 
 def load(runtime: RuntimeDir, model: str, *, as_json: bool) -> int:

@@ -93,6 +93,10 @@ class AgentConfig:
     device: DeviceSpec
     host_memory_bytes: int | None = None
     """Bound of mirrors and engine processes together; None: no bound."""
+    outside_allowance_bytes: int | None = None
+    """How much an engine may grow outside of frames, per device; None: 1 GiB or 5 % of the device, the larger one."""
+    outside_grace_s: float = 30.0
+    """How long it may stay beyond that before it is stopped."""
     port: int = 8003
     """Of the admin API, on 127.0.0.1."""
     max_queue: int = 1024

@@ -141,13 +141,13 @@ class ControlPlane:
         return wire.Attached(replica, str(engine.socket), engine.process.pid)
 
     async def _running_engine(self, replica: str) -> Engine:
-        """Its engine, RESIDENT; one that died just now, and of whose end the policy has yet to hear, is replaced.
+        """Its engine, RESIDENT; one that ends just now, and of whose end the policy has yet to hear, is replaced.
 
         Raises Unavailable.
         """
         await self._agent.load(replica)
         engine = self._agent.engines.get(replica)
-        if engine and engine.process and not engine.process.host_lives():
+        if engine and engine.process and (engine.stopping or not engine.process.host_lives()):
             while self._agent.engines.get(replica) is engine:
                 await self._agent.changed()
             await self._agent.load(replica)

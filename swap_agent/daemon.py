@@ -34,6 +34,7 @@ from swap_agent.policy.inventory import Device, Replica
 from swap_agent.policy.lifecycle import HOLDS_FRAMES, State
 from swap_agent.rank import ACK_TIMEOUT_S
 from swap_agent.supervisor import end_leftovers, private_bytes, start_engine, subreaper
+from swap_agent.usage import UsageWatch
 from swap_agent.wire import messages as wire
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,8 @@ class Agent:
         self.specs: dict[str, ModelSpec] = {}
         self._control_plane = ControlPlane(self)
         self._memory_plane = MemoryPlane(self.config, self.engines, self.mirrors, self.post, self._rank_gone)
+        self.usage_watch: UsageWatch
+        """From `started` on."""
         self._activation: dict[str, asyncio.Future[None]] = {}
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -87,7 +90,7 @@ class Agent:
             self._open_devices()
             self._memory_plane.open()
             await self._control_plane.open()
-            watching = [asyncio.create_task(self._keep_books())]
+            watching = [asyncio.create_task(self._keep_books()), asyncio.create_task(self.usage_watch.run())]
             if self.config.host_memory_bytes is not None:
                 watching.append(asyncio.create_task(self._measure()))
             try:
@@ -109,6 +112,7 @@ class Agent:
             self.pools[device.name] = FramePool(device, poison=self.config.poison)
         devices = [Device(name, pool.device.total_frames) for name, pool in self.pools.items()]
         self.coordinator = Coordinator(devices, self.config.host_memory_bytes, preempt=self.config.preempt)
+        self.usage_watch = UsageWatch(self.config, self.pools, self.engines, self._stop_engine)
         self._raise_file_limit()
 
     def _raise_file_limit(self) -> None:

@@ -45,6 +45,10 @@ class ServeOptions:
     """None: the agent decides."""
     host_memory: str | None
     """None: no bound."""
+    outside_allowance: str | None
+    """None: the agent's default."""
+    outside_grace: str | None
+    """None: the agent's default."""
     verify: bool
     """Weights are checked by checksums at every swap."""
     preempt: bool
@@ -204,6 +208,8 @@ class _Supervisor:
         command += [f"--agent-port={options.agent_port}"]  # always on loopback, wherever Triton listens
         command += [f"--device={options.device}"] if options.device else []
         command += [f"--host-memory={options.host_memory}"] if options.host_memory else []
+        command += [f"--outside-allowance={options.outside_allowance}"] if options.outside_allowance else []
+        command += [f"--outside-grace={options.outside_grace}"] if options.outside_grace else []
         command += ["--verify"] if options.verify else []
         command += ["--preempt"] if options.preempt else []
         self._agent_starts_s.append(time.monotonic())

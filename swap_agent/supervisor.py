@@ -133,7 +133,12 @@ def end_leftovers(runtime: RuntimeDir, patience_s: float) -> None:
 
 def private_bytes(group: int) -> int:
     """Memory outside any frame that the processes of a group hold: their anonymous resident memory (proc(5))."""
-    total = 0
+    return sum(private_bytes_by_process(group).values())
+
+
+def private_bytes_by_process(group: int) -> dict[int, int]:
+    """The same for each process, by its id."""
+    found = {}
     for pid in _members(group):
         try:
             status = Path(f"/proc/{pid}/status").read_text()
@@ -141,8 +146,8 @@ def private_bytes(group: int) -> int:
             continue
         for line in status.splitlines():
             if line.startswith("RssAnon:"):
-                total += int(line.split()[1]) * 1024
-    return total
+                found[pid] = int(line.split()[1]) * 1024
+    return found
 
 
 def _members(group: int) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any
 from swap_agent.daemon import Agent
 from swap_agent.policy.inventory import Replica
 from swap_agent.supervisor import private_bytes
+from swap_agent.usage import key_of, measure, residue_bytes
 
 
 def models(agent: Agent) -> list[dict[str, Any]]:
@@ -36,13 +37,18 @@ def _model(agent: Agent, replica: Replica) -> dict[str, Any]:
     process = engine.process if engine else None
     ranks = engine.ranks if engine else []
     spec = agent.specs.get(replica.name)
+    watch, key = agent.usage_watch.watch, key_of(engine) if engine else None
     return {
         "name": replica.name,
         "state": replica.state.value,
         "devices": list(replica.devices),
         "device_bytes": engine.device_bytes if engine else 0,
         "mirror_bytes": _mirror_bytes(agent, replica.name) + (engine.mirror_bytes if engine else 0),
-        "residue_bytes": private_bytes(process.pid) if process else 0,
+        "private_bytes": private_bytes(process.pid) if process else 0,
+        "residue_bytes": residue_bytes(measure(engine)) if engine else 0,
+        "residue_at_ready_bytes": watch.baseline_bytes(key) if key else None,
+        "residue_growth_bytes": watch.growth_bytes(key) if key else None,
+        "outside_exceeded": watch.exceeded(key) if key else False,
         "in_flight": replica.in_flight,
         "waiting": replica.waiting,
         "idle_s": round(time.monotonic() - replica.idle_since_s, 3) if replica.idle and process else 0.0,
@@ -76,6 +82,8 @@ def _device(agent: Agent, name: str) -> dict[str, Any]:
         "frame_bytes": device.frame_bytes,
         "resident_bytes": device.resident_bytes(),
         "outside_bytes": device.outside_bytes(),
+        "outside_allowance_bytes": agent.usage_watch.watch.allowance_bytes[name],
+        "outside_exceeded": agent.usage_watch.watch.device_exceeded(name),
         "copied_bytes": {
             "host_to_device": {"weights": arrived["weights", "swap_in"], "state": arrived["state", "swap_in"]},
             "device_to_host": {

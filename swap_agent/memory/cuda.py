@@ -56,6 +56,7 @@ class CudaDevice:
         self.frame_bytes = FRAME_BYTES
         self.context = Context(ordinal)
         self.visible_name = self.context.visible_name()
+        self.pci_bus_id: str | None = self.context.pci_bus_id()
         free_bytes, total_bytes = self.context.free_and_total_bytes()
         headroom_bytes = max(_LEAST_HEADROOM_BYTES, total_bytes // 50)
         if size_bytes is None:

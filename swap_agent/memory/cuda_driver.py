@@ -113,9 +113,13 @@ class Context:
 
     def numa_node(self) -> int | None:
         """The NUMA node nearest to the GPU; None where the machine has no such thing."""
+        return _numa_node_of(self.pci_bus_id().lower())
+
+    def pci_bus_id(self) -> str:
+        """Domain, bus, device and function, such as `0000:01:00.0`."""
         identifier = call("cuDeviceGetPCIBusId", 32, self.device)
         text = identifier.decode() if isinstance(identifier, bytes) else str(identifier)
-        return _numa_node_of(text.partition("\0")[0].strip().lower())
+        return text.partition("\0")[0].strip()
 
 
 def _numa_node_of(pci_bus_id: str) -> int | None:

@@ -61,6 +61,8 @@ class DeviceMemory(Protocol):
     name: str
     visible_name: str | None
     """How `CUDA_VISIBLE_DEVICES` names it to an engine; None for a device that no driver knows."""
+    pci_bus_id: str | None
+    """How NVML knows it; None for a device that it does not know."""
     frame_bytes: int
     total_frames: int
     host_to_device: Copied

@@ -48,6 +48,7 @@ class SimulatedDevice:
         """`late`: copies wait until their transfer waits for them, and then complete in any order; for tests."""
         self.name = name
         self.visible_name: str | None = None
+        self.pci_bus_id: str | None = None
         self.frame_bytes = FRAME_BYTES
         self.total_frames = size_bytes // FRAME_BYTES
         self.host_to_device: Copied = Counter()

@@ -6,7 +6,8 @@ the host (`dies_starting`, `garbage`: a malformed message) or a rank misbehave, 
 `refuses` (RankFailed), `alone` (claims to be the only rank), `no_unmap_ack`, `no_map_ack`, `dies_in_swap_in`,
 `dies_when_mapped`, `dies_in_swap_out`, `dies_when_unmapped`, `no_taken_back_ack`, `cannot_map` (first swap-in only).
 With a "fingerprint" a rank asks for a mirror; "reversed" lays its tensors out the other way round; "dtype" names their
-type. Weights hold a pattern made from model and rank; state counts swaps; KV must arrive as zeros.
+type. Weights hold a pattern made from model and rank; state counts swaps; KV must arrive as zeros. SIGUSR1 has the host
+take "hoard" bytes of private memory, SIGUSR2 give them back. Told to stop, it "lingers" so many seconds.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -294,6 +296,10 @@ async def main() -> None:
     faults = model.get("faults", [])
     if "dies_starting" in faults:
         sys.exit("no")
+    hoard: list[np.ndarray] = []
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGUSR1, lambda: hoard.append(np.ones(model["hoard"], np.uint8)))
+    loop.add_signal_handler(signal.SIGUSR2, hoard.clear)
     ranks = await start_ranks(welcome, options.replica, options.token, model)
     if "garbage" in faults:
         agent._writer.write(b"\xff\xff\xff\xff")
@@ -316,6 +322,8 @@ async def main() -> None:
             case wire.RefuseWaiting():
                 print("told to refuse:", message.message, flush=True)
             case wire.Shutdown():
+                print("told to stop:", message.message, flush=True)
+                await asyncio.sleep(model.get("lingers", 0))
                 return
 
 

@@ -182,7 +182,7 @@ async def test_host_memory_bounds_mirrors_and_engines_together(tmp_path: Path) -
         assert states == {"a": "COLD", "b": "SWAPPED", "c": "RESIDENT"}
         assert stubs["a"].report["mirror_bytes"] == 0 and stubs["a"].report["engine_pid"] is None
         reports = [stubs[name].report for name in "bc"]
-        used = sum(int(str(one["mirror_bytes"])) + int(str(one["residue_bytes"])) for one in reports)
+        used = sum(int(str(one["mirror_bytes"])) + int(str(one["private_bytes"])) for one in reports)
         assert 300 << 20 < used < 400 << 20
         again = await stubs["a"].attach(frames=70, kv_frames=0)
         assert isinstance(again, wire.Attached) and again != first["a"], "a COLD model starts anew when it is wanted"

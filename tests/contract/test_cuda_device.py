@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fakes import nvml
 from fakes.cuda import FakeCuda
 
 HERE = Path(__file__).parent
@@ -34,4 +35,11 @@ def test_the_agent_and_its_deaths(fake_cuda: FakeCuda) -> None:
     fake_cuda.devices = "2x512MiB"
     files = [str(HERE / name) for name in ("test_agent.py", "test_agent_ranks.py", "test_agent_killed.py")]
     run_suite(fake_cuda, *files, TRITON_SWAP_TEST_KILLS="5")
+    assert fake_cuda.used_bytes() == 0
+
+
+def test_what_engines_take_outside_of_frames(fake_cuda: FakeCuda, tmp_path: Path) -> None:
+    libraries = f"{fake_cuda.driver_folder}:{nvml.build_libnvml(tmp_path)}"
+    environment = {"LD_LIBRARY_PATH": libraries, nvml.PROCESSES: str(tmp_path / "processes")}
+    run_suite(fake_cuda, str(HERE / "test_usage.py"), **environment)
     assert fake_cuda.used_bytes() == 0

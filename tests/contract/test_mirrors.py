@@ -101,7 +101,7 @@ async def test_replicas_share_one_mirror_for_as_long_as_one_wants_it(tmp_path: P
         assert agent.mirrors.resident_bytes() == alone
         spaces = [agent.engines[model.replica].ranks[0].space for model in (first, second)]
         assert spaces[0].mirror is spaces[1].mirror
-        residues = sum(int(str(model.report["residue_bytes"])) for model in (first, second))
+        residues = sum(int(str(model.report["private_bytes"])) for model in (first, second))
         staging = sum(space.mirror_bytes for space in spaces)
         used = report.host(agent)["used_bytes"]
         assert alone + staging <= used < alone + staging + residues + 8 * MIB
