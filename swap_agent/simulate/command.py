@@ -1,0 +1,89 @@
+"""The verb `simulate`: read what is asked for, run it, print and write the answer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from swap_agent.errors import InvalidUsage, Unsupported
+from swap_agent.simulate import cluster as clusters
+from swap_agent.simulate import report, trace
+from swap_agent.simulate.cluster import Cluster
+from swap_agent.simulate.policies import POLICIES, Policy
+from swap_agent.simulate.trace import Load, Trace
+
+
+def run(options: argparse.Namespace) -> int:
+    """Simulate. Raises InvalidUsage, Unsupported."""
+    cluster = clusters.read(options.cluster) if options.cluster else clusters.DEFAULT
+    requests, span_s = _trace(options, cluster, options.seed)
+    policies = _policies(options.policy)
+    answer: dict[str, Any] = {
+        "trace": {
+            "source": requests.source,
+            "requests": len(requests),
+            "hours": span_s / 3600,
+            "left_out": requests.left_out,
+        },
+        "cluster": {
+            "source": str(options.cluster or "built in"),
+            "devices": len(cluster.devices),
+            "models": len(cluster.models),
+        },
+        "policies": {},
+    }
+    tallies = {}
+    for policy in policies:
+        tally = tallies[policy.name] = policy.run(cluster, requests, span_s)
+        answer["policies"][policy.name] = report.figures(policy, cluster, requests, tally)
+    print(json.dumps(answer, indent=2)) if options.json else report.show(answer)
+    if options.out:
+        _write(options.out / "simulate.json", json.dumps(answer, indent=2) + "\n")
+    return 0
+
+
+def _policies(text: str) -> list[Policy]:
+    """Those named; with `all`, those that this version can run."""
+    names = list(POLICIES) if text == "all" else text.split(",")
+    for name in names:
+        if name not in POLICIES:
+            raise InvalidUsage(f"--policy {name}: no such policy; there are {', '.join(POLICIES)}, and all")
+    if text != "all":
+        return [POLICIES[name] for name in names]
+    able = []
+    for name in names:
+        try:
+            POLICIES[name].needs()
+            able.append(POLICIES[name])
+        except Unsupported as error:
+            print(f"triton-swap: left out: {error}", file=sys.stderr)
+    return able
+
+
+def _trace(options: argparse.Namespace, cluster: Cluster, seed: int) -> tuple[Trace, float]:
+    """The requests, and how many seconds they cover."""
+    zipf, burst = trace.drawn_between(seed, options.zipf, options.burst)
+    models = list(cluster.models)
+    if options.trace:
+        for flag in ("hours", "rate"):
+            if getattr(options, flag) is not None:
+                raise InvalidUsage(f"--{flag} is for drawn traces, not for --trace")
+        requests = trace.read(options.trace, models, seed, zipf, options.requests)
+        return requests, float(requests.arrival_s[-1])
+    hours = 1.0 if options.hours is None else options.hours
+    if options.rate is not None and options.requests is not None:
+        raise InvalidUsage("--rate and --requests say the same; give one")
+    per_s = options.rate if options.requests is None else options.requests / hours / 3600
+    load = Load(seed, hours, 5.0 if per_s is None else per_s, zipf, burst, options.daily)
+    return trace.draw(load, models), hours * 3600
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, "utf-8")
+    except OSError as error:
+        raise InvalidUsage(f"--out {path}: {error.strerror}") from error
