@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from swap_agent.errors import InvalidUsage, Unsupported
+from swap_agent.errors import InvalidUsage, Unavailable, Unsupported
 from swap_agent.simulate import cluster as clusters
-from swap_agent.simulate import report, trace
+from swap_agent.simulate import plot, report, seeds, trace
 from swap_agent.simulate.cluster import Cluster
 from swap_agent.simulate.policies import POLICIES, Policy
 from swap_agent.simulate.trace import Load, Trace
@@ -19,6 +20,10 @@ from swap_agent.simulate.trace import Load, Trace
 def run(options: argparse.Namespace) -> int:
     """Simulate. Raises InvalidUsage, Unsupported."""
     cluster = clusters.read(options.cluster) if options.cluster else clusters.DEFAULT
+    return _run_seeds(options, cluster) if options.seeds else _run_once(options, cluster)
+
+
+def _run_once(options: argparse.Namespace, cluster: Cluster) -> int:
     requests, span_s = _trace(options, cluster, options.seed)
     policies = _policies(options.policy)
     answer: dict[str, Any] = {
@@ -41,7 +46,24 @@ def run(options: argparse.Namespace) -> int:
         answer["policies"][policy.name] = report.figures(policy, cluster, requests, tally)
     print(json.dumps(answer, indent=2)) if options.json else report.show(answer)
     if options.out:
-        _write(options.out / "simulate.json", json.dumps(answer, indent=2) + "\n")
+        _write(options.out / "simulate.json", answer)
+        _plot(plot.draw_runs, options.out / "simulate.png", requests, span_s, answer, tallies)
+    return 0
+
+
+def _run_seeds(options: argparse.Namespace, cluster: Cluster) -> int:
+    if options.trace:
+        raise InvalidUsage("--seeds is for drawn traces, not for --trace")
+    first, last = options.seeds
+
+    def make(seed: int) -> tuple[Trace, float, float, float]:
+        return *_trace(options, cluster, seed), *trace.drawn_between(seed, options.zipf, options.burst)
+
+    answer = seeds.run(cluster, _policies(options.policy), range(first, last + 1), make)
+    print(json.dumps(answer, indent=2)) if options.json else seeds.show(answer)
+    if options.out:
+        _write(options.out / "seeds.json", answer)
+        _plot(plot.draw_seeds, options.out / "seeds.png", answer)
     return 0
 
 
@@ -81,9 +103,16 @@ def _trace(options: argparse.Namespace, cluster: Cluster, seed: int) -> tuple[Tr
     return trace.draw(load, models), hours * 3600
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, answer: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, "utf-8")
+        path.write_text(json.dumps(answer, indent=2) + "\n", "utf-8")
     except OSError as error:
         raise InvalidUsage(f"--out {path}: {error.strerror}") from error
+
+
+def _plot(draw: Callable[..., None], path: Path, *what: object) -> None:
+    try:
+        draw(path, *what)
+    except Unavailable as error:
+        print(f"triton-swap: {error}", file=sys.stderr)
