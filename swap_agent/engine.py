@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from swap_agent.config import ModelSettings
+from swap_agent.errors import Unavailable
 from swap_agent.memory.frames import FramePool
 from swap_agent.memory.space import SwapIn
 from swap_agent.rank import RankLink
@@ -61,6 +62,7 @@ class Engine:
     swaps_in: int = 0
     swaps_out: int = 0
     last_swap_in: SwapIn | None = None
+    _acks: dict[tuple[int, type[wire.Message]], asyncio.Future[None]] = field(default_factory=dict)
 
     @property
     def ranks(self) -> list[RankLink]:
@@ -80,3 +82,32 @@ class Engine:
     def fail(self, reason: str) -> None:
         """Remember why it ends."""
         self.failure = self.failure or reason
+
+    def expect(self, epoch: int, kind: type[wire.Message]) -> asyncio.Future[None]:
+        """Resolved by this answer of the host to an order, or by Unavailable at the engine's end."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._acks[epoch, kind] = future
+        return future
+
+    def forget(self, epoch: int, kind: type[wire.Message]) -> None:
+        """This answer is not expected any more."""
+        self._acks.pop((epoch, kind), None)
+
+    def acknowledged(self, epoch: int, kind: type[wire.Message]) -> None:
+        """The host answered; a stale answer is nobody's."""
+        future = self._acks.pop((epoch, kind), None)
+        if future and not future.done():
+            future.set_result(None)
+
+    def answer_nobody(self) -> None:
+        """It has ended: no answer will come."""
+        for future in self._acks.values():
+            if not future.done():
+                future.set_exception(Unavailable(self.failure))
+                future.exception()
+        self._acks.clear()
+
+    @property
+    def answers_expected(self) -> int:
+        """How many answers of the host are outstanding."""
+        return len(self._acks)

@@ -1,35 +1,70 @@
 """The decision tree: `Coordinator.on_event(event) -> actions`, pure and synchronous.
 
-Activations are served first come, first served. Idle memory is a cache: a model keeps its frames until somebody needs
-them, and then loses as many as are needed: first idle models, least recently used first. When none is left and the head
-of the queue has waited `TURN_S`, busy models take turns: the one that has been resident longest drains. One engine
-starts at a time. A replica of several ranks has a device for each, and as many frames on every one: all or none.
+Idle memory is a cache: a model keeps its frames until somebody needs them, and then loses as many as are needed: first
+idle models, the cheapest expected regret first. When that is not enough, busy models take turns: whose minimum
+residency is over drains. One engine starts at a time. A replica of several ranks has a device for each, and as many
+frames on every one: all or none.
+
+Nothing is looked at but what an event touches: the replica that it is about, the devices of that one, and whoever waits
+for these. What time alone brings about happens in the first event at or after `next_tick_s`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import heapq
+from collections.abc import Callable, Iterable, Sequence
 
 from swap_agent.policy import events as ev
-from swap_agent.policy import eviction
-from swap_agent.policy.eviction import LEAVING, TURN_S
+from swap_agent.policy import eviction, placement
+from swap_agent.policy.eviction import LEAVING, Regret, expected_regret
 from swap_agent.policy.host_memory import HostMemory
 from swap_agent.policy.inventory import Device, Inventory, Mirror, Replica
 from swap_agent.policy.lifecycle import State
+from swap_agent.policy.queue import Queue
+
+_QUEUES = frozenset({State.COLD, State.FAILED, State.SWAPPED, *LEAVING})
+"""States in which a replica that somebody wants waits in the queue."""
+
+_LOOK_AGAIN_S = 1.0
+"""Whoever waits for room on a device looks at least this often whether there is some."""
 
 
 class Coordinator:
     """Owns the states of all replicas and the reservations on all devices."""
 
-    def __init__(self, devices: list[Device], host_limit_bytes: int | None = None) -> None:
-        """`host_limit_bytes` bounds mirrors and engine processes together; None: no bound."""
+    def __init__(
+        self, devices: list[Device], host_limit_bytes: int | None = None, regret: Regret = expected_regret
+    ) -> None:
+        """`host_limit_bytes` bounds mirrors and engine processes together; None: no bound.
+
+        `regret` orders idle models that could be evicted.
+        """
         self._host_memory = HostMemory(host_limit_bytes)
+        self._regret = regret
         self.inventory = Inventory({device.name: device for device in devices})
-        self._queue: dict[str, float] = {}
-        """Replicas that wait for activation, in order, with the time since which they wait."""
+        self._queue = Queue()
+        """Replicas that wait for activation."""
+        self._starting = ""
+        """The replica whose engine starts."""
         self._growth: dict[tuple[str, int], int] = {}
         """Frames that a rank of a starting replica wants beyond its reservation."""
+        self._owed: set[str] = set()
+        """Resident replicas whose request was raised beyond what is set aside for them."""
+        self._targets: dict[str, tuple[str, ...]] = {}
+        """Where room is being made for a replica that has no engine yet."""
+        self._expiries: list[tuple[float, str]] = []
+        """A heap: when to look whether a replica's keep-alive is over."""
+        self._alarms: list[tuple[float, str]] = []
+        """A heap: when to look again whether somebody may leave a device that others wait for."""
+        self._alarm_s: dict[str, float] = {}
+        """The earliest alarm of each device."""
         self._actions: list[ev.Action] = []
+
+    @property
+    def next_tick_s(self) -> float:
+        """When time alone will change something; infinite: not without an event. A Tick before does no harm."""
+        expiry = self._expiries[0][0] if self._expiries else float("inf")
+        return min(expiry, self._alarms[0][0]) if self._alarms else expiry
 
     def on_event(self, event: ev.Event) -> list[ev.Action]:
         """Take note of `event`, decide, and return the orders that follow, to be carried out in this order.
@@ -41,27 +76,51 @@ class Coordinator:
         5. Keep within the host's memory (`_fit_host_memory`), drop mirrors that nobody needs (`_drop_mirrors`).
         """
         self._actions = []
-        if not isinstance(event, ev.Tick):
-            replica = self.inventory.replicas.get(event.name)  # type: ignore[attr-defined]
-            if replica is None:
-                replica = Replica(event.name)  # type: ignore[attr-defined]
-                if isinstance(event, ev.Registered):
-                    self.inventory.replicas[replica.name] = replica
-            _HANDLERS[type(event)](self, replica, event)
-        for replica in list(self.inventory.replicas.values()):
-            self._follow_wishes(replica, event.now_s)
-            self._expire(replica, event.now_s)
-        self._serve_queue(event.now_s)
-        self._fit_host_memory()
-        self._drop_mirrors()
+        now_s = event.now_s
+        touched = set() if isinstance(event, ev.Tick) else set(self._note(event))
+        while self._expiries and self._expiries[0][0] <= now_s:
+            name = heapq.heappop(self._expiries)[1]
+            self._expire(self.inventory.replicas[name], now_s)
+        while self._alarms and self._alarms[0][0] <= now_s:
+            _, device = heapq.heappop(self._alarms)
+            self._alarm_s.pop(device, None)
+            touched.add(device)
+        self._serve_queue(touched, now_s)
+        if not isinstance(event, (ev.LoadReported, ev.Tick)) or self._host_memory.short:
+            self._fit_host_memory(now_s)
+            self._drop_mirrors()
         return self._actions
 
     # --- 1. notes -----------------------------------------------------------------------------------------------------
 
+    def _note(self, event: ev.Event) -> Iterable[str]:
+        """Steps 1 to 3 for the replica of `event`; the devices on which something may have changed."""
+        name: str = event.name  # type: ignore[attr-defined]
+        replica = self.inventory.replicas.get(name) or Replica(name)
+        if isinstance(event, ev.Registered):
+            self.inventory.replicas.setdefault(name, replica)
+        before = replica.devices
+        _HANDLERS[type(event)](self, replica, event)
+        self._follow_wishes(replica)
+        self._expire(replica, event.now_s)
+        if replica.activation_wanted and replica.state in _QUEUES:
+            if replica.name in self.inventory.replicas:
+                self._queue.enter(replica, event.now_s)
+        else:
+            self._queue.leave(replica)
+            self._targets.pop(name, None)
+        return replica.devices or before
+
     def _registered(self, replica: Replica, event: ev.Registered) -> None:
         replica.ranks = event.ranks
-        replica.request_frames = event.request_frames
-        replica.keep_alive_s = event.keep_alive_s
+        replica.request_frames, replica.limit_frames = event.request_frames, event.limit_frames
+        replica.keep_alive_s, replica.min_residency_s = event.keep_alive_s, event.min_residency_s
+        replica.priority, replica.pinned = event.priority, event.pinned
+        replica.allowed_devices = event.allowed_devices
+        if replica.state is State.RESIDENT:
+            # Its request is guaranteed while it is resident: less is given back at once, more is set aside soon.
+            replica.reserved_frames = min(replica.reserved_frames, replica.need_frames)
+            self._owed.add(replica.name)
 
     def _load_wanted(self, replica: Replica, event: ev.LoadWanted) -> None:
         replica.unload_wanted = replica.purge_wanted = replica.drop_wanted = False
@@ -79,6 +138,8 @@ class Coordinator:
 
     def _load_reported(self, replica: Replica, event: ev.LoadReported) -> None:
         was_busy = not replica.idle
+        if (arrived := event.in_flight + event.waiting - replica.in_flight - replica.waiting) > 0:
+            replica.demand.arrived(arrived, event.now_s)
         replica.in_flight, replica.waiting = event.in_flight, event.waiting
         if replica.idle and was_busy:
             replica.idle_since_s = event.now_s
@@ -88,13 +149,15 @@ class Coordinator:
         if replica.state is not State.STARTING:
             self._actions.append(ev.RefuseFrames(replica.name, f"{replica.name} is {replica.state.value}", rank))
             return
-        replica.footprints[rank] = replica.footprints.get(rank, 0) + event.frames
-        beyond = replica.footprints[rank] - replica.reserved_frames
-        if beyond <= 0:
-            self._actions.append(ev.GrantFrames(replica.name, event.frames, rank))
-        elif replica.request_frames is not None:
-            message = f"{beyond} frames more than GPU_MEMORY_REQUEST allows"
+        footprint = replica.footprints.get(rank, 0) + event.frames
+        if replica.most_frames is not None and footprint > replica.most_frames:
+            declared = "GPU_MEMORY_REQUEST" if replica.limit_frames is None else "GPU_MEMORY_LIMIT"
+            message = f"{footprint - replica.most_frames} frames more than {declared} allows"
             self._actions.append(ev.RefuseFrames(replica.name, message, rank))
+            return
+        replica.footprints[rank] = footprint
+        if footprint <= replica.reserved_frames:
+            self._actions.append(ev.GrantFrames(replica.name, event.frames, rank))
         else:
             self._growth[replica.name, rank] = event.frames
 
@@ -135,6 +198,7 @@ class Coordinator:
 
     def _engine_ready(self, replica: Replica, event: ev.EngineReady) -> None:
         replica.move(State.RESIDENT)
+        self._starting = ""
         self._settle(replica, event.now_s)
 
     def _drained(self, replica: Replica, event: ev.Drained) -> None:
@@ -155,10 +219,12 @@ class Coordinator:
         if event.epoch == replica.epoch and replica.state is State.SWAPPING_OUT:
             replica.move(State.SWAPPED)
             replica.reserved_frames = replica.keep_frames
+            replica.left_s = event.now_s
 
     def _swapped_in(self, replica: Replica, event: ev.SwappedIn) -> None:
         if event.epoch == replica.epoch and replica.state is State.SWAPPING_IN:
             replica.move(State.RESIDENT)
+            replica.swap_in_s = event.now_s - replica.ordered_s
             self._settle(replica, event.now_s)
 
     def _swap_in_failed(self, replica: Replica, event: ev.SwapInFailed) -> None:
@@ -176,7 +242,11 @@ class Coordinator:
         else:
             replica.failure = event.reason
             self._actions.append(ev.Refuse(replica.name, event.reason))
-        replica.devices = ()
+        self.inventory.place(replica, ())
+        self._owed.discard(replica.name)
+        if self._starting == replica.name:
+            self._starting = ""
+        replica.left_s = event.now_s
         replica.footprints = {}
         replica.reserved_frames = replica.in_flight = replica.waiting = replica.host_bytes = 0
         for mirror in self.inventory.mirrors.values():
@@ -199,7 +269,7 @@ class Coordinator:
 
     # --- 2. and 3. wishes and timers ----------------------------------------------------------------------------------
 
-    def _follow_wishes(self, replica: Replica, now_s: float) -> None:
+    def _follow_wishes(self, replica: Replica) -> None:
         if replica.unload_wanted and replica.state is State.RESIDENT:
             self._drain(replica, 0, wait=True, reason="unload")
         elif replica.unload_wanted and replica.state is State.SWAPPED and replica.reserved_frames:
@@ -228,11 +298,20 @@ class Coordinator:
         self._actions.append(ev.StopEngine(replica.name, reason))
 
     def _expire(self, replica: Replica, now_s: float) -> None:
-        if replica.keep_alive_s is None or not replica.idle or now_s - replica.idle_since_s < replica.keep_alive_s:
+        """Swap it out if it has been idle for its keep-alive; else look again when it may have been."""
+        holds = replica.state is State.RESIDENT or (replica.state is State.SWAPPED and replica.reserved_frames)
+        if replica.keep_alive_s is None or replica.pinned or not replica.idle or not holds:
             return
-        if replica.state is State.RESIDENT:
+        if replica.load_wanted or replica.stopping:
+            return
+        over_s = replica.idle_since_s + replica.keep_alive_s
+        if now_s < over_s:
+            if replica.expiry_s <= now_s or over_s < replica.expiry_s:  # one look ahead is enough
+                replica.expiry_s = over_s
+                heapq.heappush(self._expiries, (over_s, replica.name))
+        elif replica.state is State.RESIDENT:
             self._drain(replica, 0, wait=False, reason="keep_alive")
-        elif replica.state is State.SWAPPED and replica.reserved_frames and not replica.load_wanted:
+        else:
             self._release(replica, 0)
 
     def _drain(self, replica: Replica, keep_frames: int, *, wait: bool, reason: str) -> None:
@@ -250,11 +329,11 @@ class Coordinator:
 
     # --- 4. the queue -------------------------------------------------------------------------------------------------
 
-    def _serve_queue(self, now_s: float) -> None:
-        """Decide for each waiting replica, in order of arrival.
+    def _serve_queue(self, touched: set[str], now_s: float) -> None:
+        """Decide for each replica that waits for one of the `touched` devices, in order.
 
         1. A starting engine that wants more frames goes first: nothing else can start before it is done.
-        2. Withdrawn wishes leave the queue, new ones enter at its end.
+        2. A resident model whose request was raised is next: it is owed them.
         3. A replica that leaves the device keeps its place until it is SWAPPED.
         4. A COLD or FAILED one waits for the running engine start; meanwhile others may pass.
         5. One that too few devices can ever hold is refused.
@@ -264,72 +343,57 @@ class Coordinator:
         blocked: set[str] = set()
         for (name, rank), frames in list(self._growth.items()):  # 1
             self._grow(self.inventory.replicas[name], rank, frames, blocked, now_s)
-        for replica in self.inventory.replicas.values():  # 2
-            if replica.activation_wanted and replica.state in (State.COLD, State.FAILED, State.SWAPPED, *LEAVING):
-                self._queue.setdefault(replica.name, now_s)
-            else:
-                self._queue.pop(replica.name, None)
-        for name, since_s in list(self._queue.items()):
-            replica = self.inventory.replicas[name]
+        for name in sorted(self._owed):  # 2
+            self._settle_debt(self.inventory.replicas[name], blocked, now_s)
+        for replica in self._queue.replicas():
             if replica.state in LEAVING or replica.stopping:  # 3
                 continue
-            if replica.state is State.SWAPPED:
-                candidates = list(replica.devices)
-            elif any(other.state is State.STARTING for other in self.inventory.replicas.values()):  # 4
+            if replica.state is not State.SWAPPED and self._starting:  # 4
                 continue
-            else:
-                candidates = list(self.inventory.devices)
-            self._activate(replica, candidates, since_s, blocked, now_s)
+            if not blocked.isdisjoint(replica.devices):
+                blocked.update(replica.devices)
+            elif replica.state is not State.SWAPPED or not touched.isdisjoint(replica.devices):
+                self._activate(replica, blocked, now_s)
 
-    def _activate(
-        self, replica: Replica, candidates: list[str], since_s: float, blocked: set[str], now_s: float
-    ) -> None:
-        need = replica.need_frames
-        missing = replica.missing_frames
-        able = [device for device in candidates if self.inventory.devices[device].frames >= need]
+    def _activate(self, replica: Replica, blocked: set[str], now_s: float) -> None:
+        inventory = self.inventory
+        devices = placement.candidates(replica, inventory)
+        able = placement.able(replica, devices, inventory)
         if len(able) < replica.ranks:  # 5
             replica.load_wanted = False
             replica.waiting = 0
-            self._queue.pop(replica.name)
-            self._actions.append(ev.Refuse(replica.name, self._why_never(replica, len(able))))
+            self._queue.leave(replica)
+            self._actions.append(ev.Refuse(replica.name, placement.why_never(replica, devices, able, inventory)))
             return
-        fitting = [device for device in able if device not in blocked and self.inventory.free_frames(device) >= missing]
+        missing = replica.missing_frames
+        fitting = [device for device in able if device not in blocked and inventory.free_frames(device) >= missing]
         if len(fitting) >= replica.ranks:  # 6
-            fullest_first = need > 0
-            fitting.sort(key=self.inventory.free_frames, reverse=not fullest_first)
-            self._queue.pop(replica.name)
-            self._admit(replica, fitting[: replica.ranks], need)
+            chosen = placement.fullest_first(replica, fitting, inventory)[: replica.ranks]
+            self._queue.leave(replica)
+            self._targets.pop(replica.name, None)
+            self._admit(replica, chosen, now_s)
             return
-        able.sort(key=lambda device: self._within_reach(device, now_s - since_s), reverse=True)  # 7
-        chosen = able[: replica.ranks]
-        if blocked.isdisjoint(chosen):
-            self._make_room(chosen, replica, missing, since_s, now_s)
-        blocked.update(chosen)
+        target = self._targets.get(replica.name, ())  # 7
+        if not set(able).issuperset(target) or not target:
+            reach = lambda device: self._within_reach(device, replica, now_s)  # noqa: E731
+            target = tuple(placement.least_crowded_first(missing, able, inventory, reach)[: replica.ranks])
+            self._targets[replica.name] = target
+        if blocked.isdisjoint(target):
+            self._make_room(target, replica, missing, now_s)
+        blocked.update(target)
 
-    def _why_never(self, replica: Replica, able: int) -> str:
-        """One line for a person: only `able` devices of the node could hold a rank of this replica."""
-        devices = self.inventory.devices.values()
-        if replica.ranks > len(devices):
-            return f"{replica.name} has {replica.ranks} ranks and needs a device for each, this node has {len(devices)}"
-        if replica.ranks > 1:
-            return (
-                f"{replica.name} needs {replica.need_frames} frames on each of {replica.ranks} devices; "
-                f"{able} of {len(devices)} devices have as many"
-            )
-        largest = max(device.frames for device in devices)
-        return f"{replica.name} needs {replica.need_frames} frames; the largest device has {largest}"
-
-    def _admit(self, replica: Replica, devices: list[str], need: int) -> None:
-        replica.reserved_frames = need
+    def _admit(self, replica: Replica, devices: Sequence[str], now_s: float) -> None:
+        replica.reserved_frames = replica.need_frames
         replica.unload_wanted = False
         if replica.state is State.SWAPPED:
             replica.move(State.SWAPPING_IN)
             replica.epoch += 1
+            replica.ordered_s = now_s
             self._actions.append(ev.SwapIn(replica.name, replica.epoch))
         else:
             replica.move(State.STARTING)
-            # In the order of the node: the number of a rank says nothing about how full its device was.
-            replica.devices = tuple(device for device in self.inventory.devices if device in devices)
+            self._starting = replica.name
+            self.inventory.place(replica, devices)
             replica.failure = ""
             self._actions.append(ev.StartEngine(replica.name, replica.devices))
 
@@ -342,29 +406,56 @@ class Coordinator:
             del self._growth[replica.name, rank]
             message = f"it needs at least {footprint} frames of {smallest}, which has {total}"
             self._actions.append(ev.RefuseFrames(replica.name, message, rank))
-        elif all(self.inventory.free_frames(device) >= beyond for device in replica.devices):
+        elif self._take(replica, beyond, blocked, now_s):
             del self._growth[replica.name, rank]
-            replica.reserved_frames += beyond
             self._actions.append(ev.GrantFrames(replica.name, frames, rank))
-        else:
-            self._make_room(replica.devices, replica, beyond, now_s - TURN_S, now_s)
-            blocked.update(replica.devices)
 
-    def _make_room(self, devices: Iterable[str], who: Replica, frames: int, since_s: float, now_s: float) -> None:
-        """Have others give back what `who` lacks, no more: until `frames` frames of each of `devices` will be free."""
+    def _settle_debt(self, replica: Replica, blocked: set[str], now_s: float) -> None:
+        able = placement.able(replica, replica.devices, self.inventory)
+        if (
+            replica.state is not State.RESIDENT
+            or len(able) < replica.ranks
+            or self._take(replica, replica.missing_frames, blocked, now_s)
+        ):
+            self._owed.discard(replica.name)
+
+    def _take(self, replica: Replica, frames: int, blocked: set[str], now_s: float) -> bool:
+        """Set `frames` more of each of its devices aside for one that is on them; or make room, and block them."""
+        if all(self.inventory.free_frames(device) >= frames for device in replica.devices):
+            replica.reserved_frames += frames
+            return True
+        self._make_room(replica.devices, replica, frames, now_s)
+        blocked.update(replica.devices)
+        return False
+
+    def _make_room(self, devices: Iterable[str], who: Replica, frames: int, now_s: float) -> None:
+        """Have others give back what `who` lacks, no more: until `frames` frames of each of `devices` will be free.
+
+        All or nothing: as long as not enough of them may leave, nobody is asked to.
+        """
         keeps: dict[str, int] = {}
         """What every victim is to keep on each of its devices."""
+        queue = self._queue.names
+        enough = True
         for device in devices:
             on_device = self.inventory.on(device)
             coming = self.inventory.free_frames(device) + eviction.coming_frames(on_device)
             coming += sum(r.reserved_frames - keeps[r.name] for r in on_device if r.name in keeps)
-            for victim in eviction.victims(on_device, who, list(self._queue), now_s - since_s, now_s):
+            if coming >= frames:
+                continue
+            victims, later_s = eviction.victims(on_device, who, queue, now_s, self._regret)
+            for victim in victims:
                 if coming >= frames:
                     break
                 left = keeps.get(victim.name, victim.reserved_frames)
                 # What is reserved beyond the footprint is no memory that could be kept.
                 keeps[victim.name] = min(victim.footprint_frames, max(0, left - (frames - coming)))
                 coming += left - keeps[victim.name]
+            if coming < frames:
+                enough = False
+                self._look_again(device, min(later_s, now_s + _LOOK_AGAIN_S))
+        if not enough:
+            return
         for name, keep in keeps.items():
             victim = self.inventory.replicas[name]
             if victim.state is State.SWAPPED:
@@ -372,14 +463,21 @@ class Coordinator:
             else:
                 self._drain(victim, keep, wait=not victim.idle, reason="eviction" if victim.idle else "turn")
 
-    def _within_reach(self, device: str, waited_s: float) -> tuple[int, int]:
-        """Frames that could be free soon, and frames that are: where they are as many, who has more costs less."""
-        free = self.inventory.free_frames(device)
-        return free + eviction.reclaimable_frames(self.inventory.on(device), waited_s), free
+    def _look_again(self, device: str, at_s: float) -> None:
+        if self._alarm_s.get(device, float("inf")) > at_s:
+            self._alarm_s[device] = at_s
+            heapq.heappush(self._alarms, (at_s, device))
+
+    def _within_reach(self, device: str, who: Replica, now_s: float) -> int:
+        """Frames that are free, coming, or held by models that could be asked for them now."""
+        on_device = self.inventory.on(device)
+        victims, _ = eviction.victims(on_device, who, (), now_s, self._regret)
+        held = sum(victim.reserved_frames for victim in victims)
+        return self.inventory.free_frames(device) + eviction.coming_frames(on_device) + held
 
     # --- 5. host memory -----------------------------------------------------------------------------------------------
 
-    def _fit_host_memory(self) -> None:
+    def _fit_host_memory(self, now_s: float) -> None:
         for name, message in self._host_memory.refused():
             self._actions.append(ev.RefuseHostMemory(name, message))
         for name in self._host_memory.granted(self.inventory):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MIN_RESIDENCY_S = 2.0
+"""MIN_RESIDENCY of a model that declares none."""
+
 # --- events -----------------------------------------------------------------------------------------------------------
 
 
@@ -30,6 +33,16 @@ class Registered(Event):
     """Idle time after which it is swapped out; None: never by the timer."""
     ranks: int = 1
     """Engine ranks, each on a device of its own; `request_frames` is what it may have on each of them."""
+    limit_frames: int | None = None
+    """GPU_MEMORY_LIMIT, frames of each device that it never exceeds; None: its request, or none without one."""
+    priority: int = 0
+    """PRIORITY: larger goes first."""
+    pinned: bool = False
+    """PINNED: never evicted, no keep-alive."""
+    min_residency_s: float = MIN_RESIDENCY_S
+    """MIN_RESIDENCY: how long it stays resident at least, unless it is idle."""
+    allowed_devices: tuple[str, ...] = ()
+    """GPU_DEVICE_IDS: where its ranks may be; empty: anywhere."""
 
 
 @dataclass(frozen=True)

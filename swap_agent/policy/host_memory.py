@@ -21,6 +21,8 @@ class HostMemory:
         self.limit_bytes = limit_bytes
         self.wanted: dict[str, int] = {}
         """Per starting replica, what mirror and processes will take in all."""
+        self.short = False
+        """There was too little when last looked at; whoever becomes idle may help."""
 
     def refused(self) -> Iterator[tuple[str, str]]:
         """Take out the wishes that can never be granted; each with one line for a person."""
@@ -61,6 +63,7 @@ class HostMemory:
         missing = inventory.host_bytes() + sum(self.wanted.values()) - self.limit_bytes
         missing -= sum(inventory.replicas[name].host_bytes for name in self.wanted)  # their wishes are totals
         missing -= sum(r.host_bytes for r in leaving) + sum(m.bytes for m in mirrors if m.drop_wanted)
+        self.short = missing > 0
         for mirror in sorted(mirrors, key=lambda m: m.idle_since_s):
             if missing > 0 and not mirror.users and not mirror.drop_wanted:
                 missing -= mirror.bytes

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from swap_agent.errors import BooksDoNotBalance
+from swap_agent.policy.demand import Demand
+from swap_agent.policy.events import MIN_RESIDENCY_S
 from swap_agent.policy.lifecycle import HOLDS_FRAMES, MOVES, State
 
 
@@ -27,7 +29,14 @@ class Replica:
     name: str
     ranks: int = 1
     request_frames: int | None = None
+    limit_frames: int | None = None
+    """Most frames of each device that it may have; None: its request, or no limit without one."""
     keep_alive_s: float | None = None
+    priority: int = 0
+    pinned: bool = False
+    min_residency_s: float = MIN_RESIDENCY_S
+    allowed_devices: tuple[str, ...] = ()
+    """Where an engine of it may start; empty: anywhere."""
     state: State = State.COLD
     devices: tuple[str, ...] = ()
     """Where its ranks are, set while an engine exists; an engine never changes its devices."""
@@ -43,6 +52,15 @@ class Replica:
     waiting: int = 0
     idle_since_s: float = 0.0
     resident_since_s: float = 0.0
+    left_s: float = float("-inf")
+    """When it last ceased to be RESIDENT."""
+    swap_in_s: float = 0.0
+    """How long its last swap-in took, from order to RESIDENT."""
+    ordered_s: float = 0.0
+    """When its last swap-in was ordered."""
+    expiry_s: float = float("-inf")
+    """When its keep-alive will be looked at next."""
+    demand: Demand = field(default_factory=Demand)
     epoch: int = 0
     """Counts drains and swaps; an answer with an older epoch is ignored."""
     load_wanted: bool = False
@@ -72,6 +90,11 @@ class Replica:
     def need_frames(self) -> int:
         """Frames it must have on each device to be resident: its guaranteed request, or what it measured."""
         return max(self.request_frames or 0, self.footprint_frames)
+
+    @property
+    def most_frames(self) -> int | None:
+        """Frames of each device that it may have at most; None: no limit."""
+        return self.limit_frames if self.limit_frames is not None else self.request_frames
 
     @property
     def missing_frames(self) -> int:
@@ -116,13 +139,25 @@ class Inventory:
     replicas: dict[str, Replica] = field(default_factory=dict)
     mirrors: dict[str, Mirror] = field(default_factory=dict)
 
+    _on: dict[str, dict[str, Replica]] = field(default_factory=dict)
+    """Of each device, the replicas with a rank on it."""
+
+    def place(self, replica: Replica, devices: Sequence[str]) -> None:
+        """Its ranks are on these devices from now on, on none when its engine is gone."""
+        for device in replica.devices:
+            del self._on[device][replica.name]
+        # In the order of the node: the number of a rank says nothing about how full its device was.
+        replica.devices = tuple(device for device in self.devices if device in devices)
+        for device in replica.devices:
+            self._on.setdefault(device, {})[replica.name] = replica
+
     def on(self, device: str) -> list[Replica]:
         """Replicas with a rank on `device`."""
-        return [replica for replica in self.replicas.values() if device in replica.devices]
+        return list(self._on.get(device, {}).values())
 
     def free_frames(self, device: str) -> int:
         """Frames of `device` that no replica has reserved."""
-        return self.devices[device].frames - sum(replica.reserved_frames for replica in self.on(device))
+        return self.devices[device].frames - sum(r.reserved_frames for r in self._on.get(device, {}).values())
 
     def audit(self, replica: Replica, held_frames: Sequence[int]) -> str:
         """What is wrong when the ranks of `replica` hold so many frames, one line; empty when nothing is.
@@ -154,7 +189,7 @@ class Inventory:
         return mirrors + sum(replica.host_bytes for replica in self.replicas.values())
 
     def check_integrity(self) -> None:
-        """Raises BooksDoNotBalance when a device is overbooked or a reservation has no holder."""
+        """Raises BooksDoNotBalance when a device is overbooked, a reservation has no holder, or one is too large."""
         for device in self.devices:
             if self.free_frames(device) < 0:
                 raise BooksDoNotBalance(f"{device}: {-self.free_frames(device)} frames more reserved than it has")
@@ -162,6 +197,11 @@ class Inventory:
             if replica.reserved_frames and replica.state not in HOLDS_FRAMES:
                 raise BooksDoNotBalance(
                     f"{replica.name}: {replica.reserved_frames} frames reserved while {replica.state.value}"
+                )
+            most = replica.most_frames
+            if most is not None and replica.footprint_frames > most:
+                raise BooksDoNotBalance(
+                    f"{replica.name}: {replica.footprint_frames} frames granted, {most} is its limit"
                 )
 
 

@@ -44,7 +44,8 @@ async def agent(tmp_path: Path) -> AsyncIterator[Agent]:
         yield agent
         agent._audit()
         assert agent.books_violations == 0
-        assert not [key for key in agent._host_acks if agent.replica(key[0]).state in (State.RESIDENT, State.SWAPPED)]
+        settled = (State.RESIDENT, State.SWAPPED)
+        assert not [e for n, e in agent.engines.items() if e.answers_expected and agent.replica(n).state in settled]
     assert not agent.engines
     (pool,) = agent.pools.values()
     assert pool.free_frames == 16, "every frame is back when the agent ends"

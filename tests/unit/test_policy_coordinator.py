@@ -10,7 +10,8 @@ import pytest
 from swap_agent.errors import BooksDoNotBalance
 from swap_agent.policy import events as ev
 from swap_agent.policy.coordinator import Coordinator
-from swap_agent.policy.eviction import TURN_S
+from swap_agent.policy.events import MIN_RESIDENCY_S as TURN_S
+from swap_agent.policy.eviction import LEAST_IDLE_S
 from swap_agent.policy.inventory import Device, Replica
 from swap_agent.policy.lifecycle import HOLDS_FRAMES, MOVES, State
 
@@ -277,6 +278,7 @@ def test_who_waits_behind_gives_up_its_frames_last_of_the_idle() -> None:
     machine.settle()
     assert (machine.state("c"), machine.replica("a").reserved_frames) == (State.RESIDENT, 20)
     machine.report("b")
+    machine.tick(TURN_S)
     machine.settle()
     assert machine.state("a") is State.RESIDENT
 
@@ -311,6 +313,8 @@ def test_a_victim_that_became_busy_is_spared_for_another() -> None:
     machine = machinery(a=80, b=80, c=80)
     machine.load("a", "b")
     machine.busy["a"] = 1  # not reported yet
+    machine.now_s += LEAST_IDLE_S
+    machine.replica("a").min_residency_s = 60
     (drain,) = machine.post(ev.LoadWanted, "c")
     assert (drain.name, machine.state("a")) == ("a", State.DRAINING)
     machine.obey(drain)
@@ -324,6 +328,8 @@ def test_a_load_that_comes_while_a_drain_is_refused_is_answered() -> None:
     machine = machinery(a=80, b=100)
     machine.load("a")
     machine.busy["a"] = 1  # not reported yet
+    machine.now_s += LEAST_IDLE_S
+    machine.replica("a").min_residency_s = 60
     (drain,) = machine.post(ev.LoadWanted, "b")
     assert machine.post(ev.LoadWanted, "a") == []
     machine.open.remove(drain)
@@ -339,6 +345,7 @@ def test_first_come_first_served_even_when_the_second_would_fit() -> None:
     assert machine.post(ev.LoadWanted, "a") == []
     assert machine.post(ev.LoadWanted, "c") == [], "c must not take room that a, which came first, waits for"
     machine.report("b")
+    machine.tick(LEAST_IDLE_S)
     machine.settle()
     assert (machine.state("a"), machine.state("c")) == (State.RESIDENT, State.RESIDENT)
 
@@ -445,6 +452,7 @@ def test_a_model_that_no_device_can_hold_is_refused() -> None:
 def test_an_undeclared_model_takes_frames_while_it_starts_and_evicts_for_them() -> None:
     machine = machinery(a=100, b=None)
     machine.load("a")
+    machine.tick(LEAST_IDLE_S)
     machine.post(ev.LoadWanted, "b")
     assert machine.post(ev.FramesWanted, "b", 50) == [ev.GrantFrames("b", 50)]
     (drain,) = machine.post(ev.FramesWanted, "b", 30)
@@ -501,6 +509,7 @@ def test_a_model_of_two_ranks_takes_as_many_frames_of_two_devices_or_none() -> N
     machine.register("pair", 60, ranks=2)
     machine.load("one")
     assert machine.replica("one").devices == ("cpu:1",), "the fuller one"
+    machine.tick(LEAST_IDLE_S)
     (drain,) = machine.post(ev.LoadWanted, "pair")
     assert drain.name == "one" and machine.replica("pair").reserved_frames == 0
     assert free(machine) == [100, 10], "nothing is set aside before both have room"
@@ -571,6 +580,7 @@ def test_an_undeclared_model_of_two_ranks_grows_on_both_devices() -> None:
     machine = Machinery(Device("cpu:0", 100), Device("cpu:1", 80))
     machine.register("one", 50)
     machine.load("one")  # on cpu:1, which is the fuller
+    machine.tick(LEAST_IDLE_S)
     machine.register("pair", None, ranks=2)
     machine.post(ev.LoadWanted, "pair")
     assert machine.post(ev.FramesWanted, "pair", 30, 1) == [ev.GrantFrames("pair", 30, 1)]

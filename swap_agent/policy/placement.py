@@ -1,0 +1,68 @@
+"""On which devices a replica goes: bin packing. Pure functions over the inventory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from swap_agent.policy.inventory import Inventory, Replica
+
+
+def candidates(replica: Replica, inventory: Inventory) -> list[str]:
+    """Devices that it may be on: those of its engine, which never moves; else those that its settings allow."""
+    return list(replica.devices or replica.allowed_devices or inventory.devices)
+
+
+def able(replica: Replica, devices: Sequence[str], inventory: Inventory) -> list[str]:
+    """Those of `devices` that could hold a rank of `replica` if everybody else left who can be made to leave."""
+    need = replica.need_frames
+    found = []
+    for device in devices:
+        pinned = sum(r.need_frames for r in inventory.on(device) if r.pinned and r is not replica and r.reserved_frames)
+        if inventory.devices[device].frames - pinned >= need:
+            found.append(device)
+    return found
+
+
+def fullest_first(replica: Replica, fitting: Sequence[str], inventory: Inventory) -> list[str]:
+    """Where to go of the devices with room: the most used ones, so that large models find room elsewhere.
+
+    A model that declares nothing and never ran has an unknown size: the emptiest, then.
+    """
+    return sorted(fitting, key=inventory.free_frames, reverse=replica.need_frames == 0)
+
+
+def least_crowded_first(
+    missing_frames: int, devices: Sequence[str], inventory: Inventory, reachable: Callable[[str], int]
+) -> list[str]:
+    """Where to make room when no device has any: where enough can be had now, then where models share the most.
+
+    `reachable` tells how many frames of a device are free, or could be soon. A device is as crowded as its models'
+    needs exceed it: engines never move, so those of one device take turns for as long as they live.
+    """
+
+    def order(device: str) -> tuple[bool, float, int]:
+        needs = sum(r.need_frames for r in inventory.on(device))
+        crowding = needs / inventory.devices[device].frames
+        return reachable(device) < missing_frames, crowding, -inventory.free_frames(device)
+
+    return sorted(devices, key=order)
+
+
+def why_never(replica: Replica, devices: Sequence[str], able_devices: Sequence[str], inventory: Inventory) -> str:
+    """One line for a person: too few of `devices`, its candidates, could hold a rank of this replica."""
+    need, name = replica.need_frames, replica.name
+    whose = "GPU_DEVICE_IDS allows" if replica.allowed_devices else "this node has"
+    if replica.ranks > len(devices):
+        return f"{name} has {replica.ranks} ranks and needs a device for each, {whose} {len(devices)}"
+    large = [device for device in devices if inventory.devices[device].frames >= need]
+    if len(large) >= replica.ranks:
+        pinned = sorted({r.name for d in large for r in inventory.on(d) if r.pinned and r is not replica})
+        return f"{name} needs {need} frames, and pinned models leave it fewer: unpin one of {', '.join(pinned)}"
+    if replica.ranks > 1:
+        return (
+            f"{name} needs {need} frames on each of {replica.ranks} devices; "
+            f"{len(able_devices)} of {len(devices)} devices have as many"
+        )
+    largest = max(inventory.devices[device].frames for device in devices)
+    which = "the largest device" if not replica.allowed_devices else "the largest that GPU_DEVICE_IDS allows"
+    return f"{name} needs {need} frames; {which} has {largest}"
