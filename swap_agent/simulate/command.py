@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from swap_agent.errors import InvalidUsage, Unavailable, Unsupported
+from swap_agent.errors import InvalidUsage, Unavailable
 from swap_agent.simulate import cluster as clusters
 from swap_agent.simulate import plot, report, seeds, trace
 from swap_agent.simulate.cluster import Cluster
@@ -18,7 +18,7 @@ from swap_agent.simulate.trace import Load, Trace
 
 
 def run(options: argparse.Namespace) -> int:
-    """Simulate. Raises InvalidUsage, Unsupported."""
+    """Simulate. Raises InvalidUsage."""
     cluster = clusters.read(options.cluster) if options.cluster else clusters.DEFAULT
     return _run_seeds(options, cluster) if options.seeds else _run_once(options, cluster)
 
@@ -68,21 +68,11 @@ def _run_seeds(options: argparse.Namespace, cluster: Cluster) -> int:
 
 
 def _policies(text: str) -> list[Policy]:
-    """Those named; with `all`, those that this version can run."""
     names = list(POLICIES) if text == "all" else text.split(",")
     for name in names:
         if name not in POLICIES:
             raise InvalidUsage(f"--policy {name}: no such policy; there are {', '.join(POLICIES)}, and all")
-    if text != "all":
-        return [POLICIES[name] for name in names]
-    able = []
-    for name in names:
-        try:
-            POLICIES[name].needs()
-            able.append(POLICIES[name])
-        except Unsupported as error:
-            print(f"triton-swap: left out: {error}", file=sys.stderr)
-    return able
+    return [POLICIES[name] for name in names]
 
 
 def _trace(options: argparse.Namespace, cluster: Cluster, seed: int) -> tuple[Trace, float]:

@@ -65,9 +65,6 @@ class Host:
     running: list[float] = field(default_factory=list)
     """Ends of the requests that have a place in the engine, a heap."""
     prefill_free_s: float = 0.0
-    idle_since_s: float = 0.0
-    looked_after: bool = False
-    """A look at its keep-alive is planned."""
 
     @property
     def need(self) -> int:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from swap_agent.errors import Unsupported
 from swap_agent.policy.coordinator import Coordinator
-from swap_agent.policy.eviction import TURN_S
-from swap_agent.policy.inventory import Device, Replica
-from swap_agent.policy.lifecycle import State
+from swap_agent.policy.eviction import least_recently_used
+from swap_agent.policy.inventory import Device
 from swap_agent.simulate.cluster import Cluster
 from swap_agent.simulate.static import Static
 from swap_agent.simulate.tally import Tally
@@ -31,8 +28,6 @@ class Policy:
     keep_alive: bool = True
     warm: bool = True
     """All engines are started before the clock is."""
-    needs: Callable[[], None] = lambda: None
-    """Raises Unsupported when this version cannot run it."""
 
     def run(self, cluster: Cluster, trace: Trace, span_s: float) -> Tally:
         """Replay `trace` once."""
@@ -53,39 +48,12 @@ class Policy:
         return tally.engine_gpu_s if self.own_devices else tally.span_s * len(cluster.devices)
 
 
-def least_recently_used(
-    replicas: Sequence[Replica], who: Replica, queue: Sequence[str], waited_s: float, now_s: float
-) -> Iterator[Replica]:
-    """The victims of a policy that knows of idle models only when they were last used.
-
-    Then models that wait, the last in the queue first, and after TURN_S busy ones, the one resident longest first.
-    """
-    holders = [r for r in replicas if r is not who and r.reserved_frames]
-    resident = [r for r in holders if r.state is State.RESIDENT]
-    swapped = [r for r in holders if r.state is State.SWAPPED and not r.stopping]
-    idle = [r for r in resident if r.idle] + [r for r in swapped if not r.activation_wanted]
-    yield from sorted(idle, key=lambda r: r.idle_since_s)
-    places = {name: place for place, name in enumerate(queue)}
-    waiting = [r for r in swapped if r.activation_wanted]
-    yield from sorted(waiting, key=lambda r: places.get(r.name, len(places)), reverse=True)
-    if waited_s >= TURN_S:
-        busy = [r for r in resident if not r.idle and now_s - r.resident_since_s >= TURN_S]
-        yield from sorted(busy, key=lambda r: r.resident_since_s)
-
-
 def _default(cluster: Cluster, trace: Trace) -> Decider:
     return Coordinator(cluster.devices)
 
 
 def _lru(cluster: Cluster, trace: Trace) -> Decider:
-    _takes_victims()
-    make: Callable[..., Coordinator] = Coordinator
-    return make(cluster.devices, victims=least_recently_used)
-
-
-def _takes_victims() -> None:
-    if "victims" not in inspect.signature(Coordinator).parameters:
-        raise Unsupported("policy lru: the agent's policy of this version is LRU, see default")
+    return Coordinator(cluster.devices, regret=least_recently_used)
 
 
 def _no_sharing(cluster: Cluster, trace: Trace) -> Decider:
@@ -120,7 +88,7 @@ POLICIES = {
     policy.name: policy
     for policy in (
         Policy("default", "the agent's policy", _default),
-        Policy("lru", "the agent's policy, idle models evicted by last use alone", _lru, needs=_takes_victims),
+        Policy("lru", "the agent's policy, idle models evicted by last use alone", _lru),
         Policy(
             "no-sharing",
             "fixed places, most wanted models first; the others are refused",

@@ -20,6 +20,12 @@ class Static:
         """Started or starting."""
         self._idle_since_s: dict[str, float] = {}
 
+    @property
+    def next_tick_s(self) -> float:
+        """When the next engine is to end, if nobody asks for its model before."""
+        ends_s = (since_s + self._scale_down_s[name] for name, since_s in self._idle_since_s.items())
+        return min(ends_s, default=float("inf"))
+
     def on_event(self, event: ev.Event) -> list[ev.Action]:
         """Decide."""
         match event:

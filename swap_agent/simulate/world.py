@@ -22,9 +22,7 @@ from swap_agent.simulate.tally import Tally
 from swap_agent.simulate.trace import Trace
 
 TICK_S = 0.1
-"""How often the agent ticks; here only while a tick could change something."""
-_LOOK_AGAIN_S = 1.0
-"""An idle model that its keep-alive did not end is looked at again after this."""
+"""How often the agent ticks; here only when that changes something."""
 
 
 class Decider(Protocol):
@@ -32,6 +30,11 @@ class Decider(Protocol):
 
     def on_event(self, event: ev.Event) -> list[ev.Action]:
         """Decide."""
+        ...
+
+    @property
+    def next_tick_s(self) -> float:
+        """When time alone will change something."""
         ...
 
 
@@ -52,9 +55,8 @@ class World:
         self._heap: list[tuple[float, int, Callable[[Any], None], Any]] = []
         self._planned = 0
         self._events: deque[ev.Event] = deque()
-        self._stuck: set[str] = set()
-        """Models with requests at the gate for which nothing is under way: the policy may need ticks for them."""
-        self._ticking = False
+        self._tick_s = math.inf
+        """When the next tick is planned."""
         self._arrival_s: list[float] = []
         self._prompt: list[int] = []
         self._output: list[int] = []
@@ -130,13 +132,15 @@ class World:
             tally.events += 1
             for action in actions:
                 self._perform(action)
-        if self._stuck and not self._ticking:
-            self._ticking = True
-            self._at(_tick_after(self.now_s), self._tick, None)
+        due_s = self._policy.next_tick_s
+        if due_s < self._tick_s - TICK_S:
+            self._tick_s = _tick_after(max(due_s, self.now_s))
+            self._at(self._tick_s, self._tick, self._tick_s)
 
-    def _tick(self, _: None) -> None:
-        self._ticking = False
-        self._events.append(ev.Tick(self.now_s))
+    def _tick(self, planned_s: float) -> None:
+        if planned_s == self._tick_s:  # else an earlier one was planned later
+            self._tick_s = math.inf
+            self._events.append(ev.Tick(self.now_s))
 
     # --- orders -------------------------------------------------------------------------------------------------------
 
@@ -195,7 +199,6 @@ class World:
         if host.resident or host.moving or not host.devices:
             raise BooksDoNotBalance(f"{host.name} cannot be swapped in now")
         host.moving = True
-        self._stuck.discard(host.name)
         size_bytes = host.missing_bytes(self._cluster.frame)
         for device in host.devices:
             self._take(host, device, host.need - host.held)
@@ -248,7 +251,6 @@ class World:
         host.devices = devices
         host.moving = host.resident = True
         self._count_time(host, -1)
-        self._stuck.discard(host.name)
         self._want(host, host.weights_frames)
 
     def _want(self, host: Host, frames: int) -> None:
@@ -304,8 +306,6 @@ class World:
         else:
             self.tally.waited[request] = 1
             host.waiting.append(request)
-            if not host.moving:
-                self._stuck.add(host.name)
             if not host.timeout_s:
                 host.timeout_s = self.now_s + self._cluster.queue_timeout
                 self._at(host.timeout_s, self._timed_out, host)
@@ -339,8 +339,7 @@ class World:
         self.tally.refused[reason] += count
         self._unanswered -= count
         if not host.waiting:
-            self._stuck.discard(host.name)
-        self._load_changed(host)
+            self._load_changed(host)
 
     def _timed_out(self, host: Host) -> None:
         """Whoever has waited for too long is refused; they wait in order of arrival."""
@@ -364,8 +363,6 @@ class World:
         elif not host.report_s:
             host.report_s = self.now_s + REPORT_INTERVAL_S
             self._at(host.report_s, self._report_due, (host, host.report_s))
-        if not host.in_flight and not host.waiting and host.held:
-            self._note_idle(host)
 
     def _report_due(self, what: tuple[Host, float]) -> None:
         host, due_s = what
@@ -378,26 +375,6 @@ class World:
         if report != host.reported:
             host.reported = report
             self._events.append(ev.LoadReported(self.now_s, host.name, report[0], report[1]))
-
-    # --- keep-alive ---------------------------------------------------------------------------------------------------
-
-    def _note_idle(self, host: Host) -> None:
-        host.idle_since_s = self.now_s
-        if host.model.keep_alive is not None and not host.looked_after:
-            host.looked_after = True
-            self._at(_tick_after(self.now_s + host.model.keep_alive), self._look, host)
-
-    def _look(self, host: Host) -> None:
-        """Tick when its keep-alive has passed; the agent would have ticked all the time."""
-        keep_alive_s = host.model.keep_alive
-        if host.in_flight or host.waiting or not host.held or keep_alive_s is None:
-            host.looked_after = False
-            return
-        due_s = host.idle_since_s + keep_alive_s
-        if self.now_s >= due_s:
-            self._events.append(ev.Tick(self.now_s))
-            due_s = self.now_s + _LOOK_AGAIN_S
-        self._at(_tick_after(due_s), self._look, host)
 
 
 def _tick_after(time_s: float) -> float:
