@@ -89,7 +89,7 @@ def _trace(options: argparse.Namespace, cluster: Cluster, seed: int) -> tuple[Tr
     if options.rate is not None and options.requests is not None:
         raise InvalidUsage("--rate and --requests say the same; give one")
     per_s = options.rate if options.requests is None else options.requests / hours / 3600
-    load = Load(seed, hours, 5.0 if per_s is None else per_s, zipf, burst, options.daily)
+    load = Load(seed, hours, 2.0 if per_s is None else per_s, zipf, burst, options.daily)
     return trace.draw(load, models), hours * 3600
 
 

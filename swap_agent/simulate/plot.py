@@ -24,7 +24,7 @@ _BUCKETS = 60
 
 def draw_runs(path: Path, trace: Trace, span_s: float, answer: Mapping[str, Any], tallies: Mapping[str, Tally]) -> None:
     """One trace under each policy: who waits how long, when, and what it takes. Raises Unavailable, InvalidUsage."""
-    figure, (slow, when, hours) = _figure(16, 3)
+    figure, (slow, when, hours) = _figure(18, 3)
     ttft_s = {name: np.array(tally.ttft_s) for name, tally in tallies.items()}
     for name, times_s in ttft_s.items():
         answered = np.sort(times_s[~np.isnan(times_s)])
@@ -32,9 +32,9 @@ def draw_runs(path: Path, trace: Trace, span_s: float, answer: Mapping[str, Any]
         left = (len(times_s) - np.arange(len(answered))) / len(times_s)
         label = f"{name}, {refused / len(times_s):.2g} refused" if refused else name
         slow.plot(answered, left, color=_COLOURS[name], label=label)
-    slow.set(xscale="log", yscale="log", xlabel="seconds", ylabel="part of the requests", ylim=(1 / len(trace), 1.3))
-    slow.set_title("Time to first token: part of the requests that wait longer")
-    slow.legend(loc="lower left")
+    slow.set(xscale="log", yscale="log", xlabel="seconds", ylabel="part of all requests", ylim=(1 / len(trace), 1.3))
+    slow.set_title("Requests whose first token takes longer")
+
     unit_s, unit = (3600.0, "hours") if span_s > 7200 else (60.0, "minutes")
     edges_s = np.linspace(0, max(span_s, float(trace.arrival_s[-1])) * (1 + 1e-9), _BUCKETS + 1)
     bucket = np.digitize(trace.arrival_s, edges_s) - 1
@@ -42,11 +42,12 @@ def draw_runs(path: Path, trace: Trace, span_s: float, answer: Mapping[str, Any]
         worst = [_p99(times_s[bucket == number]) for number in range(_BUCKETS)]
         when.step(edges_s[:-1] / unit_s, worst, where="post", color=_COLOURS[name], label=name)
     when.set(yscale="log", xlabel=f"{unit} of the trace", ylabel="seconds")
-    when.set_title("p99 time to first token, by arrival")
+    when.set_title("p99 time to first token by time of arrival")
     rate = when.twinx()
     per_s = np.bincount(bucket, minlength=_BUCKETS) / (edges_s[1] - edges_s[0])
     rate.fill_between(edges_s[:-1] / unit_s, per_s, step="post", color="0.5", alpha=0.15, linewidth=0)
     rate.set(ylabel="requests per second (grey)", ylim=(0, 2.5 * per_s.max()))
+
     runs = list(answer["policies"].values())
     names = [run["policy"] for run in runs]
     colours = [_COLOURS[name] for name in names]
@@ -55,7 +56,8 @@ def draw_runs(path: Path, trace: Trace, span_s: float, answer: Mapping[str, Any]
     hours.bar_label(paid, fmt="%.1f", padding=3)
     hours.set(xlabel="hours", xlim=(0, 1.15 * max(run["gpu_hours"] for run in runs)))
     hours.invert_yaxis()
-    hours.set_title("GPU hours: paid for (pale), of that models resident (dark)")
+    hours.set_title("GPU hours; dark: taken up by resident models")
+    figure.legend(*slow.get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
     figure.suptitle(f"{len(trace):,} requests, {answer['trace']['source']}; cluster: {answer['cluster']['source']}")
     _save(figure, path)
 

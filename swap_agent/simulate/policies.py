@@ -29,8 +29,8 @@ class Policy:
     warm: bool = True
     """All engines are started before the clock is."""
 
-    def run(self, cluster: Cluster, trace: Trace, span_s: float) -> Tally:
-        """Replay `trace` once."""
+    def world(self, cluster: Cluster, trace: Trace) -> World:
+        """The cluster under this policy, before anything has happened."""
         if not self.keep_alive:
             cluster = replace(cluster, model=tuple(replace(model, keep_alive=None) for model in cluster.model))
         devices, link_per_s = cluster.devices, cluster.links
@@ -38,7 +38,11 @@ class Policy:
             frames = max(device.frames for device in devices)
             devices = [Device(name, frames) for home in _own_homes(cluster).values() for name in home]
             link_per_s = dict.fromkeys((device.name for device in devices), max(link_per_s.values()))
-        world = World(cluster, self.decider(cluster, trace), devices, link_per_s)
+        return World(cluster, self.decider(cluster, trace), devices, link_per_s)
+
+    def run(self, cluster: Cluster, trace: Trace, span_s: float) -> Tally:
+        """Replay `trace` once."""
+        world = self.world(cluster, trace)
         if self.warm:
             world.warm_up()
         return world.replay(trace, span_s)
