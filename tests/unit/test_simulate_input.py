@@ -174,12 +174,58 @@ def test_the_verb_prints_json_and_writes_it(tmp_path: Path, capsys: pytest.Captu
     assert json.loads((out / "simulate.json").read_text()) == answer
 
 
+def test_the_table_has_a_row_for_each_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--cluster", str(written(tmp_path, CLUSTER, "c.toml")), "--trace", str(written(tmp_path, BURSTGPT))]
+    assert main(["simulate", *flags]) == 0
+    out = capsys.readouterr().out
+    assert "1 rows of the trace have no output and were left out" in out
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line}
+    assert set(arguments.POLICIES) <= set(rows)
+    # prompts of 472 and 417 tokens at 1,000 a second; engines of their own take 90 s to start
+    assert rows["always-on"][1:7:2] == ["0.444", "0.466", "0.471"]
+    assert rows["scale-from-zero"][1:3] == ["90.4", "s"]
+
+
+def test_seeds_give_a_row_each_and_what_they_come_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster = str(written(tmp_path, CLUSTER.replace("10GiB", "2GiB"), "c.toml"))
+    flags = ["--cluster", cluster, "--hours", "0.05", "--zipf", "0.8-1.2", "--burst", "5-20", "--seeds", "3-5"]
+    assert main(["simulate", *flags, "--policy", "default,lru", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [row["seed"] for row in answer["seeds"]] == [3, 4, 5]
+    assert all(0.8 <= row["zipf"] <= 1.2 and 5 <= row["burst"] <= 20 for row in answer["seeds"])
+    assert len({row["burst"] for row in answer["seeds"]}) == 3
+    ratios = sorted(row["p99_s"]["default"] / row["p99_s"]["lru"] for row in answer["seeds"])
+    assert list(answer["against_lru"]["default"].values()) == pytest.approx([ratios[1], ratios[0], ratios[2]])
+    assert main(["simulate", *flags, "--policy", "default,lru"]) == 0
+    assert f"default: p99 over lru's: median {ratios[1]:.3f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [[], ["--seeds", "1-2"]])
+def test_without_matplotlib_there_is_one_line_instead_of_a_plot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    cluster = str(written(tmp_path, CLUSTER, "c.toml"))
+    assert main(["simulate", "--cluster", cluster, "--hours", "0.01", "--out", str(tmp_path / "out"), *flags]) == 0
+    assert capsys.readouterr().err == "triton-swap: no plot: matplotlib is not installed; pip install matplotlib\n"
+    assert [path.suffix for path in (tmp_path / "out").iterdir()] == [".json"]
+
+
+@pytest.mark.parametrize(("flags", "name"), [([], "simulate.png"), (["--seeds", "1-2"], "seeds.png")])
+def test_plots_are_drawn(tmp_path: Path, flags: list[str], name: str) -> None:
+    pytest.importorskip("matplotlib")
+    cluster = str(written(tmp_path, CLUSTER, "c.toml"))
+    assert main(["simulate", "--cluster", cluster, "--hours", "0.01", "--out", str(tmp_path), *flags]) == 0
+    assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--trace", "nowhere.csv"], "--trace nowhere.csv: No such file or directory"),
         (["--policy", "best"], "--policy best: no such policy; there are default, lru"),
         (["--rate", "1", "--requests", "5"], "--rate and --requests say the same"),
+        (["--trace", "x.csv", "--seeds", "1-2"], "--seeds is for drawn traces, not for --trace"),
     ],
 )
 def test_bad_flags_get_one_line(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,7 +236,7 @@ def test_bad_flags_get_one_line(flags: list[str], message: str, capsys: pytest.C
 
 
 @pytest.mark.parametrize(
-    ("flag", "value"), [("--zipf", "1.2-0.8"), ("--hours", "0"), ("--daily", "2"), ("--seed", "x")]
+    ("flag", "value"), [("--zipf", "1.2-0.8"), ("--hours", "0"), ("--daily", "2"), ("--seed", "x"), ("--seeds", "9-3")]
 )
 def test_flags_that_cannot_be_read_are_wrong_usage(flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
