@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from swap_agent.errors import InvalidUsage
+from swap_agent.policy.events import MIN_RESIDENCY_S
 from swap_agent.policy.inventory import Device
 from swap_agent.policy.units import GIB, MIB, format_bytes, parse_bytes, parse_keep_alive, parse_seconds
 
@@ -62,6 +63,9 @@ class Model:
     copies: int = 1
     keep_alive: float | None = 300.0
     """Seconds; None: never by the timer."""
+    min_residency: float = MIN_RESIDENCY_S
+    priority: int = 0
+    pinned: bool = False
     engine_start: float = 90.0
     """Seconds from the start of the process to the first request, weights from disk."""
 
@@ -160,9 +164,9 @@ def _entries(kind: type[T], key: str, entries: object) -> tuple[T, ...]:
 
 
 _SIZES = {"memory", "link_per_s", "weights", "kv", "frame"}
-_SECONDS = {"engine_start", "swap_in", "swap_out", "queue_timeout"}
-_COUNTS = {"count", "copies", "ranks", "max_concurrent", "max_queue"}
-_MAY_BE_ZERO = {"kv", "swap_in", "swap_out", "engine_start"}
+_SECONDS = {"engine_start", "min_residency", "swap_in", "swap_out", "queue_timeout"}
+_COUNTS = {"count", "priority", "copies", "ranks", "max_concurrent", "max_queue"}
+_MAY_BE_ZERO = {"kv", "min_residency", "priority", "swap_in", "swap_out", "engine_start"}
 
 
 def _values(kind: type[Any], table: object, where: str) -> dict[str, Any]:
@@ -193,6 +197,10 @@ def _value(key: str, value: Any) -> Any:
     if key == "name":
         if not isinstance(value, str) or not value:
             raise ValueError(f"{value!r} is not a name")
+        return value
+    if key == "pinned":
+        if not isinstance(value, bool):
+            raise ValueError(f"{value!r} is neither true nor false")
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError(f"{value!r} is not a number or text")

@@ -63,7 +63,7 @@ class World:
         self._unanswered = 0
         self.tally = Tally.of(0)
         for host in self.hosts.values():
-            self._events.append(ev.Registered(0.0, host.name, host.need, host.model.keep_alive, host.model.ranks))
+            self._events.append(_registered(host))
         self._settle()
 
     # --- the clock ----------------------------------------------------------------------------------------------------
@@ -375,6 +375,20 @@ class World:
         if report != host.reported:
             host.reported = report
             self._events.append(ev.LoadReported(self.now_s, host.name, report[0], report[1]))
+
+
+def _registered(host: Host) -> ev.Registered:
+    model = host.model
+    return ev.Registered(
+        0.0,
+        host.name,
+        host.need,
+        model.keep_alive,
+        model.ranks,
+        priority=model.priority,
+        pinned=model.pinned,
+        min_residency_s=model.min_residency,
+    )
 
 
 def _tick_after(time_s: float) -> float:

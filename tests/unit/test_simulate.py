@@ -8,12 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from swap_agent.policy import events as ev
+from swap_agent.policy.coordinator import Coordinator
 from swap_agent.policy.units import GIB, MIB
 from swap_agent.simulate import cluster as clusters
 from swap_agent.simulate import trace as traces
 from swap_agent.simulate.cluster import Cluster, DeviceKind, Model
 from swap_agent.simulate.link import Link
-from swap_agent.simulate.policies import POLICIES
+from swap_agent.simulate.policies import POLICIES, Policy
 from swap_agent.simulate.report import figures
 from swap_agent.simulate.tally import Tally
 from swap_agent.simulate.trace import Load, Trace
@@ -28,6 +30,11 @@ TINY = Cluster(
     swap_out=0.25,
 )
 """Both models fit alone, not together: the one that comes takes 6 of the other's 8 frames. b is resident at first."""
+
+
+SMALL = replace(clusters.DEFAULT, device=(DeviceKind(139 * GIB, 50 * GIB, 2),), model=clusters.DEFAULT.model[:1])
+SMALL = replace(SMALL, model=(replace(SMALL.model[0], copies=20, engine_start=5.0),))
+"""20 models of 20 GiB on 2 devices."""
 
 
 def run(*requests: tuple[float, str, int, int], cluster: Cluster = TINY, policy: str = "default") -> Tally:
@@ -121,8 +128,32 @@ def test_always_on_never_waits_and_scale_from_zero_starts_cold() -> None:
     assert POLICIES["scale-from-zero"].gpu_s(cluster, zero) == pytest.approx(302 + 302 + 2, abs=0.3)
 
 
-SMALL = replace(clusters.DEFAULT, device=(DeviceKind(139 * GIB, 50 * GIB, 2),), model=clusters.DEFAULT.model[:1])
-SMALL = replace(SMALL, model=(replace(SMALL.model[0], copies=20, engine_start=5.0),))
+def test_what_models_declare_reaches_the_policy() -> None:
+    a, b = TINY.model
+    requests = ((0, "b", 10, 41), (0.5, "a", 10, 1))
+    patient = run(*requests, cluster=replace(TINY, model=(a, replace(b, min_residency=4.0))))
+    assert patient.turns == 1  # its turn is over before its request ends at 5.0
+    lasting = run(*requests, cluster=replace(TINY, model=(a, replace(b, min_residency=6.5))))
+    assert lasting.turns == 0
+
+
+class Audited(Coordinator):
+    """Checks the policy's own books after every event."""
+
+    def on_event(self, event: ev.Event) -> list[ev.Action]:
+        actions = super().on_event(event)
+        self.inventory.check_integrity()
+        return actions
+
+
+def test_the_books_balance_after_every_event() -> None:
+    models = (replace(SMALL.model[0], copies=8), replace(SMALL.model[0], name="pair", ranks=2, copies=3))
+    cluster = replace(SMALL, model=(*models, replace(models[0], name="large", weights=60 * GIB, copies=3)))
+    trace = traces.draw(Load(seed=2, hours=0.1, per_s=3.0, burst=20), list(cluster.models))
+    policy = Policy("default", "", lambda cluster, trace: Audited(cluster.devices))
+    tally = policy.run(cluster, trace, 0.0)
+    assert not tally.refused and len(tally.swaps_in) > 10 and tally.turns > 0
+    assert not np.isnan(np.array(tally.ttft_s)).any()
 
 
 @pytest.mark.parametrize("policy", ["default", "no-sharing", "always-on", "scale-from-zero"])

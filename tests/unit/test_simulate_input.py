@@ -152,6 +152,7 @@ def test_a_cluster_is_read_from_toml_and_json(tmp_path: Path) -> None:
         ('weights = "1GiB"', "", "model 1: weights: missing"),
         ("[[model]]", "[model]", "model: a list of one or more is expected"),
         ('weights = "1GiB"', 'weights = "11GiB"', "model 1 (small): weights and kv take 11.5 GiB on each of 1 devices"),
+        ("copies = 3", 'pinned = "yes"', "model 1: pinned: 'yes' is neither true nor false"),
         ("count = 2", "count = ", "(at line 4, column 9)"),
     ],
 )
