@@ -38,10 +38,10 @@ def run(
             }
         )
     names = [policy.name for policy in policies]
-    return {"policies": names, "seeds": rows, "against_lru": _against(rows, names, "lru")}
+    return {"policies": names, "seeds": rows, "against_lru": against(rows, names, "lru")}
 
 
-def _against(rows: list[dict[str, Any]], names: list[str], base: str) -> dict[str, Any]:
+def against(rows: list[dict[str, Any]], names: list[str], base: str) -> dict[str, Any]:
     """Of every other policy: its p99 as a part of that of `base`; above 1 is worse."""
     if base not in names:
         return {}

@@ -47,7 +47,8 @@ class Trace:
     def of(cls, models: Sequence[str], requests: Iterable[tuple[float, str, int, int]]) -> Trace:
         """From (arrival in seconds, model, prompt tokens, output tokens)."""
         places = {name: place for place, name in enumerate(models)}
-        rows = sorted((arrival, places[model], prompt, output) for arrival, model, prompt, output in requests)
+        rows = [(arrival, places[model], prompt, output) for arrival, model, prompt, output in requests]
+        rows.sort(key=lambda row: row[0])
         return cls(
             models=tuple(models),
             arrival_s=np.array([row[0] for row in rows], dtype=np.float64),

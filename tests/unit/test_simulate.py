@@ -49,8 +49,13 @@ def test_a_resident_model_computes_prompts_in_turn_and_decodes_side_by_side() ->
 
 
 def test_more_than_max_concurrent_requests_wait_inside_the_engine() -> None:
-    tally = run((0, "b", 1, 51), (0, "b", 1, 1), (0, "b", 1, 1), (0, "b", 1, 1))
-    assert list(tally.ttft_s) == pytest.approx([0.1, 0.2, 0.3, 0.4])  # a place is free again at 0.2 and 0.3
+    tally = run((0, "b", 1, 51), (0, "b", 1, 51), (0, "b", 1, 1), (0, "b", 1, 1))
+    assert list(tally.ttft_s) == pytest.approx([0.1, 0.2, 5.1 + 0.1, 5.2 + 0.1])  # two run until 5.1 and 5.2
+
+
+def test_who_waits_at_the_gate_goes_in_in_order_of_arrival() -> None:
+    tally = run((20.0, "a", 10, 1), (20.5, "a", 20, 1))
+    assert list(tally.ttft_s) == pytest.approx([0.25 + 2.0 + 0.5 + 1.0, 0.25 + 2.0 + 0.5 + 1.0 + 2.0 - 0.5])
 
 
 def test_a_swapped_model_waits_for_the_other_to_end_then_for_its_missing_bytes() -> None:
@@ -135,6 +140,11 @@ def test_what_models_declare_reaches_the_policy() -> None:
     assert patient.turns == 1  # its turn is over before its request ends at 5.0
     lasting = run(*requests, cluster=replace(TINY, model=(a, replace(b, min_residency=6.5))))
     assert lasting.turns == 0
+    pinned = run(*requests, cluster=replace(TINY, model=(a, replace(b, pinned=True))))
+    assert dict(pinned.refused) == {"refused by the policy": 1}
+    c = replace(a, name="c", priority=1)
+    passed = run(*requests, (0.6, "c", 10, 1), cluster=replace(TINY, model=(c, a, b)))
+    assert passed.ttft_s[2] < passed.ttft_s[1]  # c came last and goes first
 
 
 class Audited(Coordinator):
