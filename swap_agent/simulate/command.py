@@ -90,7 +90,10 @@ def _trace(options: argparse.Namespace, cluster: Cluster, seed: int) -> tuple[Tr
         raise InvalidUsage("--rate and --requests say the same; give one")
     per_s = options.rate if options.requests is None else options.requests / hours / 3600
     load = Load(seed, hours, 2.0 if per_s is None else per_s, zipf, burst, options.daily)
-    return trace.draw(load, models), hours * 3600
+    requests = trace.draw(load, models)
+    if not len(requests):
+        raise InvalidUsage("no request was drawn: raise --hours or --rate")
+    return requests, hours * 3600
 
 
 def _write(path: Path, answer: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ _COLOURS = {
     "always-on": "#3d7dca",
     "scale-from-zero": "#e09f3e",
 }
+_ON_TOP = {"default": 3}
 _BUCKETS = 60
 
 
@@ -30,8 +31,8 @@ def draw_runs(path: Path, trace: Trace, span_s: float, answer: Mapping[str, Any]
         answered = np.sort(times_s[~np.isnan(times_s)])
         refused = len(times_s) - len(answered)
         left = (len(times_s) - np.arange(len(answered))) / len(times_s)
-        label = f"{name}, {refused / len(times_s):.2g} refused" if refused else name
-        slow.plot(answered, left, color=_COLOURS[name], label=label)
+        label = f"{name}, {refused / len(times_s):.1%} refused" if refused else name
+        slow.plot(answered, left, color=_COLOURS[name], label=label, zorder=_ON_TOP.get(name, 2))
     slow.set(xscale="log", yscale="log", xlabel="seconds", ylabel="part of all requests", ylim=(1 / len(trace), 1.3))
     slow.set_title("Requests whose first token takes longer")
 
@@ -40,7 +41,7 @@ def draw_runs(path: Path, trace: Trace, span_s: float, answer: Mapping[str, Any]
     bucket = np.digitize(trace.arrival_s, edges_s) - 1
     for name, times_s in ttft_s.items():
         worst = [_p99(times_s[bucket == number]) for number in range(_BUCKETS)]
-        when.step(edges_s[:-1] / unit_s, worst, where="post", color=_COLOURS[name], label=name)
+        when.step(edges_s[:-1] / unit_s, worst, where="post", color=_COLOURS[name], zorder=_ON_TOP.get(name, 2))
     when.set(yscale="log", xlabel=f"{unit} of the trace", ylabel="seconds")
     when.set_title("p99 time to first token by time of arrival")
     rate = when.twinx()

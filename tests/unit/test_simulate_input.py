@@ -231,6 +231,7 @@ def test_plots_are_drawn(tmp_path: Path, flags: list[str], name: str) -> None:
         (["--trace", "nowhere.csv"], "--trace nowhere.csv: No such file or directory"),
         (["--policy", "best"], "--policy best: no such policy; there are default, lru"),
         (["--rate", "1", "--requests", "5"], "--rate and --requests say the same"),
+        (["--hours", "0.0001", "--rate", "0.001"], "no request was drawn: raise --hours or --rate"),
         (["--trace", "x.csv", "--seeds", "1-2"], "--seeds is for drawn traces, not for --trace"),
     ],
 )
