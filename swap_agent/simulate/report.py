@@ -20,7 +20,7 @@ def figures(policy: Policy, cluster: Cluster, trace: Trace, tally: Tally) -> dic
     ttft_s = np.array(tally.ttft_s)
     answered = ~np.isnan(ttft_s)
     waited = np.frombuffer(bytes(tally.waited), dtype=np.uint8).astype(bool)
-    refused = {reason: count for reason, count in sorted(tally.refused.items()) if count}
+    refused = dict(sorted(tally.refused.items()))
     span_s = tally.span_s
     return {
         "policy": policy.name,

@@ -334,11 +334,11 @@ class World:
 
     def _refuse(self, host: Host, count: int, reason: str) -> None:
         """The first `count` that wait at its gate."""
-        for _ in range(count):
-            host.waiting.popleft()
-        self.tally.refused[reason] += count
-        self._unanswered -= count
-        if not host.waiting:
+        if count:
+            for _ in range(count):
+                host.waiting.popleft()
+            self.tally.refused[reason] += count
+            self._unanswered -= count
             self._load_changed(host)
 
     def _timed_out(self, host: Host) -> None:
@@ -353,8 +353,7 @@ class World:
                 self._at(due_s, self._timed_out, host)
                 break
             late += 1
-        if late:
-            self._refuse(host, late, f"not swapped in within {limit_s:g} s")
+        self._refuse(host, late, f"not swapped in within {limit_s:g} s")
 
     def _load_changed(self, host: Host) -> None:
         in_flight, waiting, _ = host.reported

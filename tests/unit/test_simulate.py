@@ -19,6 +19,7 @@ from swap_agent.simulate.policies import POLICIES, Policy
 from swap_agent.simulate.report import figures
 from swap_agent.simulate.tally import Tally
 from swap_agent.simulate.trace import Load, Trace
+from swap_agent.simulate.world import World
 
 TINY = Cluster(
     device=(DeviceKind(memory=10 * MIB, link_per_s=2 * MIB),),
@@ -113,6 +114,33 @@ def test_who_finds_the_queue_full_or_waits_too_long_is_refused_and_counted() -> 
     assert [math.isnan(time) for time in full.ttft_s] == [False, False, False, True]
     late = run(busy, (0.5, "a", 10, 1), (9.0, "a", 10, 1), cluster=replace(TINY, queue_timeout=10))
     assert dict(late.refused) == {"not swapped in within 10 s": 2}
+
+
+class Idle:
+    """A policy that does nothing but listen."""
+
+    next_tick_s = math.inf
+
+    def __init__(self) -> None:
+        self.heard: list[ev.Event] = []
+
+    def on_event(self, event: ev.Event) -> list[ev.Action]:
+        self.heard.append(event)
+        return []
+
+
+def test_a_host_reports_at_once_when_a_count_enters_or_leaves_zero_else_every_50_ms() -> None:
+    policy = Idle()
+    world = World(replace(TINY, queue_timeout=1.0), policy, TINY.devices, TINY.links)
+    world.replay(Trace.of(["a", "b"], [(0.0, "a", 1, 1), (0.02, "a", 1, 1), (0.03, "a", 1, 1), (0.5, "a", 1, 1)]))
+    reports = [(event.now_s, event.waiting) for event in policy.heard if isinstance(event, ev.LoadReported)]
+    assert reports == [
+        (0.0, 1),
+        (pytest.approx(0.07), 3),
+        (pytest.approx(0.55), 4),
+        (pytest.approx(1.05), 1),  # refused at 1.00, 1.02 and 1.03
+        (pytest.approx(1.5), 0),
+    ]
 
 
 def test_without_sharing_models_that_find_no_place_are_refused() -> None:
