@@ -16,6 +16,7 @@ from swap_agent import __version__
 from swap_agent.config import AgentConfig, RuntimeDir
 from swap_agent.errors import InvalidUsage, TritonSwapError
 from swap_agent.policy.units import parse_bytes, parse_device, parse_seconds
+from swap_agent.simulate.arguments import add_arguments
 from swap_agent.wire.rendezvous import default_runtime_dir
 
 
@@ -81,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--json", action="store_true", help="the model's entries of `ps --json` afterwards")
     trim = _verb(verbs, "trim", _trim, "release free frames to the operating system")
     trim.add_argument("--json", action="store_true")
+    simulate = _verb(verbs, "simulate", _simulate, "replay a trace against a described cluster; needs no agent, no GPU")
+    add_arguments(simulate)
     backend = _verb(verbs, "backend-dir", _backend_dir, "print the directory for tritonserver --backend-directory")
     backend.add_argument("--json", action="store_true")
     return parser
@@ -236,6 +239,12 @@ def _trim(options: argparse.Namespace) -> int:
     from swap_agent import commands
 
     return commands.trim(RuntimeDir(options.runtime_dir), as_json=options.json)
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    from swap_agent.simulate import command
+
+    return command.run(options)
 
 
 def _backend_dir(options: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ STDLIB = sys.stdlib_module_names
 ALLOWED: dict[str, set[str]] = {
     "swap_agent/errors.py": set(),
     "swap_agent/policy": {"swap_agent.policy", "swap_agent.errors"},
+    "swap_agent/simulate": {"swap_agent.simulate", "swap_agent.policy", "swap_agent.errors"},
     "swap_agent/wire": {"swap_agent.wire", "swap_agent.errors"},
     "swap_agent/memory": {"swap_agent.memory", "swap_agent.errors", "swap_agent.wire.messages"},
     "backend/triton_backend": {"triton_backend", "swap_agent.wire", "swap_agent.errors"},
