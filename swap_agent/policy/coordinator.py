@@ -346,8 +346,8 @@ class Coordinator:
         3. A replica that leaves the device keeps its place until it is SWAPPED.
         4. A COLD or FAILED one waits for the running engine start; meanwhile others may pass.
         5. One that too few devices can ever hold is refused.
-        6. One that fits, on as many devices as it has ranks, is activated.
-        7. Otherwise room is made on its devices, and nobody behind it may take room there.
+        6. One that fits, on the devices of its engine or those that it would best start on, is activated.
+        7. Otherwise room is made there, and nobody behind it may take it.
         """
         blocked: set[str] = set()
         for (name, rank), frames in list(self._growth.items()):  # 1
@@ -374,22 +374,23 @@ class Coordinator:
             self._queue.leave(replica)
             self._actions.append(ev.Refuse(replica.name, placement.why_never(replica, devices, able, inventory)))
             return
+        target = replica.devices or self._targets.get(replica.name, ())
+        if not target or not set(able).issuperset(target):
+            reach = lambda device: self._within_reach(device, replica, now_s)  # noqa: E731
+            unblocked = [device for device in able if device not in blocked]
+            choice = unblocked if len(unblocked) >= replica.ranks else able
+            target = tuple(placement.preferred(replica, choice, inventory, reach)[: replica.ranks])
         missing = replica.missing_frames
-        fitting = [device for device in able if device not in blocked and inventory.free_frames(device) >= missing]
-        if len(fitting) >= replica.ranks:  # 6
-            chosen = placement.fullest_first(replica, fitting, inventory)[: replica.ranks]
+        if not blocked.isdisjoint(target):
+            blocked.update(target)
+        elif all(inventory.free_frames(device) >= missing for device in target):  # 6
             self._queue.leave(replica)
             self._targets.pop(replica.name, None)
-            self._admit(replica, chosen, now_s)
-            return
-        target = self._targets.get(replica.name, ())  # 7
-        if not set(able).issuperset(target) or not target:
-            reach = lambda device: self._within_reach(device, replica, now_s)  # noqa: E731
-            target = tuple(placement.least_crowded_first(missing, able, inventory, reach)[: replica.ranks])
+            self._admit(replica, target, now_s)
+        else:  # 7
             self._targets[replica.name] = target
-        if blocked.isdisjoint(target):
             self._make_room(target, replica, missing, now_s)
-        blocked.update(target)
+            blocked.update(target)
 
     def _admit(self, replica: Replica, devices: Sequence[str], now_s: float) -> None:
         replica.reserved_frames = replica.need_frames

@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 
 from swap_agent.policy.inventory import Inventory, Replica
 
+Reachable = Callable[[str], int]
+"""How many frames of a device are free or could be soon."""
+
 
 def candidates(replica: Replica, inventory: Inventory) -> list[str]:
     """Devices that it may be on: those of its engine, which never moves; else those that its settings allow."""
@@ -23,27 +26,23 @@ def able(replica: Replica, devices: Sequence[str], inventory: Inventory) -> list
     return found
 
 
-def fullest_first(replica: Replica, fitting: Sequence[str], inventory: Inventory) -> list[str]:
-    """Where to go of the devices with room: the most used ones, so that large models find room elsewhere.
+def preferred(replica: Replica, devices: Sequence[str], inventory: Inventory, reachable: Reachable) -> list[str]:
+    """`devices` in the order in which `replica` would best start on them.
 
-    A model that declares nothing and never ran has an unknown size: the emptiest, then.
-    """
-    return sorted(fitting, key=inventory.free_frames, reverse=replica.need_frames == 0)
+    What an engine needs counts on its device whether it is resident or not: engines never move.
 
-
-def least_crowded_first(
-    missing_frames: int, devices: Sequence[str], inventory: Inventory, reachable: Callable[[str], int]
-) -> list[str]:
-    """Where to make room when no device has any: where enough can be had now, then where models share the most.
-
-    `reachable` tells how many frames of a device are free, or could be soon. A device is as crowded as its models'
-    needs exceed it: engines never move, so those of one device take turns for as long as they live.
+    1. Where it fits beside all engines: the most used device first, so that large models find room elsewhere. A model
+       that declares nothing and never ran has an unknown size: the least used one, then.
+    2. Where it would take turns: first where room can be had now, then where engines exceed the device least.
     """
 
-    def order(device: str) -> tuple[bool, float, int]:
-        needs = sum(r.need_frames for r in inventory.on(device))
-        crowding = needs / inventory.devices[device].frames
-        return reachable(device) < missing_frames, crowding, -inventory.free_frames(device)
+    def order(device: str) -> tuple[bool, bool, float, int]:
+        frames = inventory.devices[device].frames
+        left = frames - sum(r.need_frames for r in inventory.on(device))
+        free = inventory.free_frames(device)
+        if left >= replica.need_frames:
+            return False, False, left if replica.need_frames else -left, free
+        return True, reachable(device) < replica.need_frames, -left / frames, -free
 
     return sorted(devices, key=order)
 
