@@ -31,6 +31,7 @@ bench: $(STAMP) ## speed, as JSON and tables under out/ (20 minutes)
 	@$(BIN)/python -m loadtest.bench
 
 soak: $(STAMP) ## half an hour of mixed load, 10,000 swap cycles, and what is too slow for the suite; fails on the first lost request
+	@TRITON_SWAP_SOAK=1 $(BIN)/python -m pytest -q tests/unit/test_policy_machine.py
 	@TRITON_SWAP_SOAK=1 $(BIN)/python -m pytest -q tests/contract/test_rank_link.py tests/contract/test_cuda_device.py tests/contract/test_gpu_probe.py
 	@TRITON_SWAP_SOAK=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/integration/test_model_families.py
 	@$(BIN)/python -m loadtest.load --duration 30m --out out/soak.json

@@ -54,7 +54,7 @@ class Coordinator:
         self._starting = ""
         """The replica whose engine starts."""
         self._growth: dict[tuple[str, int], int] = {}
-        """Frames that a rank of a starting replica wants beyond its reservation."""
+        """Frames that a rank of a starting replica waits for."""
         self._owed: set[str] = set()
         """Resident replicas whose request was raised beyond what is set aside for them."""
         self._targets: dict[str, tuple[str, ...]] = {}
@@ -113,10 +113,9 @@ class Coordinator:
         if replica.activation_wanted and replica.state in _QUEUES:
             if replica.name in self.inventory.replicas:
                 self._queue.enter(replica, event.now_s)
-        else:
-            self._queue.leave(replica)
-            self._targets.pop(name, None)
-        return replica.devices or before
+            return replica.devices or before
+        self._queue.leave(replica)
+        return (*(replica.devices or before), *self._targets.pop(name, ()))
 
     def _registered(self, replica: Replica, event: ev.Registered) -> None:
         replica.ranks = event.ranks
@@ -125,9 +124,7 @@ class Coordinator:
         replica.priority, replica.pinned = event.priority, event.pinned
         replica.allowed_devices = event.allowed_devices
         if replica.state is State.RESIDENT:
-            # Its request is guaranteed while it is resident: less is given back at once, more is set aside soon.
-            replica.reserved_frames = min(replica.reserved_frames, replica.need_frames)
-            self._owed.add(replica.name)
+            self._guarantee(replica)
 
     def _load_wanted(self, replica: Replica, event: ev.LoadWanted) -> None:
         replica.unload_wanted = replica.purge_wanted = replica.drop_wanted = False
@@ -156,17 +153,8 @@ class Coordinator:
         if replica.state is not State.STARTING:
             self._actions.append(ev.RefuseFrames(replica.name, f"{replica.name} is {replica.state.value}", rank))
             return
-        footprint = replica.footprints.get(rank, 0) + event.frames
-        if replica.most_frames is not None and footprint > replica.most_frames:
-            declared = "GPU_MEMORY_REQUEST" if replica.limit_frames is None else "GPU_MEMORY_LIMIT"
-            message = f"{footprint - replica.most_frames} frames more than {declared} allows"
-            self._actions.append(ev.RefuseFrames(replica.name, message, rank))
-            return
-        replica.footprints[rank] = footprint
-        if footprint <= replica.reserved_frames:
-            self._actions.append(ev.GrantFrames(replica.name, event.frames, rank))
-        else:
-            self._growth[replica.name, rank] = event.frames
+        replica.footprints[rank] = replica.footprints.get(rank, 0) + event.frames
+        self._growth[replica.name, rank] = event.frames
 
     def _host_memory_wanted(self, replica: Replica, event: ev.HostMemoryWanted) -> None:
         self._host_memory.wanted[replica.name] = event.total_bytes
@@ -216,6 +204,7 @@ class Coordinator:
     def _drain_refused(self, replica: Replica, event: ev.DrainRefused) -> None:
         if event.epoch == replica.epoch and replica.state is State.DRAINING:
             replica.move(State.RESIDENT)
+            self._guarantee(replica)
             replica.in_flight = max(replica.in_flight, 1)
             replica.drop_wanted = False
             if replica.load_wanted:
@@ -240,6 +229,7 @@ class Coordinator:
             replica.reserved_frames = replica.keep_frames
             replica.load_wanted = False
             replica.waiting = 0  # they are refused; who comes later has it tried again
+            replica.left_s = event.now_s  # this was its turn
             self._actions.append(ev.Refuse(replica.name, event.reason))
 
     def _engine_exited(self, replica: Replica, event: ev.EngineExited) -> None:
@@ -269,22 +259,32 @@ class Coordinator:
         self._growth = {key: frames for key, frames in self._growth.items() if key[0] != replica.name}
         self._host_memory.wanted.pop(replica.name, None)
 
+    def _guarantee(self, replica: Replica) -> None:
+        """Its request is set aside while it is resident: of less the rest is given back at once, more follows soon."""
+        replica.reserved_frames = min(replica.reserved_frames, replica.need_frames)
+        if replica.missing_frames:
+            self._owed.add(replica.name)
+
     def _settle(self, replica: Replica, now_s: float) -> None:
+        self._guarantee(replica)  # its settings may have changed meanwhile
         replica.load_wanted = replica.preempted = False
-        replica.waiting = 0  # the gate is open: the host's next report counts anew
+        # The gate is open; the host's next report says how many are left of them.
+        replica.in_flight, replica.waiting = replica.in_flight + replica.waiting, 0
         replica.idle_since_s = replica.resident_since_s = now_s
         self._actions.append(ev.Activated(replica.name))
 
     # --- 2. and 3. wishes and timers ----------------------------------------------------------------------------------
 
     def _follow_wishes(self, replica: Replica) -> None:
+        if replica.stopping:  # that fulfils them all
+            return
         if replica.unload_wanted and replica.state is State.RESIDENT:
             self._drain(replica, 0, wait=True, reason="unload")
         elif replica.unload_wanted and replica.state is State.SWAPPED and replica.reserved_frames:
             self._release(replica, 0)
         elif replica.unload_wanted and replica.state in (State.SWAPPED, State.COLD, State.FAILED):
             replica.unload_wanted = False
-        if replica.drop_wanted and replica.state is State.SWAPPED and not replica.stopping:
+        if replica.drop_wanted and replica.state is State.SWAPPED:
             self._drop(replica)
         if replica.purge_wanted and not replica.unload_wanted and not replica.stopping:
             if replica.state is State.SWAPPED:
@@ -344,53 +344,73 @@ class Coordinator:
         1. A starting engine that wants more frames goes first: nothing else can start before it is done.
         2. A resident model whose request was raised is next: it is owed them.
         3. A replica that leaves the device keeps its place until it is SWAPPED.
-        4. A COLD or FAILED one waits for the running engine start; meanwhile others may pass.
+        4. Engines start one at a time, in order: a COLD or FAILED one waits for those before it. Meanwhile parked
+           ones may pass.
         5. One that too few devices can ever hold is refused.
         6. One that fits, on the devices of its engine or those that it would best start on, is activated.
-        7. Otherwise room is made there, and nobody behind it may take it.
+        7. Otherwise room is made there, and nobody behind it may take it. One on whose devices nothing changed goes on
+           waiting.
+
+        Whoever lets go of devices that he kept others from adds them to `touched`.
         """
         blocked: set[str] = set()
         for (name, rank), frames in list(self._growth.items()):  # 1
+            touched.update(self.inventory.replicas[name].devices)
             self._grow(self.inventory.replicas[name], rank, frames, blocked, now_s)
         for name in sorted(self._owed):  # 2
+            touched.update(self.inventory.replicas[name].devices)
             self._settle_debt(self.inventory.replicas[name], blocked, now_s)
+        may_start = not self._starting
         for replica in self._queue.replicas():
             if replica.state in LEAVING or replica.stopping:  # 3
                 continue
-            if replica.state is not State.SWAPPED and self._starting:  # 4
-                continue
-            if not blocked.isdisjoint(replica.devices):
+            if replica.state is not State.SWAPPED:  # 4
+                if may_start:
+                    self._activate(replica, blocked, touched, now_s)
+                    may_start = not self._starting and replica.name not in self._queue
+                else:
+                    touched.update(self._targets.pop(replica.name, ()))
+            elif touched.isdisjoint(replica.devices) or not blocked.isdisjoint(replica.devices):  # 7
                 blocked.update(replica.devices)
-            elif replica.state is not State.SWAPPED or not touched.isdisjoint(replica.devices):
-                self._activate(replica, blocked, now_s)
+            else:
+                self._activate(replica, blocked, touched, now_s)
 
-    def _activate(self, replica: Replica, blocked: set[str], now_s: float) -> None:
+    def _activate(self, replica: Replica, blocked: set[str], touched: set[str], now_s: float) -> None:
         inventory = self.inventory
+        old_target = self._targets.pop(replica.name, ())
         devices = placement.candidates(replica, inventory)
         able = placement.able(replica, devices, inventory)
         if len(able) < replica.ranks:  # 5
             replica.load_wanted = False
             replica.waiting = 0
             self._queue.leave(replica)
+            touched.update(replica.devices, old_target)
             self._actions.append(ev.Refuse(replica.name, placement.why_never(replica, devices, able, inventory)))
+            self._expire(replica, now_s)
             return
-        target = replica.devices or self._targets.get(replica.name, ())
-        if not target or not set(able).issuperset(target):
-            reach = lambda device: self._within_reach(device, replica, now_s)  # noqa: E731
-            unblocked = [device for device in able if device not in blocked]
-            choice = unblocked if len(unblocked) >= replica.ranks else able
-            target = tuple(placement.preferred(replica, choice, inventory, reach)[: replica.ranks])
+        best = replica.devices or self._best_devices(replica, able, blocked, now_s)
         missing = replica.missing_frames
-        if not blocked.isdisjoint(target):
-            blocked.update(target)
-        elif all(inventory.free_frames(device) >= missing for device in target):  # 6
+        if blocked.isdisjoint(best) and all(inventory.free_frames(device) >= missing for device in best):  # 6
             self._queue.leave(replica)
-            self._targets.pop(replica.name, None)
-            self._admit(replica, target, now_s)
-        else:  # 7
+            touched.update(old_target)
+            self._admit(replica, best, now_s)
+            return
+        target = best  # 7
+        if not replica.devices:
+            # Where room is being made already, unless it cannot be had there any more.
+            target = old_target if len(old_target) == replica.ranks and set(able).issuperset(old_target) else best
             self._targets[replica.name] = target
+            touched.update(set(old_target).difference(target))
+        if blocked.isdisjoint(target):
             self._make_room(target, replica, missing, now_s)
-            blocked.update(target)
+        blocked.update(target)
+
+    def _best_devices(self, replica: Replica, able: list[str], blocked: set[str], now_s: float) -> tuple[str, ...]:
+        """Where an engine would best start; nobody else's room, if that can be."""
+        unblocked = [device for device in able if device not in blocked]
+        choice = unblocked if len(unblocked) >= replica.ranks else able
+        reach = lambda device: self._within_reach(device, replica, now_s)  # noqa: E731
+        return tuple(placement.preferred(replica, choice, self.inventory, reach)[: replica.ranks])
 
     def _admit(self, replica: Replica, devices: Sequence[str], now_s: float) -> None:
         replica.reserved_frames = replica.need_frames
@@ -408,26 +428,23 @@ class Coordinator:
             self._actions.append(ev.StartEngine(replica.name, replica.devices))
 
     def _grow(self, replica: Replica, rank: int, frames: int, blocked: set[str], now_s: float) -> None:
+        """Grant what a rank of a starting engine wants, refuse it for good, or make room for it."""
         footprint = replica.footprints[rank]
-        beyond = max(0, footprint - replica.reserved_frames)
-        smallest = min(replica.devices, key=lambda device: self.inventory.devices[device].frames)
-        total = self.inventory.devices[smallest].frames
-        if footprint > total:
+        if message := placement.why_no_more(replica, footprint, self.inventory):
             del self._growth[replica.name, rank]
-            message = f"it needs at least {footprint} frames of {smallest}, which has {total}"
+            replica.footprints[rank] -= frames
             self._actions.append(ev.RefuseFrames(replica.name, message, rank))
-        elif self._take(replica, beyond, blocked, now_s):
+        elif self._take(replica, max(0, footprint - replica.reserved_frames), blocked, now_s):
             del self._growth[replica.name, rank]
             self._actions.append(ev.GrantFrames(replica.name, frames, rank))
 
     def _settle_debt(self, replica: Replica, blocked: set[str], now_s: float) -> None:
         able = placement.able(replica, replica.devices, self.inventory)
-        if (
-            replica.state is not State.RESIDENT
-            or len(able) < replica.ranks
-            or self._take(replica, replica.missing_frames, blocked, now_s)
-        ):
-            self._owed.discard(replica.name)
+        if replica.state is State.RESIDENT and len(able) == len(replica.devices):
+            free = blocked.isdisjoint(replica.devices)
+            if not free or not self._take(replica, replica.missing_frames, blocked, now_s):
+                return
+        self._owed.discard(replica.name)
 
     def _take(self, replica: Replica, frames: int, blocked: set[str], now_s: float) -> bool:
         """Set `frames` more of each of its devices aside for one that is on them; or make room, and block them."""
@@ -504,6 +521,8 @@ class Coordinator:
                 self._drain(victim, 0, wait=False, reason="host_memory")
             else:
                 self._drop(victim)
+        for name, message in self._host_memory.hopeless(self.inventory):
+            self._actions.append(ev.RefuseHostMemory(name, message))
 
     def _drop_mirrors(self) -> None:
         for mirror in self.inventory.mirrors.values():

@@ -50,16 +50,18 @@ def victims(
     1. Idle models, resident or not, by priority, then by regret, then least recently used first.
     2. Models that wait as well, the last in the queue first: they cannot run yet.
     3. Busy models whose turn is over, by priority, then the one resident longest first.
-    Pinned models never.
+    Pinned models only while they are parked anyway.
     """
     idle: list[Replica] = []
     waiting: list[Replica] = []
     busy: list[Replica] = []
     later_s = float("inf")
     for replica in replicas:
-        if replica is who or replica.pinned or not replica.reserved_frames:
+        if replica is who or not replica.reserved_frames:
             continue
         if replica.state is State.RESIDENT:
+            if replica.pinned:
+                continue
             leaves_s = may_leave_s(replica)
             if leaves_s > now_s:
                 later_s = min(later_s, leaves_s)

@@ -23,6 +23,8 @@ class HostMemory:
         """Per starting replica, what mirror and processes will take in all."""
         self.short = False
         """There was too little when last looked at; whoever becomes idle may help."""
+        self._lacking = 0
+        """Bytes that will be missing even when everybody has left who was told to."""
 
     def refused(self) -> Iterator[tuple[str, str]]:
         """Take out the wishes that can never be granted; each with one line for a person."""
@@ -53,6 +55,7 @@ class HostMemory:
 
     def victims(self, inventory: Inventory) -> Iterator[Mirror | Replica]:
         """What to drop, and whom to make COLD, so that what is wanted fits, and what is used."""
+        self._lacking = 0
         if self.limit_bytes is None:
             return
         replicas, mirrors = list(inventory.replicas.values()), list(inventory.mirrors.values())
@@ -69,7 +72,7 @@ class HostMemory:
                 missing -= mirror.bytes
                 yield mirror
         parked = [r for r in replicas if r.state is State.SWAPPED and not r.activation_wanted]
-        idle = [r for r in replicas if r.state is State.RESIDENT and r.idle]
+        idle = [r for r in replicas if r.state is State.RESIDENT and r.idle and not r.pinned]
         for group in (parked, idle):
             for replica in sorted(group, key=lambda r: r.idle_since_s):
                 if missing > 0 and replica.host_bytes and replica not in leaving:
@@ -81,3 +84,35 @@ class HostMemory:
                         if missing > 0 and names and names <= gone and not mirror.drop_wanted:
                             missing -= mirror.bytes
                             yield mirror
+        self._lacking = missing
+
+    def hopeless(self, inventory: Inventory) -> Iterator[tuple[str, str]]:
+        """Take out the wishes for which nobody is left who could give anything; each with one line for a person.
+
+        What is left is pinned, or parked and waited for; and that may wait for frames that the starting engine holds.
+        """
+        if self.limit_bytes is None or self._lacking <= 0:
+            return
+        if any(mirror.drop_wanted for mirror in inventory.mirrors.values()):
+            return
+        if any(_may_give(replica) for replica in inventory.replicas.values() if replica.name not in self.wanted):
+            return
+        for name, total in list(self.wanted.items()):
+            del self.wanted[name]
+            yield (
+                name,
+                (
+                    f"it needs {format_bytes(total)} of host memory for its mirror and its engine's processes; "
+                    f"--host-memory is {format_bytes(self.limit_bytes)}, and what others have of it is pinned or "
+                    "waited for: raise it, or try again"
+                ),
+            )
+
+
+def _may_give(replica: Replica) -> bool:
+    """Whether its host memory may still come back; asked when everybody has been told to leave who can."""
+    if replica.state is State.SWAPPED:
+        return replica.stopping
+    if replica.state is State.RESIDENT:
+        return not replica.idle
+    return replica.state not in (State.COLD, State.FAILED)

@@ -191,7 +191,7 @@ class Inventory:
         return mirrors + sum(replica.host_bytes for replica in self.replicas.values())
 
     def check_integrity(self) -> None:
-        """Raises BooksDoNotBalance when a device is overbooked, a reservation has no holder, or one is too large."""
+        """Raises BooksDoNotBalance when a device is overbooked, or a reservation has no holder."""
         for device in self.devices:
             if self.free_frames(device) < 0:
                 raise BooksDoNotBalance(f"{device}: {-self.free_frames(device)} frames more reserved than it has")
@@ -199,11 +199,6 @@ class Inventory:
             if replica.reserved_frames and replica.state not in HOLDS_FRAMES:
                 raise BooksDoNotBalance(
                     f"{replica.name}: {replica.reserved_frames} frames reserved while {replica.state.value}"
-                )
-            most = replica.most_frames
-            if most is not None and replica.footprint_frames > most:
-                raise BooksDoNotBalance(
-                    f"{replica.name}: {replica.footprint_frames} frames granted, {most} is its limit"
                 )
 
 

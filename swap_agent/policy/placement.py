@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from swap_agent.policy.inventory import Inventory, Replica
+from swap_agent.policy.lifecycle import State
+
+_STAYS = frozenset({State.STARTING, State.RESIDENT, State.SWAPPING_IN})
+"""States in which a pinned model keeps what it has; a parked one can do nothing with it."""
 
 Reachable = Callable[[str], int]
 """How many frames of a device are free or could be soon."""
@@ -15,15 +19,34 @@ def candidates(replica: Replica, inventory: Inventory) -> list[str]:
     return list(replica.devices or replica.allowed_devices or inventory.devices)
 
 
+def pinned_frames(device: str, but: Replica, inventory: Inventory) -> int:
+    """Frames of `device` that pinned models other than `but` have and nobody can make them give up."""
+    return sum(
+        max(r.need_frames, r.reserved_frames)
+        for r in inventory.on(device)
+        if r.pinned and r is not but and r.state in _STAYS
+    )
+
+
 def able(replica: Replica, devices: Sequence[str], inventory: Inventory) -> list[str]:
     """Those of `devices` that could hold a rank of `replica` if everybody else left who can be made to leave."""
     need = replica.need_frames
-    found = []
-    for device in devices:
-        pinned = sum(r.need_frames for r in inventory.on(device) if r.pinned and r is not replica and r.reserved_frames)
-        if inventory.devices[device].frames - pinned >= need:
-            found.append(device)
-    return found
+    frames = {device: inventory.devices[device].frames for device in devices}
+    return [device for device in devices if frames[device] - pinned_frames(device, replica, inventory) >= need]
+
+
+def why_no_more(replica: Replica, footprint: int, inventory: Inventory) -> str:
+    """Why a rank of a starting engine can never have `footprint` frames, one line for a person; empty when it can."""
+    if replica.most_frames is not None and footprint > replica.most_frames:
+        declared = "GPU_MEMORY_REQUEST" if replica.limit_frames is None else "GPU_MEMORY_LIMIT"
+        return f"{footprint - replica.most_frames} frames more than {declared} allows"
+    for device in sorted(replica.devices, key=lambda device: inventory.devices[device].frames):
+        total = inventory.devices[device].frames
+        if footprint > total:
+            return f"it needs at least {footprint} frames of {device}, which has {total}"
+        if footprint > total - (pinned := pinned_frames(device, replica, inventory)):
+            return f"it needs at least {footprint} frames of {device}, and pinned models have {pinned} of {total}"
+    return ""
 
 
 def preferred(replica: Replica, devices: Sequence[str], inventory: Inventory, reachable: Reachable) -> list[str]:
@@ -55,7 +78,9 @@ def why_never(replica: Replica, devices: Sequence[str], able_devices: Sequence[s
         return f"{name} has {replica.ranks} ranks and needs a device for each, {whose} {len(devices)}"
     large = [device for device in devices if inventory.devices[device].frames >= need]
     if len(large) >= replica.ranks:
-        pinned = sorted({r.name for d in large for r in inventory.on(d) if r.pinned and r is not replica})
+        pinned = sorted(
+            {r.name for d in large for r in inventory.on(d) if r.pinned and r is not replica and r.state in _STAYS}
+        )
         return f"{name} needs {need} frames, and pinned models leave it fewer: unpin one of {', '.join(pinned)}"
     if replica.ranks > 1:
         return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from swap_agent.policy.eviction import LEAVING
 from swap_agent.policy.inventory import Replica
 
 
@@ -47,4 +48,6 @@ class Queue:
             self._order.remove(replica)
 
     def _passes(self, replica: Replica, other: Replica) -> bool:
-        return replica.priority > other.priority and replica.left_s <= self._since_s[other.name]
+        if replica.state in LEAVING:  # its turn is just ending
+            return False
+        return replica.priority > other.priority and replica.left_s < self._since_s[other.name]

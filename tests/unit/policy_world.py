@@ -1,0 +1,466 @@
+"""Engines, gates and an agent as the policy sees them: they obey late and in any order, fail, and die at any time.
+
+After every event it is checked that orders and books are what they may be, from the world's own records.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from dataclasses import dataclass, field
+
+from swap_agent.policy import events as ev
+from swap_agent.policy.coordinator import Coordinator
+from swap_agent.policy.eviction import LEAST_IDLE_S
+from swap_agent.policy.inventory import Device, Replica
+from swap_agent.policy.lifecycle import MOVES, State
+
+NEVER = float("inf")
+EPSILON_S = 1e-9
+
+
+@dataclass
+class FakeEngine:
+    """A process tree that starts, maps, serves, swaps and dies when the world lets it."""
+
+    devices: tuple[str, ...]
+    held: list[int]
+    """Frames of each rank."""
+    sizes: list[int]
+    """Frames that each rank has when nothing is taken."""
+    asked: dict[int, int] = field(default_factory=dict)
+    """Frames that ranks wait for."""
+    host_asked: bool = False
+    host_bytes: int = 0
+    """Granted."""
+    mirrors: dict[int, str] = field(default_factory=dict)
+    ready: bool = False
+    doomed: bool = False
+    """It was refused what it cannot do without."""
+    gate_open: bool = False
+    in_flight: int = 0
+    waiting: int = 0
+    order: ev.Drain | ev.SwapOut | ev.SwapIn | ev.StopEngine | None = None
+
+
+@dataclass
+class Record:
+    """What the world knows of a replica."""
+
+    settings: ev.Registered
+    loading: bool = False
+    unloading: bool = False
+    reported: tuple[int, int] = (0, 0)
+    resident_since_s: float = -1.0
+    idle_since_s: float = 0.0
+    overtaken: Counter[str] = field(default_factory=Counter)
+    """How often each other one was activated on its devices while it waited."""
+    starts: Counter[str] = field(default_factory=Counter)
+    """How often each other one was started while it waited for its own engine start."""
+
+
+class World:
+    """Obeys the policy, one step at a time."""
+
+    def __init__(self, *devices: Device, host_limit_bytes: int | None = None) -> None:
+        self.devices = {device.name: device for device in devices}
+        self.host_limit_bytes = host_limit_bytes
+        self.policy = Coordinator(list(devices), host_limit_bytes)
+        self.now_s = 0.0
+        self.records: dict[str, Record] = {}
+        self.engines: dict[str, FakeEngine] = {}
+        self.mirrors: dict[str, bool] = {}
+        """Mirrors, and whether they are being dropped."""
+        self._refused: list[str] = []
+        """Hosts that were told to refuse who waits."""
+        self.history: list[ev.Event | ev.Action] = []
+
+    def replica(self, name: str) -> Replica:
+        return self.policy.inventory.replicas[name]
+
+    # --- events -------------------------------------------------------------------------------------------------------
+
+    def post(self, event: ev.Event) -> list[ev.Action]:
+        """Let the policy decide, obey what needs no time, and check everything."""
+        before = {name: replica.state for name, replica in self.policy.inventory.replicas.items()}
+        waited = self._waiting()
+        self.history.append(event)
+        actions = self.policy.on_event(event)
+        self.history += actions
+        for action in actions:
+            self._perform(action, before.get(action.name))
+        self._count_who_passed(actions, waited)
+        self._check(before, event)
+        # What goes for host memory's sake is decided last; who waits for its frames hears of it when it has gone.
+        if not any(isinstance(action, ev.StopEngine) or "host_memory" in str(action) for action in actions):
+            self._check_that_nothing_was_missed(event)
+        while self._refused:
+            self.report(self._refused.pop(0))  # their going is told before others come
+        return actions
+
+    def register(self, settings: ev.Registered) -> None:
+        self.records.setdefault(settings.name, Record(settings)).settings = settings
+        self.post(settings)
+
+    def load(self, name: str) -> None:
+        self.records[name].loading, self.records[name].unloading = True, False
+        if self.replica(name).state is State.RESIDENT:
+            self.records[name].idle_since_s = self.now_s
+        self.post(ev.LoadWanted(self.now_s, name))
+
+    def unload(self, name: str, purge: bool) -> None:
+        self.records[name].unloading = True
+        self.post(ev.UnloadWanted(self.now_s, name, purge))
+
+    def arrive(self, name: str, count: int) -> None:
+        """Requests come to its gate; they are reported later."""
+        engine = self.engines[name]
+        if engine.gate_open:
+            engine.in_flight += count
+        else:
+            engine.waiting += count
+
+    def finish(self, name: str, count: int) -> None:
+        """Requests that run are answered."""
+        engine = self.engines[name]
+        engine.in_flight = max(0, engine.in_flight - count)
+
+    def cancel(self, name: str) -> None:
+        """Clients that wait go away."""
+        self.engines[name].waiting = 0
+
+    def report(self, name: str) -> None:
+        """The host tells its counts, if they changed."""
+        engine, record = self.engines[name], self.records[name]
+        now = (engine.in_flight, engine.waiting)
+        if now != record.reported:
+            if now == (0, 0):
+                record.idle_since_s = self.now_s
+            record.reported = now
+            self.post(ev.LoadReported(self.now_s, name, *now))
+
+    def ask(self, name: str, rank: int, frames: int) -> None:
+        """A rank wants frames; only a starting one that does not wait for others may have some."""
+        engine = self.engines[name]
+        if not engine.ready:
+            engine.asked[rank] = frames
+        self.post(ev.FramesWanted(self.now_s, name, frames, rank))
+
+    def ask_host(self, name: str, total_bytes: int) -> None:
+        self.engines[name].host_asked = True
+        self.post(ev.HostMemoryWanted(self.now_s, name, total_bytes))
+
+    def measure(self, name: str, total_bytes: int) -> None:
+        self.engines[name].host_bytes = total_bytes
+        self.post(ev.HostMemoryMeasured(self.now_s, name, total_bytes))
+
+    def use_mirror(self, name: str, rank: int, mirror: str) -> None:
+        self.engines[name].mirrors[rank] = mirror
+        self.post(ev.MirrorWanted(self.now_s, name, mirror, rank))
+
+    def keep_mirror(self, name: str, rank: int, mirror: str, size: int) -> None:
+        self.engines[name].mirrors[rank] = mirror
+        self.mirrors[mirror] = False
+        self.post(ev.MirrorKept(self.now_s, name, mirror, size, rank))
+
+    def mirror_dropped(self, mirror: str) -> None:
+        del self.mirrors[mirror]
+        self.post(ev.MirrorDropped(self.now_s, mirror))
+
+    def ready(self, name: str) -> None:
+        engine = self.engines[name]
+        engine.ready = engine.gate_open = True
+        engine.sizes = list(engine.held)
+        self._resident(name)
+        self.post(ev.EngineReady(self.now_s, name))
+
+    def exit(self, name: str, reason: str = "killed") -> None:
+        """Every process of its engine is gone."""
+        del self.engines[name]
+        self.records[name].reported = (0, 0)
+        self.post(ev.EngineExited(self.now_s, name, reason))
+
+    def obey(self, name: str, *, fail: bool = False) -> None:
+        """One step of what its engine was ordered; with `fail` a swap-in is undone."""
+        engine = self.engines[name]
+        order = engine.order
+        match order:
+            case ev.StopEngine():
+                self.exit(name, "stopped")
+            case ev.Drain():
+                engine.gate_open = False
+                if engine.in_flight and order.wait:
+                    return
+                if not engine.in_flight:
+                    self.report(name)  # the host tells that before it tells that it is drained
+                engine.order = None
+                if engine.in_flight:
+                    engine.gate_open = True
+                    engine.in_flight += engine.waiting
+                    engine.waiting = 0
+                    self.records[name].reported = (max(1, self.records[name].reported[0]), 0)
+                    self.post(ev.DrainRefused(self.now_s, name, order.epoch))
+                else:
+                    self.post(ev.Drained(self.now_s, name, order.epoch))
+            case ev.SwapOut():
+                engine.order = None
+                engine.held = [min(held, order.keep_frames) for held in engine.held]
+                self.post(ev.SwappedOut(self.now_s, name, order.epoch))
+            case ev.SwapIn() if fail:
+                engine.order = None
+                self.post(ev.SwapInFailed(self.now_s, name, order.epoch, "no memory"))
+            case ev.SwapIn():
+                engine.order = None
+                engine.held = list(engine.sizes)
+                engine.gate_open = True
+                engine.in_flight, engine.waiting = engine.waiting, 0
+                self._resident(name)
+                self.post(ev.SwappedIn(self.now_s, name, order.epoch))
+
+    def tell_stale(self, name: str, kind: type[ev.Event]) -> None:
+        """An answer that comes after its order was overtaken changes nothing."""
+        replica = self.replica(name)
+        state = (replica.state, replica.reserved_frames)
+        event = kind(self.now_s, name, replica.epoch - 1, *(["late"] if kind is ev.SwapInFailed else []))
+        assert self.post(event) == [] and (replica.state, replica.reserved_frames) == state
+
+    def pass_time(self, seconds: float) -> None:
+        """The policy hears of the time when it said that time alone changes something, and at no other time."""
+        until_s = self.now_s + seconds
+        while self.policy.next_tick_s <= until_s:
+            self.now_s = self.policy.next_tick_s
+            self.post(ev.Tick(self.now_s))
+        self.now_s = until_s
+
+    # --- quiet --------------------------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """No more events from outside: everything is answered, what runs ends, and time passes as announced."""
+        for _ in range(2000):
+            if self._step():
+                continue
+            if self.policy.next_tick_s == NEVER:
+                break
+            assert not self._wishes() or self.policy.next_tick_s < self.now_s + 3600.0, self._wishes()
+            self.now_s = self.policy.next_tick_s
+            self.post(ev.Tick(self.now_s))
+        else:
+            raise AssertionError(f"no quiet: {self._wishes()}")
+        assert self._wishes() == []
+        for name, replica in self.policy.inventory.replicas.items():
+            wishes = (replica.unload_wanted, replica.purge_wanted, replica.drop_wanted, replica.stopping)
+            assert wishes == (False, False, False, False), name
+            if replica.keep_alive_s is not None and not replica.pinned:
+                assert replica.reserved_frames == 0, f"{name} was idle for longer than its keep-alive"
+            if replica.state is State.RESIDENT and not any(r.pinned for r in self.policy.inventory.replicas.values()):
+                smallest = min(self.devices[device].frames for device in replica.devices)
+                assert replica.reserved_frames >= min(replica.need_frames, smallest) or replica.need_frames > smallest
+
+    def _step(self) -> bool:
+        """Let one thing happen that has to, sooner or later; False when there is none."""
+        for mirror, dropping in list(self.mirrors.items()):
+            if dropping:
+                self.mirror_dropped(mirror)
+                return True
+        for name, engine in list(self.engines.items()):
+            if engine.doomed:
+                self.exit(name, "refused")
+            elif not engine.ready and not engine.asked and not engine.host_asked:
+                self.ready(name)
+            elif engine.in_flight:
+                engine.in_flight = 0
+            elif (engine.in_flight, engine.waiting) != self.records[name].reported:
+                self.report(name)
+            elif engine.order:
+                self.obey(name)
+            else:
+                continue
+            return True
+        return False
+
+    def _wishes(self) -> list[str]:
+        """Who waits for an answer."""
+        waiting = [name for name, engine in self.engines.items() if engine.waiting or not engine.ready]
+        return sorted({*waiting, *(name for name, record in self.records.items() if record.loading)})
+
+    # --- orders -------------------------------------------------------------------------------------------------------
+
+    def _perform(self, action: ev.Action, before: State | None) -> None:
+        name = action.name
+        engine = self.engines.get(name)
+        match action:
+            case ev.DropMirror():
+                assert self.mirrors[name] is False, "dropped twice"
+                assert not any(name in engine.mirrors.values() for engine in self.engines.values()), "in use"
+                self.mirrors[name] = True
+                return
+            case ev.Activated():
+                assert engine and engine.ready and engine.gate_open
+                self.records[name].loading = False
+                return
+            case ev.Refuse():
+                assert action.message
+                self.records[name].loading = False
+                if engine and engine.waiting:
+                    engine.waiting = 0
+                    self._refused.append(name)
+                return
+            case ev.StartEngine():
+                self._start(action)
+                return
+        assert engine, f"{action} is for nobody"
+        match action:
+            case ev.GrantFrames():
+                assert engine.asked.pop(action.rank) == action.frames
+                engine.held[action.rank] += action.frames
+                most = self.replica(name).most_frames
+                assert most is None or engine.held[action.rank] <= most, f"{name} has more than its limit"
+            case ev.RefuseFrames():
+                assert action.message
+                if not engine.ready:
+                    del engine.asked[action.rank]
+                    engine.doomed = True
+            case ev.GrantHostMemory():
+                assert engine.host_asked
+                engine.host_asked = False
+                used = self.policy.inventory.host_bytes()
+                assert self.host_limit_bytes is None or used <= self.host_limit_bytes, "more than --host-memory"
+            case ev.RefuseHostMemory():
+                assert engine.host_asked
+                engine.host_asked, engine.doomed = False, True
+            case ev.Drain():
+                assert engine.ready and engine.gate_open and engine.order is None
+                self._may_drain(action)
+                engine.order = action
+            case ev.SwapOut():
+                assert engine.ready and not engine.gate_open and engine.order is None and not engine.in_flight
+                engine.order = action
+            case ev.SwapIn():
+                assert engine.ready and not engine.gate_open and engine.order is None
+                assert all(held <= size for held, size in zip(engine.held, engine.sizes, strict=True))
+                engine.order = action
+            case ev.StopEngine():
+                assert engine.ready and not engine.gate_open and engine.order is None
+                engine.order = action
+            case _:
+                raise AssertionError(action)
+
+    def _start(self, action: ev.StartEngine) -> None:
+        settings = self.records[action.name].settings
+        assert action.name not in self.engines, "started twice"
+        assert all(engine.ready for engine in self.engines.values()), "one engine starts at a time"
+        assert len(set(action.devices)) == settings.ranks, "a device for each rank"
+        assert not settings.allowed_devices or set(action.devices) <= set(settings.allowed_devices)
+        nothing = [0] * settings.ranks
+        self.engines[action.name] = FakeEngine(action.devices, list(nothing), nothing)
+
+    def _may_drain(self, drain: ev.Drain) -> None:
+        record = self.records[drain.name]
+        settings, busy = record.settings, record.reported != (0, 0)
+        over_s = record.resident_since_s + settings.min_residency_s
+        idle_s = self.now_s - record.idle_since_s + EPSILON_S
+        if drain.reason == "unload":
+            assert drain.wait and record.unloading
+            return
+        assert not settings.pinned, f"{drain.name} is pinned"
+        match drain.reason:
+            case "eviction":
+                assert not busy and not drain.wait
+                assert self.now_s >= over_s or idle_s >= LEAST_IDLE_S, "not before its minimum residency is over"
+            case "turn":
+                assert busy and drain.wait and self.now_s >= over_s, "not before its minimum residency is over"
+            case "keep_alive":
+                assert not busy and not drain.wait
+                assert settings.keep_alive_s is not None and idle_s >= settings.keep_alive_s
+            case "host_memory":
+                assert not busy and not drain.wait and self.host_limit_bytes is not None
+            case _:
+                raise AssertionError(drain)
+
+    def _resident(self, name: str) -> None:
+        self.records[name].resident_since_s = self.records[name].idle_since_s = self.now_s
+
+    # --- invariants ---------------------------------------------------------------------------------------------------
+
+    def _waiting(self) -> dict[str, Replica]:
+        """Who waits for room, or for an engine start."""
+        replicas = self.policy.inventory.replicas.values()
+        return {
+            r.name: r
+            for r in replicas
+            if r.activation_wanted and r.state in (State.SWAPPED, State.COLD, State.FAILED) and not r.stopping
+        }
+
+    def _count_who_passed(self, actions: list[ev.Action], waited: dict[str, Replica]) -> None:
+        """Nobody is passed by the same one twice, whatever the priorities."""
+        for action in actions:
+            for name, replica in waited.items():
+                record = self.records[name]
+                if not isinstance(action, (ev.SwapIn, ev.StartEngine)) or action.name == name:
+                    continue
+                if name not in self._waiting():
+                    continue
+                if not set(replica.devices).isdisjoint(self.replica(action.name).devices):
+                    record.overtaken[action.name] += 1
+                if isinstance(action, ev.StartEngine) and replica.state is not State.SWAPPED:
+                    record.starts[action.name] += 1
+        for name in set(self.records) - set(self._waiting()):
+            self.records[name].overtaken.clear()
+            self.records[name].starts.clear()
+        for name, record in self.records.items():
+            for passed in (record.overtaken, record.starts):
+                assert max(passed.values(), default=0) <= 1, f"{name} was passed twice: {passed}"
+
+    def _check(self, before: dict[str, State], event: ev.Event) -> None:
+        inventory = self.policy.inventory
+        inventory.check_integrity()
+        for device in self.devices.values():
+            reserved = sum(r.reserved_frames for r in inventory.replicas.values() if device.name in r.devices)
+            assert reserved <= device.frames, f"{device.name}: {reserved} reserved"
+            assert inventory.free_frames(device.name) == device.frames - reserved
+            held = sum(
+                held
+                for engine in self.engines.values()
+                for place, held in zip(engine.devices, engine.held, strict=True)
+                if place == device.name
+            )
+            assert held <= device.frames, f"{device.name}: {held} held"
+        for name, replica in inventory.replicas.items():
+            self._check_replica(name, replica)
+            if name in before:
+                assert replica.state in _reachable(before[name]), f"{name}: {before[name]} → {replica.state}"
+        assert self.policy.next_tick_s > self.now_s, "it would be asked again at once, forever"
+
+    def _check_that_nothing_was_missed(self, event: ev.Event) -> None:
+        """The policy looks at what an event touches; had it looked at everything, it would have ordered no more."""
+        everything = copy.deepcopy(self.policy)
+        everything._actions = []
+        everything._serve_queue(set(self.devices), self.now_s)
+        # Who is refused because of what this very event decided hears it at the next one, which is on its way.
+        missed = [action for action in everything._actions if not isinstance(action, ev.Refuse)]
+        assert missed == [], f"{event} was to bring about {missed}"
+
+    def _check_replica(self, name: str, replica: Replica) -> None:
+        engine = self.engines.get(name)
+        assert (engine is None) == (replica.state in (State.COLD, State.FAILED))
+        if engine is None:
+            assert replica.reserved_frames == 0 and replica.devices == ()
+            return
+        assert replica.devices == engine.devices, "an engine never moves"
+        assert max(engine.held) <= replica.reserved_frames, f"{name} holds more than is set aside"
+        assert (replica.state is State.STARTING) != engine.ready
+        if engine.order is None or isinstance(engine.order, ev.StopEngine):
+            assert self.policy.inventory.audit(replica, engine.held) == ""
+        orders = {State.DRAINING: ev.Drain, State.SWAPPING_OUT: ev.SwapOut, State.SWAPPING_IN: ev.SwapIn}
+        if replica.state in orders:
+            assert isinstance(engine.order, orders[replica.state])
+        else:
+            assert engine.order is None or (isinstance(engine.order, ev.StopEngine) and replica.stopping)
+
+
+def _reachable(state: State) -> frozenset[State]:
+    """States in which one event may leave a replica: a few legal moves away."""
+    found = {state}
+    for _ in range(3):
+        found |= {to for each in found for to in MOVES[each]}
+    return frozenset(found)

@@ -1,0 +1,332 @@
+"""Models that cannot be resident together take turns: how long each waits and how often they swap, from the event log.
+
+The bounds, for n models of one size of which m fit at a time. A place changes hands in c = drain + swap-out + swap-in;
+a *turn* is MIN_RESIDENCY + c.
+
+Waits. Whoever waits needs n - m others to go first: the residents, and those ahead of it, who come in between. Each has
+its turn, m at a time, so that a request waits for at most ceil((n - m) / m) turns and the swap-in of its own model; if
+it comes while its model is leaving, for the drain and swap-out of that one as well. For m = 1 this is the minimum
+residency, drain and swaps of each model ahead.
+
+Swaps. Let W be the longest that a model may be away under this bound: ceil((n - m) / m) turns + c. A model with s
+swap-ins in a time T is away for at most (s + 1) W. Nobody is resident while a place changes hands, so that all are
+resident for at most m T - S c together, S being the sum of s over the n models. So n T - (S + n) W <= m T - S c, and
+the least is S >= ((n - m) T - n W) / (W - c): for m = 1 about one for each turn. A drain takes what is left of the
+requests that run, at most one service time; for the bound of a whole log the mean of its drains counts.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+
+from swap_agent.policy import events as ev
+from swap_agent.policy.coordinator import Coordinator
+from swap_agent.policy.eviction import LEAST_IDLE_S
+from swap_agent.policy.inventory import Device
+from swap_agent.policy.lifecycle import State
+
+FRAMES = 100
+EPSILON_S = 1e-6
+
+
+@dataclass
+class Timings:
+    """What everything takes, in seconds."""
+
+    service_s: float = 0.25
+    swap_out_s: float = 0.05
+    swap_in_s: float = 0.3
+
+    @property
+    def change_s(self) -> float:
+        """From the end of a turn to the next one's begin. A drain is what a request takes that has just begun."""
+        return self.service_s + self.swap_out_s + self.swap_in_s
+
+
+@dataclass
+class Request:
+    """One request of the log."""
+
+    model: str
+    arrived_s: float
+    its_model_left: bool
+    """It came while its model was draining or swapping out."""
+    entered_s: float = math.inf
+    answered_s: float = math.inf
+
+
+@dataclass
+class Model:
+    """An engine with its gate."""
+
+    open: bool = False
+    running: int = 0
+    held_back: list[Request] = field(default_factory=list)
+    drain: ev.Drain | None = None
+    closed_s: float = 0.0
+
+
+class Driver:
+    """Plays requests, engines and time against the policy, in simulated seconds; ticks come when it asked for them."""
+
+    def __init__(self, count: int, fit: int, min_residency_s: float, priorities: Sequence[int] = ()) -> None:
+        self.timings = Timings()
+        self.policy = Coordinator([Device("cpu:0", FRAMES)])
+        self.now_s = 0.0
+        self.requests: list[Request] = []
+        self.swap_ins: list[tuple[float, str]] = []
+        self.drains: list[tuple[float, ev.Drain]] = []
+        self.drain_times_s: list[float] = []
+        self.models = {f"m{index}": Model() for index in range(count)}
+        self.on_answer: Callable[[Request], None] = lambda request: None
+        self._agenda: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+        for name, priority in itertools.zip_longest(self.models, priorities, fillvalue=0):
+            budget = {"request_frames": FRAMES // fit, "keep_alive_s": None}
+            self.post(ev.Registered(0.0, str(name), **budget, priority=int(priority), min_residency_s=min_residency_s))
+        for name in self.models:  # every engine starts; the last ones stay resident
+            self.now_s += 60.0
+            self.post(ev.LoadWanted(self.now_s, name))
+            self.run_until(self.now_s + 60.0)
+        self.begin_s = self.now_s
+        self.swap_ins.clear()
+        self.drains.clear()
+        self.drain_times_s.clear()
+
+    # --- time ---------------------------------------------------------------------------------------------------------
+
+    def at(self, at_s: float, what: Callable[[], None]) -> None:
+        heapq.heappush(self._agenda, (at_s, next(self._order), what))
+
+    def run_until(self, until_s: float) -> None:
+        while True:
+            agenda_s = self._agenda[0][0] if self._agenda else math.inf
+            next_s = min(agenda_s, self.policy.next_tick_s)
+            if next_s > until_s:
+                break
+            self.now_s = max(self.now_s, next_s)
+            if agenda_s <= self.policy.next_tick_s:
+                heapq.heappop(self._agenda)[2]()
+            else:
+                self.post(ev.Tick(self.now_s))
+        self.now_s = until_s
+
+    def post(self, event: ev.Event) -> None:
+        actions = self.policy.on_event(event)
+        self.policy.inventory.check_integrity()
+        for action in actions:
+            self._obey(action)
+
+    # --- engines ------------------------------------------------------------------------------------------------------
+
+    def _obey(self, action: ev.Action) -> None:
+        name = action.name
+        model, timings = self.models[name], self.timings
+        match action:
+            case ev.StartEngine():
+                self.at(self.now_s, lambda: self._started(name))
+            case ev.Drain():
+                self.drains.append((self.now_s, action))
+                self.at(self.now_s, lambda: self._close(name, action))
+            case ev.SwapOut(epoch=epoch):
+                self.at(self.now_s + timings.swap_out_s, lambda: self.post(ev.SwappedOut(self.now_s, name, epoch)))
+            case ev.SwapIn(epoch=epoch):
+                self.swap_ins.append((self.now_s, name))
+                self.at(self.now_s + timings.swap_in_s, lambda: self._swapped_in(name, epoch))
+            case ev.Activated():
+                assert model.open or self.state(name) is State.RESIDENT
+            case ev.GrantFrames():
+                pass
+            case _:
+                raise AssertionError(action)
+
+    def _started(self, name: str) -> None:
+        self.post(ev.FramesWanted(self.now_s, name, self.policy.inventory.replicas[name].request_frames or 0))
+        self.models[name].open = True
+        self.post(ev.EngineReady(self.now_s, name))
+
+    def _close(self, name: str, drain: ev.Drain) -> None:
+        model = self.models[name]
+        if model.running and not drain.wait:
+            self.post(ev.DrainRefused(self.now_s, name, drain.epoch))
+            return
+        model.open, model.drain, model.closed_s = False, drain, self.now_s
+        self._drained(name)
+
+    def _drained(self, name: str) -> None:
+        model = self.models[name]
+        if model.drain and not model.running:
+            drain, model.drain = model.drain, None
+            self.drain_times_s.append(self.now_s - model.closed_s)
+            self.post(ev.Drained(self.now_s, name, drain.epoch))
+
+    def _swapped_in(self, name: str, epoch: int) -> None:
+        model = self.models[name]
+        model.open = True
+        self.post(ev.SwappedIn(self.now_s, name, epoch))
+        held_back, model.held_back = model.held_back, []
+        for request in held_back:
+            self._enter(request)
+        self._report(name)
+
+    def state(self, name: str) -> State:
+        return self.policy.inventory.replicas[name].state
+
+    def _report(self, name: str) -> None:
+        model = self.models[name]
+        self.post(ev.LoadReported(self.now_s, name, model.running, len(model.held_back)))
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    def send(self, name: str) -> None:
+        model = self.models[name]
+        leaving = self.state(name) in (State.DRAINING, State.SWAPPING_OUT)
+        request = Request(name, self.now_s, leaving)
+        self.requests.append(request)
+        if model.open:
+            self._enter(request)
+        else:
+            model.held_back.append(request)
+        self._report(name)
+
+    def _enter(self, request: Request) -> None:
+        request.entered_s = self.now_s
+        self.models[request.model].running += 1
+        self.at(self.now_s + self.timings.service_s, lambda: self._answer(request))
+
+    def _answer(self, request: Request) -> None:
+        request.answered_s = self.now_s
+        self.models[request.model].running -= 1
+        self._report(request.model)
+        self._drained(request.model)
+        self.on_answer(request)
+
+    # --- load ---------------------------------------------------------------------------------------------------------
+
+    def open_loop(self, name: str, every_s: float, until_s: float, first_s: float = 0.0) -> None:
+        """A request every so often, whatever becomes of those before."""
+
+        def send() -> None:
+            self.send(name)
+            if self.now_s + every_s <= until_s:
+                self.at(self.now_s + every_s, send)
+
+        self.at(self.begin_s + first_s, send)
+
+    def closed_loop(self, name: str, clients: int, until_s: float) -> None:
+        """So many clients, each of which sends its next request a millisecond after its answer."""
+        others = self.on_answer
+
+        def again(request: Request) -> None:
+            others(request)
+            if request.model == name and self.now_s < until_s:
+                self.at(self.now_s + 0.001, lambda: self.send(name))
+
+        self.on_answer = again
+        for _ in range(clients):
+            self.at(self.begin_s, lambda: self.send(name))
+
+    def play(self, load: str, every: float, seconds: float) -> None:
+        until_s = self.begin_s + seconds
+        for index, name in enumerate(self.models):
+            if load == "open":
+                self.open_loop(name, every, until_s, first_s=index * 0.01)
+            else:
+                self.closed_loop(name, int(every), until_s)
+        self.run_until(until_s + 600.0)
+        assert all(request.answered_s < math.inf for request in self.requests), "a request was never answered"
+
+    # --- what the log says --------------------------------------------------------------------------------------------
+
+    def waits_s(self, name: str, *, its_model_left: bool | None = None) -> list[float]:
+        return [
+            request.entered_s - request.arrived_s
+            for request in self.requests
+            if request.model == name and its_model_left in (None, request.its_model_left)
+        ]
+
+    def swaps(self, seconds: float) -> int:
+        return sum(1 for at_s, _ in self.swap_ins if at_s <= self.begin_s + seconds)
+
+
+def turns(count: int, fit: int) -> int:
+    """Turns of others that a waiting one sees at most."""
+    return math.ceil((count - fit) / fit)
+
+
+def least_swaps(driver: Driver, fit: int, min_residency_s: float, seconds: float) -> float:
+    """Fewest swap-ins that keep the bound: see the top of this file."""
+    count, timings = len(driver.models), driver.timings
+    change_s = statistics.mean(driver.drain_times_s) + timings.swap_out_s + timings.swap_in_s
+    away_s = turns(count, fit) * (min_residency_s + change_s) + change_s
+    return ((count - fit) * seconds - count * away_s) / (away_s - change_s)
+
+
+@pytest.mark.parametrize("min_residency_s", [0.5, 3.0])
+@pytest.mark.parametrize(
+    ("load", "every"),
+    [("open", 0.05), ("open", 0.2), ("closed", 1), ("closed", 4)],
+    ids=["saturating", "steady", "one client", "four clients"],
+)
+@pytest.mark.parametrize(("count", "fit"), [(2, 1), (5, 1), (4, 2), (6, 2)])
+def test_busy_models_take_turns(count: int, fit: int, load: str, every: float, min_residency_s: float) -> None:
+    driver = Driver(count, fit, min_residency_s)
+    timings = driver.timings
+    turn_s = min_residency_s + timings.change_s
+    seconds = 10 * count * turn_s
+    driver.play(load, every, seconds)
+    bound_s = turns(count, fit) * turn_s + timings.swap_in_s + EPSILON_S
+    own_s = timings.service_s + timings.swap_out_s
+    for name in driver.models:
+        assert max(driver.waits_s(name, its_model_left=False)) <= bound_s
+        assert max(driver.waits_s(name)) <= bound_s + own_s
+    least = least_swaps(driver, fit, min_residency_s, seconds)
+    assert least > 0 and driver.swaps(seconds) <= 1.2 * least, (driver.swaps(seconds), least)
+    shares = [sum(name == other for _, other in driver.swap_ins) for name in driver.models]
+    assert max(shares) - min(shares) <= 2, f"equal shares: {shares}"
+
+
+@pytest.mark.parametrize("priorities", [(0, 0, 0, 0, 9), (0, 1, 2, 3, 4)])
+def test_whoever_has_a_higher_priority_passes_and_nobody_starves(priorities: tuple[int, ...]) -> None:
+    """Of n models each is ahead of a waiting one at most once: the same bound, whatever the priorities."""
+    driver = Driver(5, 1, 2.0, priorities)
+    timings = driver.timings
+    turn_s = 2.0 + timings.change_s
+    driver.play("closed", 2, 60 * turn_s)
+    first, last = driver.waits_s("m4"), driver.waits_s("m0")
+    bound_s = turns(5, 1) * turn_s + timings.change_s + EPSILON_S
+    assert max(first) <= bound_s and max(last) <= bound_s
+    assert all(sum(name == other for _, other in driver.swap_ins) >= 10 for name in driver.models)
+
+
+@pytest.mark.parametrize("min_residency_s", [2.0, 30.0])
+def test_a_sparse_neighbour_does_not_wait_for_the_minimum_residency_of_an_idle_model(min_residency_s: float) -> None:
+    """One request now and then to each of two models: after its swap-in time in idleness the other one may go."""
+    driver = Driver(2, 1, min_residency_s)
+    timings = driver.timings
+    driver.open_loop("m0", 10.0, driver.begin_s + 100.0)
+    driver.open_loop("m1", 10.0, driver.begin_s + 100.0, first_s=0.4)
+    driver.run_until(driver.begin_s + 200.0)
+    idle_s = max(timings.swap_in_s, LEAST_IDLE_S)
+    bound_s = timings.swap_in_s + timings.service_s + idle_s + timings.swap_out_s + timings.swap_in_s
+    assert max(driver.waits_s("m1")) <= bound_s + EPSILON_S
+    assert max(driver.waits_s("m0")) <= timings.swap_out_s + timings.swap_in_s + EPSILON_S, "it finds an idle one"
+    assert {drain.reason for _, drain in driver.drains} == {"eviction"}
+
+
+def test_a_client_that_sends_one_request_after_another_keeps_its_model_for_the_minimum_residency() -> None:
+    driver = Driver(2, 1, 5.0)
+    driver.closed_loop("m0", 1, driver.begin_s + 120.0)
+    driver.open_loop("m1", 60.0, driver.begin_s + 100.0, first_s=1.0)
+    driver.run_until(driver.begin_s + 300.0)
+    came_s = [at_s + driver.timings.swap_in_s for at_s, name in driver.swap_ins if name == "m0"]
+    went_s = [at_s for at_s, drain in driver.drains if drain.name == "m0"]
+    assert (len(came_s), len(went_s)) == (3, 2), "it goes for the other's requests only, and comes back after them"
+    assert went_s[0] - came_s[0] >= 5.0 - EPSILON_S
