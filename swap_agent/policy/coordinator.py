@@ -388,19 +388,21 @@ class Coordinator:
             self._actions.append(ev.Refuse(replica.name, placement.why_never(replica, devices, able, inventory)))
             self._expire(replica, now_s)
             return
-        best = replica.devices or self._best_devices(replica, able, blocked, now_s)
         missing = replica.missing_frames
-        if blocked.isdisjoint(best) and all(inventory.free_frames(device) >= missing for device in best):  # 6
-            self._queue.leave(replica)
-            touched.update(old_target)
-            self._admit(replica, best, now_s)
-            return
-        target = best  # 7
+        target = replica.devices or self._best_devices(replica, able, blocked, now_s)
+        choices = [target]
+        if len(old_target) == replica.ranks and set(able).issuperset(old_target):  # room is being made there
+            choices.append(old_target)
+        for choice in choices:
+            if blocked.isdisjoint(choice) and all(inventory.free_frames(device) >= missing for device in choice):  # 6
+                self._queue.leave(replica)
+                touched.update(old_target)
+                self._admit(replica, choice, now_s)
+                return
+        target = choices[-1]  # 7
+        touched.update(set(old_target).difference(target))
         if not replica.devices:
-            # Where room is being made already, unless it cannot be had there any more.
-            target = old_target if len(old_target) == replica.ranks and set(able).issuperset(old_target) else best
             self._targets[replica.name] = target
-            touched.update(set(old_target).difference(target))
         if blocked.isdisjoint(target):
             self._make_room(target, replica, missing, now_s)
         blocked.update(target)
