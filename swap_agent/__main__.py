@@ -15,7 +15,7 @@ from typing import Any
 from swap_agent import __version__
 from swap_agent.config import AgentConfig, RuntimeDir
 from swap_agent.errors import InvalidUsage, TritonSwapError
-from swap_agent.policy.units import parse_bytes, parse_device
+from swap_agent.policy.units import parse_bytes, parse_device, parse_seconds
 from swap_agent.wire.rendezvous import default_runtime_dir
 
 
@@ -50,8 +50,19 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument(
             "--host-memory", metavar="SIZE", help="bound of mirrors and engine processes together (default: none)"
         )
+        verb.add_argument(
+            "--poll-interval", metavar="TIME", default="1s", help="how often to look for changes (default: %(default)s)"
+        )
         verb.add_argument("--verify", action="store_true", help="check weights by checksums at every swap; slow")
         verb.add_argument("--agent-port", type=_port, default=8003, help="admin API on loopback (default: %(default)s)")
+    agent.add_argument(
+        "--model-repository",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="Triton's, whose config.pbtxt files are to be followed; may be given several times",
+    )
     agent.add_argument("--poison", action="store_true", help="fill returned frames with 0xFF, to find use after return")
     agent.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
 
@@ -60,7 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     load = _verb(verbs, "load", _load, "bring a model into device memory")
     unload = _verb(verbs, "unload", _unload, "take a model out of device memory; its engine stays parked")
     unload.add_argument("--purge", action="store_true", help="end its engine and drop its mirror, too")
-    for verb in (load, unload):
+    pin = _verb(verbs, "pin", _pin, "keep a model in device memory, whatever its config.pbtxt says, until that changes")
+    unpin = _verb(
+        verbs, "unpin", _unpin, "let a model be swapped out, whatever its config.pbtxt says, until that changes"
+    )
+    for verb in (load, unload, pin, unpin):
         verb.add_argument("model", help="name in the model repository")
         verb.add_argument("--json", action="store_true", help="the model's entries of `ps --json` afterwards")
     trim = _verb(verbs, "trim", _trim, "release free frames to the operating system")
@@ -95,11 +110,13 @@ def _serve(options: argparse.Namespace) -> int:
 
     _check_device(options.device)
     _host_memory(options.host_memory)
+    _poll_interval(options.poll_interval)
     return serve(
         ServeOptions(
             model_repository=options.model_repository,
             device=options.device,
             host_memory=options.host_memory,
+            poll_interval=options.poll_interval,
             verify=options.verify,
             runtime_dir=options.runtime_dir,
             host=options.host,
@@ -121,6 +138,17 @@ def _host_memory(text: str | None) -> int | None:
         raise InvalidUsage(f"--host-memory {error}") from error
 
 
+def _poll_interval(text: str) -> float:
+    """Seconds. Raises InvalidUsage."""
+    try:
+        seconds = parse_seconds(text)
+    except ValueError as error:
+        raise InvalidUsage(f"--poll-interval {error}") from error
+    if seconds <= 0:
+        raise InvalidUsage(f"--poll-interval {text}: write a time above 0, such as 1s")
+    return seconds
+
+
 def _check_device(text: str | None) -> str:
     """The device to use. Raises InvalidUsage when it cannot be read or run."""
     try:
@@ -140,11 +168,20 @@ _DEFAULT_DEVICE = "cpu:4GiB"
 
 def _agent(options: argparse.Namespace) -> int:
     logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    device = parse_device(_check_device(options.device))
-    runtime = RuntimeDir(options.runtime_dir)
-    host_memory = _host_memory(options.host_memory)
-    port, poison, verify = options.agent_port, options.poison, options.verify
-    asyncio.run(_run_agent(AgentConfig(runtime, device, host_memory, port, poison=poison, verify=verify)))
+    for root in options.model_repository:
+        if not root.is_dir():
+            raise InvalidUsage(f"--model-repository {root} is no directory")
+    config = AgentConfig(
+        RuntimeDir(options.runtime_dir),
+        parse_device(_check_device(options.device)),
+        _host_memory(options.host_memory),
+        options.agent_port,
+        model_repositories=tuple(options.model_repository),
+        poll_interval_s=_poll_interval(options.poll_interval),
+        poison=options.poison,
+        verify=options.verify,
+    )
+    asyncio.run(_run_agent(config))
     return 0
 
 
@@ -182,6 +219,18 @@ def _unload(options: argparse.Namespace) -> int:
 
     runtime = RuntimeDir(options.runtime_dir)
     return commands.unload(runtime, options.model, purge=options.purge, as_json=options.json)
+
+
+def _pin(options: argparse.Namespace) -> int:
+    from swap_agent import commands
+
+    return commands.pin(RuntimeDir(options.runtime_dir), options.model, True, as_json=options.json)
+
+
+def _unpin(options: argparse.Namespace) -> int:
+    from swap_agent import commands
+
+    return commands.pin(RuntimeDir(options.runtime_dir), options.model, False, as_json=options.json)
 
 
 def _trim(options: argparse.Namespace) -> int:

@@ -45,6 +45,8 @@ class ServeOptions:
     """None: the agent decides."""
     host_memory: str | None
     """None: no bound."""
+    poll_interval: str
+    """How often the agent looks at the repository."""
     verify: bool
     """Weights are checked by checksums at every swap."""
     runtime_dir: Path
@@ -202,6 +204,7 @@ class _Supervisor:
         command += [f"--agent-port={options.agent_port}"]  # always on loopback, wherever Triton listens
         command += [f"--device={options.device}"] if options.device else []
         command += [f"--host-memory={options.host_memory}"] if options.host_memory else []
+        command += [f"--model-repository={options.model_repository}", f"--poll-interval={options.poll_interval}"]
         command += ["--verify"] if options.verify else []
         self._agent_starts_s.append(time.monotonic())
         self._agent = Child("the swap agent", command, os.environ, self._logs / "agent.log")

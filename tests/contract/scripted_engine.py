@@ -297,6 +297,7 @@ async def main() -> None:
     ranks = await start_ranks(welcome, options.replica, options.token, model)
     if "garbage" in faults:
         agent._writer.write(b"\xff\xff\xff\xff")
+    print("limits at first:", welcome.max_queue, welcome.queue_timeout_s, flush=True)
     agent.send(wire.HostReady(1024))
     while True:
         message = await agent.receive()
@@ -313,6 +314,8 @@ async def main() -> None:
                 undone = await in_all(ranks, "swap_in", [(epoch,) for _ in ranks])
                 assert all(undone) or not any(undone), undone
                 agent.send(wire.SwapInFailed(epoch, undone[0]) if undone[0] else wire.SwappedIn(epoch))
+            case wire.QueueLimits():
+                print("told to limit:", message.max_queue, message.queue_timeout_s, flush=True)
             case wire.RefuseWaiting():
                 print("told to refuse:", message.message, flush=True)
             case wire.Shutdown():
