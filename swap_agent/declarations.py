@@ -90,12 +90,10 @@ class Declarations:
 
     async def _end_if_parked(self, spec: ModelSpec) -> None:
         """A parked engine ends when its model has left the repository and no stub uses it."""
-        parked = self._agent.replica(spec.replica).state is State.SWAPPED
-        if (
-            parked
-            and not self._agent.in_use(spec.replica)
-            and not await asyncio.to_thread(Path(spec.version_dir).exists)
-        ):
+        if await asyncio.to_thread(Path(spec.version_dir).exists):
+            return  # in another repository, Triton's own
+        replica = self._agent.replica(spec.replica)
+        if replica.state is State.SWAPPED and not replica.purge_wanted and not self._agent.in_use(spec.replica):
             log.info("%s has left the model repository: its engine ends", spec.replica)
             self._agent.post(ev.UnloadWanted(time.monotonic(), spec.replica, purge=True))
 
@@ -191,8 +189,8 @@ class Declarations:
             self._agent.specs[spec.replica] = spec
             log.info("%s: what its %s says now is in force", spec.replica, CONFIG)
         self._register(spec)
-        if changed and (note := self.note(spec)):
-            log.warning("%s", note)
+        if changed and self.note(spec):
+            log.warning("%s", self.note(spec))
 
     def _register(self, spec: ModelSpec) -> None:
         """Tell the policy and the engine host what they do not know yet."""

@@ -13,19 +13,22 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import threading
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from swap_agent.errors import PeerGone
 from swap_agent.memory import mapping
 from swap_agent.wire import messages as wire
-from swap_agent.wire.framing import AsyncChannel, Channel
+from swap_agent.wire.framing import DATA_LIMIT_BYTES, AsyncChannel, Channel, listen
 from vllm_engine.addresses import Addresses, CudaAddresses, HostAddresses
 
 
@@ -278,6 +281,28 @@ async def in_all(ranks: list[Any], order: str, arguments: list[tuple[Any, ...]])
     return await asyncio.gather(*calls)
 
 
+async def serve_requests(
+    agent: AsyncChannel[wire.ToHost], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
+    """Answer each prompt, a number of seconds, with itself after that time."""
+    channel = AsyncChannel(reader, writer, wire.StubToEngine, DATA_LIMIT_BYTES)
+    running: dict[int, asyncio.Task[None]] = {}
+
+    async def answer(submit: wire.Submit) -> None:
+        await asyncio.sleep(float(submit.prompt))
+        del running[submit.id]
+        agent.send(wire.Report(len(running), 0, 0))
+        sequence = wire.Sequence(submit.prompt, "stop", 1)
+        channel.send(wire.Step([wire.Output(submit.id, [sequence], 1, finished=True)]))
+
+    with contextlib.suppress(PeerGone):
+        while True:
+            message = await channel.receive()
+            assert isinstance(message, wire.Submit), message
+            running[message.id] = asyncio.create_task(answer(message))
+            agent.send(wire.Report(len(running), 0, 0))
+
+
 async def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("--runtime-dir", "--replica", "--token", "--as-rank"):
@@ -297,6 +322,9 @@ async def main() -> None:
     ranks = await start_ranks(welcome, options.replica, options.token, model)
     if "garbage" in faults:
         agent._writer.write(b"\xff\xff\xff\xff")
+    server = await asyncio.start_unix_server(
+        lambda reader, writer: serve_requests(agent, reader, writer), sock=listen(Path(welcome.engine_socket))
+    )
     print("limits at first:", welcome.max_queue, welcome.queue_timeout_s, flush=True)
     agent.send(wire.HostReady(1024))
     while True:
@@ -319,6 +347,7 @@ async def main() -> None:
             case wire.RefuseWaiting():
                 print("told to refuse:", message.message, flush=True)
             case wire.Shutdown():
+                server.close()
                 return
 
 
