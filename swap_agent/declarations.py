@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 
 from swap_agent.engine import ModelSpec
 from swap_agent.errors import InvalidModel
+from swap_agent.fit import Fit, fit
 from swap_agent.policy import events as ev
 from swap_agent.policy.lifecycle import State
 from swap_agent.policy.units import format_bytes
 from swap_agent.repository import CONFIG, SETTLE_S, ModelFile, Repository
-from swap_agent.settings import Fit, ModelSettings, fit, read_ranks, read_settings
+from swap_agent.settings import ModelSettings, read_ranks, read_settings
 from swap_agent.wire import messages as wire
 
 if TYPE_CHECKING:
