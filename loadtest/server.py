@@ -198,7 +198,7 @@ class Server:
             raise ServerFailed(f"the agent refused to load {name}: {response.json()['error']}")
 
     def set_keep_alive(self, name: str, keep_alive: str) -> None:
-        """Write KEEP_ALIVE into the copy's config.pbtxt; Triton applies it at the model's next load."""
+        """Write KEEP_ALIVE into the copy's config.pbtxt; the agent applies it within a second."""
         write_keep_alive(self.repository / name / "config.pbtxt", keep_alive)
 
 

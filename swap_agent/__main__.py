@@ -62,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
             metavar="DURATION",
             help="how long it may stay beyond that before it is stopped (default: 30s)",
         )
+        verb.add_argument(
+            "--poll-interval", metavar="TIME", default="1s", help="how often to look for changes (default: %(default)s)"
+        )
         verb.add_argument("--verify", action="store_true", help="check weights by checksums at every swap; slow")
         verb.add_argument(
             "--preempt",
@@ -69,6 +72,14 @@ def _parser() -> argparse.ArgumentParser:
             help="when a model's turn is over and one of higher PRIORITY waits, its requests stand still, not finish",
         )
         verb.add_argument("--agent-port", type=_port, default=8003, help="admin API on loopback (default: %(default)s)")
+    agent.add_argument(
+        "--model-repository",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="Triton's, whose config.pbtxt files are to be followed; may be given several times",
+    )
     agent.add_argument("--poison", action="store_true", help="fill returned frames with 0xFF, to find use after return")
     agent.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
 
@@ -77,7 +88,11 @@ def _parser() -> argparse.ArgumentParser:
     load = _verb(verbs, "load", _load, "bring a model into device memory")
     unload = _verb(verbs, "unload", _unload, "take a model out of device memory; its engine stays parked")
     unload.add_argument("--purge", action="store_true", help="end its engine and drop its mirror, too")
-    for verb in (load, unload):
+    pin = _verb(verbs, "pin", _pin, "keep a model in device memory, whatever its config.pbtxt says, until that changes")
+    unpin = _verb(
+        verbs, "unpin", _unpin, "let a model be swapped out, whatever its config.pbtxt says, until that changes"
+    )
+    for verb in (load, unload, pin, unpin):
         verb.add_argument("model", help="name in the model repository")
         verb.add_argument("--json", action="store_true", help="the model's entries of `ps --json` afterwards")
     trim = _verb(verbs, "trim", _trim, "release free frames to the operating system")
@@ -115,6 +130,7 @@ def _serve(options: argparse.Namespace) -> int:
     _check_device(options.device)
     _host_memory(options.host_memory)
     _outside(options)
+    _poll_interval(options.poll_interval)
     return serve(
         ServeOptions(
             model_repository=options.model_repository,
@@ -122,6 +138,7 @@ def _serve(options: argparse.Namespace) -> int:
             host_memory=options.host_memory,
             outside_allowance=options.outside_allowance,
             outside_grace=options.outside_grace,
+            poll_interval=options.poll_interval,
             verify=options.verify,
             preempt=options.preempt,
             runtime_dir=options.runtime_dir,
@@ -161,6 +178,17 @@ def _outside(options: argparse.Namespace) -> tuple[int | None, float]:
     return allowance_bytes, grace_s
 
 
+def _poll_interval(text: str) -> float:
+    """Seconds. Raises InvalidUsage."""
+    try:
+        seconds = parse_seconds(text)
+    except ValueError as error:
+        raise InvalidUsage(f"--poll-interval {error}") from error
+    if seconds <= 0:
+        raise InvalidUsage(f"--poll-interval {text}: write a time above 0, such as 1s")
+    return seconds
+
+
 def _check_device(text: str | None) -> str:
     """The device to use. Raises InvalidUsage when it cannot be read or run."""
     try:
@@ -180,17 +208,19 @@ _DEFAULT_DEVICE = "cpu:4GiB"
 
 def _agent(options: argparse.Namespace) -> int:
     logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    device = parse_device(_check_device(options.device))
-    runtime = RuntimeDir(options.runtime_dir)
-    host_memory = _host_memory(options.host_memory)
+    for root in options.model_repository:
+        if not root.is_dir():
+            raise InvalidUsage(f"--model-repository {root} is no directory")
     allowance_bytes, grace_s = _outside(options)
     config = AgentConfig(
-        runtime,
-        device,
-        host_memory,
-        port=options.agent_port,
+        RuntimeDir(options.runtime_dir),
+        parse_device(_check_device(options.device)),
+        _host_memory(options.host_memory),
         outside_allowance_bytes=allowance_bytes,
         outside_grace_s=grace_s,
+        port=options.agent_port,
+        model_repositories=tuple(options.model_repository),
+        poll_interval_s=_poll_interval(options.poll_interval),
         poison=options.poison,
         verify=options.verify,
         preempt=options.preempt,
@@ -233,6 +263,18 @@ def _unload(options: argparse.Namespace) -> int:
 
     runtime = RuntimeDir(options.runtime_dir)
     return commands.unload(runtime, options.model, purge=options.purge, as_json=options.json)
+
+
+def _pin(options: argparse.Namespace) -> int:
+    from swap_agent import commands
+
+    return commands.pin(RuntimeDir(options.runtime_dir), options.model, True, as_json=options.json)
+
+
+def _unpin(options: argparse.Namespace) -> int:
+    from swap_agent import commands
+
+    return commands.pin(RuntimeDir(options.runtime_dir), options.model, False, as_json=options.json)
 
 
 def _trim(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""The verbs that talk to a running agent: `ps`, `load`, `unload`, `trim`."""
+"""The verbs that talk to a running agent: `ps`, `load`, `unload`, `pin`, `unpin`, `trim`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,19 @@ def ps(runtime: RuntimeDir, *, as_json: bool) -> int:
     console = Console()
     if not console.is_terminal:
         console.width = 200  # a pipe has no width to fit
-    columns = ("MODEL", "STATE", "DEVICE", "HOLDS", "MIRROR", "RESIDUE", "RUNS", "WAITS", "IDLE", "PID")
+    columns = (
+        "MODEL",
+        "STATE",
+        "DEVICE",
+        "REQUEST/LIMIT",
+        "HOLDS",
+        "MIRROR",
+        "RESIDUE",
+        "RUNS",
+        "WAITS",
+        "IDLE",
+        "PID",
+    )
     table = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for column in table.columns[3:]:
         column.justify = "right"
@@ -34,6 +46,7 @@ def ps(runtime: RuntimeDir, *, as_json: bool) -> int:
             model["name"],
             model["state"],
             ",".join(model["devices"]) or "-",
+            _shares(model),
             format_bytes(model["device_bytes"]),
             format_bytes(model["mirror_bytes"]),
             _residue(model),
@@ -44,11 +57,19 @@ def ps(runtime: RuntimeDir, *, as_json: bool) -> int:
         )
     console.print(table)
     for model in models:
-        if model["failure"]:
-            console.print(model["failure"], style="red", highlight=False, soft_wrap=True)
+        for key, style in (("failure", "red"), ("config_error", "red"), ("config_note", "yellow")):
+            if model[key]:
+                console.print(model[key], style=style, highlight=False, soft_wrap=True)
         if model["outside_exceeded"]:
             words = f"{model['name']} takes {_residue(model)} outside of frames, beyond --outside-allowance"
             console.print(words, style="red", highlight=False, soft_wrap=True)
+    if any(_is_measured(model) for model in models):
+        console.print(
+            "* declares no GPU_MEMORY_REQUEST: measured, with a KV cache for one sequence of full length; write this "
+            "share into its config.pbtxt to have it guaranteed",
+            highlight=False,
+            soft_wrap=True,
+        )
     for device in devices:
         total, free = (device[key] * device["frame_bytes"] for key in ("frames_total", "frames_free"))
         outside = device["outside_bytes"]
@@ -68,6 +89,17 @@ def _residue(model: dict[str, Any]) -> str:
     return format_bytes(model["residue_bytes"]) + grown
 
 
+def _shares(model: dict[str, Any]) -> str:
+    """Request and limit as shares of a device, `0.35/0.5`; what is measured instead of declared has a `*`."""
+    request, limit = model["request_share"], model["limit_share"]
+    first = f"{model['footprint_share']:g}*" if _is_measured(model) else "-" if request is None else f"{request:g}"
+    return first if limit is None or limit == request else f"{first}/{limit:g}"
+
+
+def _is_measured(model: dict[str, Any]) -> bool:
+    return model["request_share"] is None and model["footprint_share"] is not None
+
+
 def load(runtime: RuntimeDir, model: str, *, as_json: bool) -> int:
     """Return when the model is RESIDENT."""
     _call(runtime, "POST", f"/v1/models/{model}/load")
@@ -78,6 +110,15 @@ def unload(runtime: RuntimeDir, model: str, *, purge: bool, as_json: bool) -> in
     """Return when the model is parked or, with `purge`, COLD."""
     _call(runtime, "POST", f"/v1/models/{model}/unload?purge={int(purge)}")
     return _show(runtime, model, as_json=as_json)
+
+
+def pin(runtime: RuntimeDir, model: str, pinned: bool, *, as_json: bool) -> int:
+    """Pin or unpin, and say for how long that counts."""
+    _call(runtime, "POST", f"/v1/models/{model}/{'pin' if pinned else 'unpin'}")
+    if as_json:
+        return _show(runtime, model, as_json=True)
+    print(f"{model}: {'pinned' if pinned else 'not pinned'} until its config.pbtxt changes or the swap agent ends")
+    return 0
 
 
 def trim(runtime: RuntimeDir, *, as_json: bool) -> int:

@@ -8,9 +8,8 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from swap_agent.config import read_ranks, read_settings
-from swap_agent.engine import Engine, ModelSpec
-from swap_agent.errors import InvalidModel, PeerGone, ProtocolError, TritonSwapError, Unavailable
+from swap_agent.engine import Engine
+from swap_agent.errors import PeerGone, ProtocolError, TritonSwapError, Unavailable
 from swap_agent.policy import events as ev
 from swap_agent.wire import messages as wire
 from swap_agent.wire.framing import AsyncChannel, listen
@@ -43,6 +42,10 @@ class ControlPlane:
         """Accept no more connections."""
         self._server.close()
 
+    def in_use(self, replica: str) -> bool:
+        """Whether a stub uses it."""
+        return bool(self._users.get(replica))
+
     async def close(self) -> None:
         """Return when every connection is closed, and what was sent has left."""
         for channel in list(self._channels):
@@ -73,14 +76,15 @@ class ControlPlane:
         if engine is None or hello.token != engine.token or engine.host:
             raise ProtocolError(f"no host of the running engine of {hello.replica}")
         engine.host = channel
+        engine.queue_limits = limits = self._agent.declarations.queue_limits(self._agent.specs[hello.replica].settings)
         channel.send(
             wire.HostWelcome(
                 version_dir=engine.spec.version_dir,
                 model_json=engine.spec.model_json,
                 engine_socket=str(engine.socket),
                 ranks_socket=str(self._agent.config.runtime.ranks_socket),
-                max_queue=self._agent.config.max_queue,
-                queue_timeout_s=self._agent.config.queue_timeout_s,
+                max_queue=limits.max_queue,
+                queue_timeout_s=limits.queue_timeout_s,
                 drain_timeout_s=self._agent.config.drain_timeout_s,
             )
         )
@@ -158,28 +162,11 @@ class ControlPlane:
 
     async def _adopt(self, replica: str, message: wire.Attach) -> None:
         """Make the stub's request the spec of the replica; an engine of another spec ends first."""
-        device = next(iter(self._agent.pools.values())).device
-        device_bytes = device.total_frames * device.frame_bytes
-        settings = read_settings(message.model, message.parameters, device_bytes)
-        frames = None if settings.request_bytes is None else settings.request_bytes // device.frame_bytes
-        ranks = read_ranks(message.model, message.model_json)
-        if ranks > len(self._agent.pools):
-            raise InvalidModel(
-                f"model {message.model}: tensor_parallel_size {ranks} needs {ranks} devices, this node has "
-                f"{len(self._agent.pools)}"
-            )
-        sizes = sorted((pool.device.total_frames for pool in self._agent.pools.values()), reverse=True)
-        largest_bytes = sizes[ranks - 1] * device.frame_bytes
-        if settings.request_bytes is not None and settings.request_bytes > largest_bytes:
-            have = f"largest device has {largest_bytes}" if ranks == 1 else f"{ranks} largest have {largest_bytes} each"
-            raise InvalidModel(
-                f"model {message.model}: GPU_MEMORY_REQUEST in config.pbtxt is {settings.request_bytes} bytes, but the "
-                f"{have}; lower it or serve with a larger --device"
-            )
-        spec = ModelSpec(replica, message.version_dir, message.model_json, settings)
+        declarations = self._agent.declarations
+        await declarations.refresh()  # Triton may have read a file that changed just now
+        spec = declarations.read(replica, message)
         old = self._agent.engines.get(replica)
         if old and spec.needs_other_engine(old.spec):
-            log.info("%s: its model.json or request changed; its engine is replaced", replica)
+            log.info("%s: its model.json changed; its engine is replaced", replica)
             await self._agent.unload(replica, purge=True)
-        self._agent.specs[replica] = spec
-        self._agent.post(ev.Registered(time.monotonic(), replica, frames, settings.keep_alive_s, ranks))
+        declarations.adopt(spec)

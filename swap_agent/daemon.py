@@ -21,6 +21,7 @@ from typing import Any
 from swap_agent import ranks as together
 from swap_agent.config import AgentConfig
 from swap_agent.control_plane import ControlPlane
+from swap_agent.declarations import Declarations
 from swap_agent.desk import void
 from swap_agent.devices import open_devices
 from swap_agent.engine import Engine, ModelSpec
@@ -59,6 +60,7 @@ class Agent:
         self.mirrors = MirrorStore()
         self.engines: dict[str, Engine] = {}
         self.specs: dict[str, ModelSpec] = {}
+        self.declarations = Declarations(self)
         self._control_plane = ControlPlane(self)
         self._memory_plane = MemoryPlane(self.config, self.engines, self.mirrors, self.post, self._rank_gone)
         self.usage_watch: UsageWatch
@@ -91,6 +93,8 @@ class Agent:
             self._memory_plane.open()
             await self._control_plane.open()
             watching = [asyncio.create_task(self._keep_books()), asyncio.create_task(self.usage_watch.run())]
+            if self.config.model_repositories:
+                watching.append(asyncio.create_task(self.declarations.watch()))
             if self.config.host_memory_bytes is not None:
                 watching.append(asyncio.create_task(self._measure()))
             try:
@@ -375,6 +379,10 @@ class Agent:
     def replica(self, name: str) -> Replica:
         """The policy's record of a replica. Raises KeyError."""
         return self.coordinator.inventory.replicas[name]
+
+    def in_use(self, replica: str) -> bool:
+        """Whether a Triton stub uses it."""
+        return self._control_plane.in_use(replica)
 
     async def changed(self) -> None:
         """Return at the next event but a tick."""

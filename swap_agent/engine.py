@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from swap_agent.config import ModelSettings
 from swap_agent.errors import Unavailable
 from swap_agent.memory.frames import FramePool
 from swap_agent.memory.space import SwapIn
 from swap_agent.rank import RankLink
+from swap_agent.settings import ModelSettings
 from swap_agent.supervisor import EngineProcess
 from swap_agent.wire import messages as wire
 from swap_agent.wire.framing import AsyncChannel
@@ -20,20 +20,23 @@ from swap_agent.wire.framing import AsyncChannel
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a Triton instance asks for: everything that makes an engine this engine and no other."""
+    """What a Triton instance asks for, and what its model declares."""
 
     replica: str
     version_dir: str
     model_json: str
     settings: ModelSettings
+    gpu: int | None = None
+    """The one device of an instance with KIND_GPU."""
+
+    @property
+    def model(self) -> str:
+        """Its name in the model repository."""
+        return self.replica.rpartition("/")[0]
 
     def needs_other_engine(self, other: ModelSpec) -> bool:
-        """Whether a running engine of `other` cannot serve this. KEEP_ALIVE is applied live."""
-        return (self.version_dir, self.model_json, self.settings.request_bytes) != (
-            other.version_dir,
-            other.model_json,
-            other.settings.request_bytes,
-        )
+        """Whether a running engine of `other` cannot serve this. Settings are applied live."""
+        return (self.version_dir, self.model_json) != (other.version_dir, other.model_json)
 
 
 @dataclass
@@ -47,6 +50,8 @@ class Engine:
     token: str = field(default_factory=lambda: secrets.token_hex(16))
     process: EngineProcess | None = None
     host: AsyncChannel[wire.FromStub | wire.FromHost] | None = None
+    queue_limits: wire.QueueLimits | None = None
+    """Those that the host was told last."""
     connected: dict[int, RankLink] = field(default_factory=dict)
     """Ranks that said hello; all of them once the engine is ready."""
     mirrors_wanted_bytes: int = 0

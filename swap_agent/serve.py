@@ -49,6 +49,8 @@ class ServeOptions:
     """None: the agent's default."""
     outside_grace: str | None
     """None: the agent's default."""
+    poll_interval: str
+    """How often the agent looks at the repository."""
     verify: bool
     """Weights are checked by checksums at every swap."""
     preempt: bool
@@ -210,6 +212,7 @@ class _Supervisor:
         command += [f"--host-memory={options.host_memory}"] if options.host_memory else []
         command += [f"--outside-allowance={options.outside_allowance}"] if options.outside_allowance else []
         command += [f"--outside-grace={options.outside_grace}"] if options.outside_grace else []
+        command += [f"--model-repository={options.model_repository}", f"--poll-interval={options.poll_interval}"]
         command += ["--verify"] if options.verify else []
         command += ["--preempt"] if options.preempt else []
         self._agent_starts_s.append(time.monotonic())

@@ -12,17 +12,6 @@ from swap_agent.errors import InvalidModel
 from swap_agent.wire.messages import Attach
 from triton_backend.paths import native
 
-_NOT_OURS = frozenset(
-    {
-        "REPORT_CUSTOM_METRICS",  # the stock backend's, without effect here yet
-        "ENABLE_VLLM_HEALTH_CHECK",  # likewise
-        "EXECUTION_ENV_PATH",  # Triton's Python backend's own
-        "FORCE_CPU_ONLY_INPUT_TENSORS",
-        "TRITON_BATCH_STRATEGY_PATH",
-    }
-)
-"""Keys of config.pbtxt's `parameters` that mean nothing to the agent."""
-
 
 def describe(args: Mapping[str, str]) -> Attach:
     """The `Attach` for the arguments of `TritonPythonModel.initialize`.
@@ -44,10 +33,19 @@ def describe(args: Mapping[str, str]) -> Attach:
         instance=_instance(name, args["model_instance_name"], config),
         version_dir=version_dir,
         model_json=model_json,
-        parameters={
-            key: value["string_value"] for key, value in config.get("parameters", {}).items() if key not in _NOT_OURS
-        },
+        parameters={key: value["string_value"] for key, value in config.get("parameters", {}).items()},
+        gpu=_gpu(args, config),
     )
+
+
+def _gpu(args: Mapping[str, str], config: Mapping[str, Any]) -> int | None:
+    """The device that an instance_group with KIND_GPU and `gpus` asks for.
+
+    Triton fills in all GPUs where config.pbtxt names none: one that is named alone was asked for, or is the only one.
+    """
+    named = [gpu for group in config.get("instance_group", []) for gpu in group.get("gpus", [])]
+    device = int(args["model_instance_device_id"])
+    return device if args["model_instance_kind"] == "GPU" and named == [device] else None
 
 
 def _read_model_json(name: str, version_dir: str) -> str:

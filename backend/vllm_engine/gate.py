@@ -40,6 +40,11 @@ class Gate:
         """True while requests go straight in."""
         return self._open
 
+    def limit(self, max_queue: int, queue_timeout_s: float) -> None:
+        """Bound the queue anew for requests that come from now on; those that wait keep the time they were given."""
+        self._max_queue = max_queue
+        self._queue_timeout_s = queue_timeout_s
+
     async def enter(self) -> None:
         """Return when the request may run. Raises Unavailable (full, too late), else what `refuse*` was given."""
         if self._refusal is not None:
@@ -55,7 +60,7 @@ class Gate:
             )
         loop = asyncio.get_running_loop()
         turn: asyncio.Future[None] = loop.create_future()
-        deadline = loop.call_later(self._queue_timeout_s, self._expire, turn)
+        deadline = loop.call_later(self._queue_timeout_s, self._expire, turn, self._queue_timeout_s)
         self._waiting[turn] = None
         self._on_change()
         try:
@@ -113,10 +118,9 @@ class Gate:
         self.in_flight += 1
         self._idle.clear()
 
-    def _expire(self, turn: asyncio.Future[None]) -> None:
+    def _expire(self, turn: asyncio.Future[None], waited_s: float) -> None:
         if not turn.done():
-            waited = f"{self._queue_timeout_s:g} s"
-            turn.set_exception(Unavailable(f"{self._name} was not swapped in within {waited}: try again later"))
+            turn.set_exception(Unavailable(f"{self._name} was not swapped in within {waited_s:g} s: try again later"))
 
 
 def _fresh(error: TritonSwapError) -> TritonSwapError:

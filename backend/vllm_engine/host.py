@@ -3,7 +3,7 @@
 One decision per message, in `Host._take`:
 1. Drain, wait: close the gate, answer Drained when nobody is inside.  Drain, no wait: refuse if somebody is inside.
 2. SwapOut, SwapIn: carried out one at a time; the gate is closed before and open after.
-3. RefuseWaiting: fail who waits at the gate.
+3. RefuseWaiting: fail who waits at the gate.  QueueLimits: for who comes from now on.
 4. Shutdown, SIGTERM, or the agent gone: refuse the rest, finish what runs (bounded), exit.
 """
 
@@ -194,6 +194,8 @@ class Host:
                 self._start(message.epoch, self._swap_in(message.epoch))
             case wire.RefuseWaiting():
                 self._gate.refuse_waiting(Refusal(message.code, message.message))
+            case wire.QueueLimits():
+                self._gate.limit(message.max_queue, message.queue_timeout_s)
             case _:
                 raise ProtocolError(f"{type(message).__name__} is out of place")
 

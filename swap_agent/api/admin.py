@@ -1,6 +1,7 @@
 """The admin API: HTTP/JSON on a Unix socket in the runtime directory and on a loopback port.
 
-GET /health, /v1/models, /v1/devices; POST /v1/models/{name}/load, /v1/models/{name}/unload (`?purge=1`), /v1/trim.
+GET /health, /v1/models, /v1/devices; POST /v1/models/{name}/load, /v1/models/{name}/unload (`?purge=1`),
+/v1/models/{name}/pin, /v1/models/{name}/unpin, /v1/trim.
 An error is `{"error": "one line"}` with status 400 (wrong), 403 (foreign page), 404 (no such model) or 503 (not now).
 """
 
@@ -31,6 +32,8 @@ async def start(agent: Agent) -> web.AppRunner:
             web.get("/v1/devices", _devices),
             web.post("/v1/models/{name}/load", _load),
             web.post("/v1/models/{name}/unload", _unload),
+            web.post("/v1/models/{name}/pin", _pin),
+            web.post("/v1/models/{name}/unpin", _unpin),
             web.post("/v1/trim", _trim),
         ]
     )
@@ -100,6 +103,18 @@ async def _unload(request: web.Request) -> web.Response:
         raise InvalidUsage(f"purge={purge}: write 0 or 1")
     for replica in _replicas_of(request):
         await request.app[_AGENT].unload(replica, purge=purge == "1")
+    return web.json_response({})
+
+
+async def _pin(request: web.Request) -> web.Response:
+    _replicas_of(request)
+    request.app[_AGENT].declarations.pin(request.match_info["name"], True)
+    return web.json_response({})
+
+
+async def _unpin(request: web.Request) -> web.Response:
+    _replicas_of(request)
+    request.app[_AGENT].declarations.pin(request.match_info["name"], False)
     return web.json_response({})
 
 

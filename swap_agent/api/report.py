@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 from swap_agent.daemon import Agent
 from swap_agent.policy.inventory import Replica
+from swap_agent.settings import ModelSettings
 from swap_agent.supervisor import private_bytes
 from swap_agent.usage import key_of, measure, residue_bytes
 
@@ -38,6 +41,10 @@ def _model(agent: Agent, replica: Replica) -> dict[str, Any]:
     ranks = engine.ranks if engine else []
     spec = agent.specs.get(replica.name)
     watch, key = agent.usage_watch.watch, key_of(engine) if engine else None
+    settings = spec.settings if spec else ModelSettings()
+    frame_bytes = next(iter(agent.pools.values())).device.frame_bytes
+    limits = agent.declarations.queue_limits(settings)
+    footprint_bytes = replica.footprint_frames * frame_bytes
     return {
         "name": replica.name,
         "state": replica.state.value,
@@ -54,8 +61,21 @@ def _model(agent: Agent, replica: Replica) -> dict[str, Any]:
         "idle_s": round(time.monotonic() - replica.idle_since_s, 3) if replica.idle and process else 0.0,
         "engine_pid": process.pid if process else None,
         "failure": replica.failure,
-        "request_bytes": spec.settings.request_bytes if spec else None,
-        "keep_alive_s": replica.keep_alive_s,
+        "request_bytes": settings.request_bytes,
+        "request_share": _share(agent, settings.request_bytes),
+        "limit_bytes": settings.cap_bytes,
+        "limit_share": _share(agent, settings.cap_bytes),
+        "footprint_bytes": footprint_bytes,
+        "footprint_share": _share(agent, footprint_bytes or None, math.ceil),  # as a request it suffices
+        "keep_alive_s": settings.keep_alive_s,
+        "priority": settings.priority,
+        "pinned": agent.declarations.pinned(spec) if spec else False,
+        "min_residency_s": settings.min_residency_s,
+        "max_queue": limits.max_queue,
+        "queue_timeout_s": limits.queue_timeout_s,
+        "allowed_devices": list(agent.declarations.allowed(spec)) if spec else [],
+        "config_error": agent.declarations.errors.get(spec.model, "") if spec else "",
+        "config_note": agent.declarations.note(spec) if spec else "",
         "weights_bytes": sum(rank.weights_bytes for rank in ranks),
         "state_bytes": sum(rank.state_bytes for rank in ranks),
         "kv_bytes": sum(rank.space.region_bytes("kv") for rank in ranks),
@@ -63,6 +83,12 @@ def _model(agent: Agent, replica: Replica) -> dict[str, Any]:
         "swaps_out": engine.swaps_out if engine else 0,
         "last_swap_in": dataclasses.asdict(engine.last_swap_in) if engine and engine.last_swap_in else None,
     }
+
+
+def _share(agent: Agent, size: int | None, rounded: Callable[[float], int] = round) -> float | None:
+    """Of the device that shares in config.pbtxt are of, in thousandths."""
+    device = next(iter(agent.pools.values())).device
+    return None if size is None else rounded(size * 1000 / (device.total_frames * device.frame_bytes)) / 1000
 
 
 def _mirror_bytes(agent: Agent, replica: str) -> int:

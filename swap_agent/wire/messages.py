@@ -44,7 +44,9 @@ class Attach(Message, frozen=True):
     model_json: str
     """Content of `model.json`: vLLM engine arguments."""
     parameters: dict[str, str]
-    """`parameters` of config.pbtxt, string values, without the keys known to be others' (docs/design.md)."""
+    """`parameters` of config.pbtxt as Triton read it, string values."""
+    gpu: int | None = None
+    """The one device on which an instance with KIND_GPU has to be; None: any."""
 
 
 class Attached(Message, frozen=True):
@@ -189,6 +191,13 @@ class RefuseWaiting(Message, frozen=True):
 
     code: Code
     message: str
+
+
+class QueueLimits(Message, frozen=True):
+    """The limits of `HostWelcome` have changed, for requests that come from now on."""
+
+    max_queue: int
+    queue_timeout_s: float
 
 
 class Shutdown(Message, frozen=True):
@@ -402,7 +411,7 @@ FromHost = (
     HostHello | HostReady | HostFailed | Report | Drained | DrainRefused | SwappedOut | SwappedIn | SwapInFailed
     | OrderFailed
 )  # fmt: skip
-ToHost = HostWelcome | Drain | SwapOut | SwapIn | RefuseWaiting | Shutdown | Refused
+ToHost = HostWelcome | Drain | SwapOut | SwapIn | RefuseWaiting | QueueLimits | Shutdown | Refused
 FromRank = RankHello | Recall | Reserve | Restore | Loaded | RankFailed | Mapped | MapFailed | Unmapped
 ToRank = RankWelcome | Recalled | Grant | Mirrored | Filled | Refused
 StubToEngine = Submit | Embed | Abort

@@ -1,4 +1,7 @@
-"""A real agent with scripted engines, a process of its own, to be killed: python agent_process.py RUNTIME_DIR FRAMES"""
+"""A real agent with scripted engines and its admin API, a process of its own, to be killed.
+
+python agent_process.py RUNTIME_DIR FRAMES [MODEL_REPOSITORY]
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 
 from devices import spec
 
+from swap_agent.api import admin
 from swap_agent.config import AgentConfig, RuntimeDir
 from swap_agent.daemon import Agent
 
@@ -17,7 +21,12 @@ ENGINE = (sys.executable, str(Path(__file__).with_name("scripted_engine.py")))
 async def main() -> None:
     device = spec(int(sys.argv[2]))
     runtime = RuntimeDir(Path(sys.argv[1]))
-    async with Agent(AgentConfig(runtime, device, engine_command=ENGINE, drain_timeout_s=1)).started():
+    repositories = tuple(Path(path) for path in sys.argv[3:])
+    agent = Agent(
+        AgentConfig(runtime, device, port=0, model_repositories=repositories, engine_command=ENGINE, drain_timeout_s=1)
+    )
+    async with agent.started():
+        await admin.start(agent)
         print("ready", flush=True)
         await asyncio.Event().wait()
 

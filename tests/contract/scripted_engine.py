@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -21,13 +22,15 @@ import subprocess
 import sys
 import threading
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from swap_agent.errors import PeerGone
 from swap_agent.memory import mapping
 from swap_agent.wire import messages as wire
-from swap_agent.wire.framing import AsyncChannel, Channel
+from swap_agent.wire.framing import DATA_LIMIT_BYTES, AsyncChannel, Channel, listen
 from vllm_engine.addresses import Addresses, CudaAddresses, HostAddresses
 
 
@@ -280,6 +283,28 @@ async def in_all(ranks: list[Any], order: str, arguments: list[tuple[Any, ...]])
     return await asyncio.gather(*calls)
 
 
+async def serve_requests(
+    agent: AsyncChannel[wire.ToHost], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
+    """Answer each prompt, a number of seconds, with itself after that time."""
+    channel = AsyncChannel(reader, writer, wire.StubToEngine, DATA_LIMIT_BYTES)
+    running: dict[int, asyncio.Task[None]] = {}
+
+    async def answer(submit: wire.Submit) -> None:
+        await asyncio.sleep(float(submit.prompt))
+        del running[submit.id]
+        agent.send(wire.Report(len(running), 0, 0))
+        sequence = wire.Sequence(submit.prompt, "stop", 1)
+        channel.send(wire.Step([wire.Output(submit.id, [sequence], 1, finished=True)]))
+
+    with contextlib.suppress(PeerGone):
+        while True:
+            message = await channel.receive()
+            assert isinstance(message, wire.Submit), message
+            running[message.id] = asyncio.create_task(answer(message))
+            agent.send(wire.Report(len(running), 0, 0))
+
+
 async def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("--runtime-dir", "--replica", "--token", "--as-rank"):
@@ -303,6 +328,10 @@ async def main() -> None:
     ranks = await start_ranks(welcome, options.replica, options.token, model)
     if "garbage" in faults:
         agent._writer.write(b"\xff\xff\xff\xff")
+    server = await asyncio.start_unix_server(
+        lambda reader, writer: serve_requests(agent, reader, writer), sock=listen(Path(welcome.engine_socket))
+    )
+    print("limits at first:", welcome.max_queue, welcome.queue_timeout_s, flush=True)
     agent.send(wire.HostReady(1024))
     while True:
         message = await agent.receive()
@@ -319,11 +348,14 @@ async def main() -> None:
                 undone = await in_all(ranks, "swap_in", [(epoch,) for _ in ranks])
                 assert all(undone) or not any(undone), undone
                 agent.send(wire.SwapInFailed(epoch, undone[0]) if undone[0] else wire.SwappedIn(epoch))
+            case wire.QueueLimits():
+                print("told to limit:", message.max_queue, message.queue_timeout_s, flush=True)
             case wire.RefuseWaiting():
                 print("told to refuse:", message.message, flush=True)
             case wire.Shutdown():
                 print("told to stop:", message.message, flush=True)
                 await asyncio.sleep(model.get("lingers", 0))
+                server.close()
                 return
 
 

@@ -253,15 +253,15 @@ async def test_what_cannot_work_is_refused_in_one_line(agent: Agent, options: di
     assert good.report["state"] == "RESIDENT", "nobody else pays"
 
 
-async def test_parameters_of_later_versions_are_refused_by_name(agent: Agent) -> None:
+async def test_parameters_that_mean_nothing_are_refused_by_name(agent: Agent) -> None:
     stub = await Stub.connect(agent, "a")
     for key, words in {
-        "GPU_MEMORY_LIMIT": "not supported yet",
-        "PRIORITY": "not supported yet",
+        "PRESERVE_KV": "not supported yet",
+        "PRIORITY": "'high' is not a whole number",
         "GPU_MEMORY_REQUST": "did you mean GPU_MEMORY_REQUEST?",
         "KEEPALIVE": "did you mean KEEP_ALIVE?",
     }.items():
-        stub.channel.send(wire.Attach("a", "1", 0, "/nowhere", "{}", {key: "1"}))
+        stub.channel.send(wire.Attach("a", "1", 0, "/nowhere", "{}", {key: "high"}))
         answer = await stub.channel.receive()
         assert isinstance(answer, wire.Refused) and key in answer.message and words in answer.message
 

@@ -75,7 +75,14 @@ def test_a_load_tells_the_agent_what_the_model_is(world: World) -> None:
     assert world.triton.load("described").is_success
     version_dir = str(world.models / "described" / "1")
     assert world.agent.seen.attached == [
-        Attach("described", "1", 0, version_dir, '{"model": "modèle"}', {"GPU_MEMORY_REQUEST": "35%"})
+        Attach(
+            "described",
+            "1",
+            0,
+            version_dir,
+            '{"model": "modèle"}',
+            {"GPU_MEMORY_REQUEST": "35%", "REPORT_CUSTOM_METRICS": "true"},
+        )
     ]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
+import time
 
 from scene import QWEN, SMOLLM, until
 
@@ -33,11 +35,16 @@ async def test_a_parked_model_is_warm(server: Server, client: Client, prompts: d
 async def test_the_idle_timer_parks_and_a_request_brings_back(
     server: Server, client: Client, prompts: dict[str, Prompts]
 ) -> None:
+    await client.stream(SMOLLM, prompts[SMOLLM].next(32), 1)
+    pid = server.model(SMOLLM)["engine_pid"]
+    running = asyncio.create_task(client.stream(SMOLLM, prompts[SMOLLM].next(32), 64))
+    await until(lambda: server.model(SMOLLM)["in_flight"] == 1)
     server.set_keep_alive(SMOLLM, "1s")
     try:
-        await client.load(SMOLLM)  # Triton reads the changed config.pbtxt; the engine stays
-        pid = server.model(SMOLLM)["engine_pid"]
-        await client.stream(SMOLLM, prompts[SMOLLM].next(32), 4)
+        edited_s = time.monotonic()
+        await until(lambda: server.model(SMOLLM)["keep_alive_s"] == 1)
+        assert time.monotonic() - edited_s < 2, "one poll interval, on busy cores"
+        assert (await running).output_tokens == 64
         await until(lambda: server.model(SMOLLM)["state"] == "SWAPPED")
         assert server.model(SMOLLM)["device_bytes"] == 0
         answer = await client.generate_stream(SMOLLM, prompts[SMOLLM].next(32), 4)

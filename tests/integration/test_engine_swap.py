@@ -309,6 +309,12 @@ def test_a_request_for_a_swapped_out_model_waits_and_is_answered(
         "UNAVAILABLE",
         "tiny/1#0 is swapped out and 4 requests wait for it already, the most allowed: try again later",
     )
+    agent.host.send(wire.QueueLimits(5, 0.1))
+    time.sleep(0.5)  # another socket than that of requests
+    late = stub.submit(PROMPTS[0], GREEDY)
+    (expired,) = stub.items(late)
+    assert expired == wire.Failed(late, "UNAVAILABLE", "tiny/1#0 was not swapped in within 0.1 s: try again later")
+    agent.host.send(wire.QueueLimits(4, 60))
     agent.swap_in(epoch())
     answers = [text(list(stub.items(request))) for request in requests[:4]]
     assert all(len(answer.split()) == 64 for answer in answers)  # run as one batch: other roundings than one by one

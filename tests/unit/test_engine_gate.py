@@ -82,6 +82,21 @@ async def test_a_missed_deadline_refuses_in_words_and_leaves_nothing_behind() ->
     assert gate.seen[-1] == (0, 0)
 
 
+async def test_new_limits_count_for_requests_that_come_later() -> None:
+    gate = Watched(max_queue=3, queue_timeout_s=0.2)
+    earlier = await waiters(gate, 2)
+    gate.limit(max_queue=2, queue_timeout_s=0.01)
+    with pytest.raises(Unavailable, match="2 requests wait for it already"):
+        await gate.enter()
+    assert gate.waiting == 2, "those that wait go on waiting"
+    gate.limit(max_queue=3, queue_timeout_s=0.01)
+    with pytest.raises(Unavailable, match=r"not swapped in within 0.01 s"):
+        await gate.enter()
+    assert gate.waiting == 2 and not any(task.done() for task in earlier)
+    results = await asyncio.gather(*earlier, return_exceptions=True)
+    assert all("within 0.2 s" in str(result) for result in results), "they keep the time that they were given"
+
+
 async def test_cancelling_a_waiter_leaves_nothing_behind() -> None:
     gate = Watched()
     first, second = await waiters(gate, 2)

@@ -27,10 +27,10 @@ def arguments(
     }
 
 
-def test_only_parameters_that_concern_the_agent_are_passed_on(tmp_path: Path) -> None:
-    keys = ("GPU_MEMORY_REQUEST", "GPU_MEMORY_REQEST", "REPORT_CUSTOM_METRICS", "ENABLE_VLLM_HEALTH_CHECK")
+def test_parameters_are_passed_on_as_triton_read_them(tmp_path: Path) -> None:
+    keys = ("GPU_MEMORY_REQUEST", "GPU_MEMORY_REQEST", "REPORT_CUSTOM_METRICS")
     attach = describe(arguments(tmp_path / "m", parameters={key: {"string_value": "1"} for key in keys}))
-    assert attach.parameters == {"GPU_MEMORY_REQUEST": "1", "GPU_MEMORY_REQEST": "1"}
+    assert attach.parameters == dict.fromkeys(keys, "1")
     assert (attach.model, attach.version, attach.version_dir) == ("m", "1", str(tmp_path / "m" / "1"))
 
 
@@ -62,6 +62,22 @@ def test_kind_gpu_means_one_gpu(tmp_path: Path, key: str) -> None:
     with pytest.raises(InvalidModel, match="please specify KIND_MODEL"):
         describe(arguments(tmp_path / "gpu", kind="GPU", model_json=model_json))
     assert describe(arguments(tmp_path / "model", kind="MODEL", model_json=model_json)).model_json == model_json
+
+
+@pytest.mark.parametrize(
+    ("kind", "device", "groups", "gpu"),
+    [
+        ("GPU", "1", [{"kind": "KIND_GPU", "count": 1, "gpus": [1]}], 1),
+        ("GPU", "0", [{"kind": "KIND_GPU", "count": 1}], None),
+        ("MODEL", "0", [{"kind": "KIND_MODEL", "count": 1}], None),
+        ("CPU", "0", [{"kind": "KIND_CPU", "count": 1}], None),
+    ],
+)
+def test_kind_gpu_with_a_gpu_is_a_constraint(
+    tmp_path: Path, kind: str, device: str, groups: list[dict[str, Any]], gpu: int | None
+) -> None:
+    given = arguments(tmp_path / "m", kind=kind, instance_group=groups) | {"model_instance_device_id": device}
+    assert describe(given).gpu == gpu
 
 
 def test_a_config_that_is_not_decoupled_is_refused(tmp_path: Path) -> None:
