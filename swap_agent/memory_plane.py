@@ -128,7 +128,7 @@ class MemoryPlane:
         link = engine.connected[number] = RankLink(
             channel,
             RankSpace(hello.replica, pool, verify=self._config.verify),
-            want_frames=lambda frames: self._want_frames(engine, number, frames),
+            want_frames=lambda frames, region: self._want_frames(engine, number, frames, region),
             want_host_memory=lambda size: self._want_host_memory(engine, size),
             on_failure=lambda reason: engine.fail(f"model {hello.replica}: {reason}"),
             on_gone=lambda: self._gone(engine, number),
@@ -145,12 +145,12 @@ class MemoryPlane:
 
     # --- questions, on a rank's thread --------------------------------------------------------------------------------
 
-    def _want_frames(self, engine: Engine, rank: int, frames: int) -> None:
+    def _want_frames(self, engine: Engine, rank: int, frames: int, region: wire.Region) -> None:
         """Wait until the policy grants. Raises Unavailable."""
 
         def ask(answer: Answer) -> ev.Event:
             self._frames_asked[engine.spec.replica, rank] = answer
-            return ev.FramesWanted(time.monotonic(), engine.spec.replica, frames, rank)
+            return ev.FramesWanted(time.monotonic(), engine.spec.replica, frames, rank, region == "kv")
 
         self._ask(engine, ask)
 

@@ -44,7 +44,7 @@ class RankLink:
         self,
         channel: Channel[wire.FromRank],
         space: RankSpace,
-        want_frames: Callable[[int], None],
+        want_frames: Callable[[int, wire.Region], None],
         want_host_memory: Callable[[int], None],
         on_failure: Callable[[str], None],
         on_gone: Callable[[], None],
@@ -69,7 +69,7 @@ class RankLink:
     def serve(self) -> None:
         """Read until the rank is gone.
 
-        `want_frames(count)` and `want_host_memory(bytes)` return when the policy grants or raise what it says.
+        `want_frames(count, region)` and `want_host_memory(bytes)` return when the policy grants or raise what it says.
         """
         try:
             while True:
@@ -102,7 +102,7 @@ class RankLink:
 
     def _reserve(self, message: wire.Reserve) -> None:
         try:
-            self._want_frames(message.frames)
+            self._want_frames(message.frames, message.region)
             frames = self.space.reserve(message.region, message.frames)
             self._send_grants(0, message.region, frames)
         except PeerGone:

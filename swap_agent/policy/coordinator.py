@@ -154,6 +154,8 @@ class Coordinator:
             self._actions.append(ev.RefuseFrames(replica.name, f"{replica.name} is {replica.state.value}", rank))
             return
         replica.footprints[rank] = replica.footprints.get(rank, 0) + event.frames
+        if event.discardable:
+            replica.discardable_frames = max(replica.discardable_frames, event.frames)
         self._growth[replica.name, rank] = event.frames
 
     def _host_memory_wanted(self, replica: Replica, event: ev.HostMemoryWanted) -> None:
@@ -245,6 +247,7 @@ class Coordinator:
             self._starting = ""
         replica.left_s = event.now_s
         replica.footprints = {}
+        replica.discardable_frames = 0
         replica.reserved_frames = replica.in_flight = replica.waiting = replica.host_bytes = 0
         for mirror in self.inventory.mirrors.values():
             if replica.name in {name for name, _ in mirror.users}:
@@ -473,12 +476,13 @@ class Coordinator:
             if coming >= frames:
                 continue
             victims, later_s = eviction.victims(on_device, who, queue, now_s, self._regret)
-            for victim in victims:
+            for victim, its_frames in victims:
                 if coming >= frames:
                     break
                 left = keeps.get(victim.name, victim.reserved_frames)
                 # What is reserved beyond the footprint is no memory that could be kept.
-                keeps[victim.name] = min(victim.footprint_frames, max(0, left - (frames - coming)))
+                keep = max(0, left - min(its_frames, frames - coming))
+                keeps[victim.name] = min(victim.footprint_frames, keep)
                 coming += left - keeps[victim.name]
             if coming < frames:
                 enough = False
@@ -505,7 +509,7 @@ class Coordinator:
         """Frames that are free, coming, or held by models that could be asked for them now."""
         on_device = self.inventory.on(device)
         victims, _ = eviction.victims(on_device, who, (), now_s, self._regret)
-        held = sum(victim.reserved_frames for victim in victims)
+        held = sum(frames for _, frames in victims)
         return self.inventory.free_frames(device) + eviction.coming_frames(on_device) + held
 
     # --- 5. host memory -----------------------------------------------------------------------------------------------

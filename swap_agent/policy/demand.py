@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-BURST_S = 60.0
-"""Requests of the last minute or so tell whether a burst is on."""
+BURST_S = 300.0
+"""Requests of the last minutes tell whether a burst is on."""
 HABIT_S = 3600.0
 """Requests of the last hour or so tell how popular a model is."""
 

@@ -76,6 +76,8 @@ class FramesWanted(Event):
     name: str
     frames: int
     rank: int = 0
+    discardable: bool = False
+    """What they hold need not come back after a swap, as the KV cache."""
 
 
 @dataclass(frozen=True)

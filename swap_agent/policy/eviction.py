@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from swap_agent.policy.inventory import Replica
 from swap_agent.policy.lifecycle import State
@@ -13,22 +14,47 @@ LEAVING = frozenset({State.DRAINING, State.SWAPPING_OUT})
 LEAST_IDLE_S = 0.1
 """A model that was just activated is given so long to get its first request, one in use so long until its next."""
 
-Regret = Callable[[Replica, float], float]
-"""What taking one frame of an idle replica is expected to cost, at a time; only the order counts."""
+FIXED_FRAMES = 16
+"""What a swap-in costs beside the frames that it copies (pause, map, resume), as so many frames' copy."""
 
 
-def expected_regret(replica: Replica, now_s: float) -> float:
-    """The rate at which it is asked for.
+class Slice(NamedTuple):
+    """A part of what a replica holds."""
 
-    A frame taken costs its way back, which is as long for every model since only what is taken has to come back, times
-    the chance that the model is asked for again soon. That chance grows with the rate, so that the rate is the order.
+    regret: float
+    """What taking a frame of it is expected to cost; only the order counts."""
+    frames: int
+    """Of each of its devices."""
+
+
+Regret = Callable[[Replica, float], list[Slice]]
+"""What an idle replica holds, in the order in which it loses it, with what that is expected to cost, at a time."""
+
+
+def expected_regret(replica: Replica, now_s: float) -> list[Slice]:
+    """The rate at which it is asked for, times the square of how long its next request then waits, per frame taken.
+
+    The KV cache goes first, and nothing of it has to come back: what that costs is that the model is not resident any
+    more. Weights have to be copied. Squared, since one long wait is worse than many short ones.
     """
-    return replica.demand.rate(now_s)
+    rate = replica.demand.rate(now_s)
+    weights = max(0, replica.footprint_frames - replica.discardable_frames)
+    held = min(weights, replica.reserved_frames)
+    discardable = replica.reserved_frames - held
+    present = FIXED_FRAMES + weights - held
+    slices = []
+    if discardable:
+        cost = present**2 if replica.state is State.RESIDENT else 0
+        slices.append(Slice(rate * cost / discardable, discardable))
+    if held:
+        cost = (present + held) ** 2 - (0 if replica.state is State.RESIDENT and not discardable else present**2)
+        slices.append(Slice(rate * cost / held, held))
+    return slices
 
 
-def least_recently_used(replica: Replica, now_s: float) -> float:
-    """Plain LRU, to compare with: whoever has been idle for longest goes first."""
-    return replica.idle_since_s
+def least_recently_used(replica: Replica, now_s: float) -> list[Slice]:
+    """Plain LRU, to compare with: whoever has been idle for longest goes first, as far as needed."""
+    return [Slice(replica.idle_since_s, replica.reserved_frames)]
 
 
 def may_leave_s(replica: Replica) -> float:
@@ -44,15 +70,16 @@ def may_leave_s(replica: Replica) -> float:
 
 def victims(
     replicas: Iterable[Replica], who: Replica, queue: Sequence[str], now_s: float, regret: Regret
-) -> tuple[list[Replica], float]:
-    """Whose frames `who` may have now, in order; and when more of them may leave (infinite: at no known time).
+) -> tuple[list[tuple[Replica, int]], float]:
+    """Who may be asked now for how many of his frames, in order; and when more may leave (infinite: at no known time).
 
-    1. Idle models, resident or not, by priority, then by regret, then least recently used first.
+    1. What idle models hold, resident or not, by priority, then by regret, then least recently used first. One may come
+       twice, with a part of its frames each.
     2. Models that wait as well, the last in the queue first: they cannot run yet.
     3. Busy models whose turn is over, by priority, then the one resident longest first.
     Pinned models only while they are parked anyway.
     """
-    idle: list[Replica] = []
+    idle: list[tuple[int, float, float, Replica, int]] = []
     waiting: list[Replica] = []
     busy: list[Replica] = []
     later_s = float("inf")
@@ -65,18 +92,23 @@ def victims(
             leaves_s = may_leave_s(replica)
             if leaves_s > now_s:
                 later_s = min(later_s, leaves_s)
-            elif replica.idle:
-                idle.append(replica)
-            else:
+                continue
+            if not replica.idle:
                 busy.append(replica)
-        elif replica.state is State.SWAPPED and not replica.stopping:
-            (waiting if replica.activation_wanted else idle).append(replica)
-    idle.sort(key=lambda r: (r.priority, regret(r, now_s), r.idle_since_s))
+                continue
+        elif replica.state is not State.SWAPPED or replica.stopping:
+            continue
+        elif replica.activation_wanted:
+            waiting.append(replica)
+            continue
+        for each in regret(replica, now_s):
+            idle.append((replica.priority, each.regret, replica.idle_since_s, replica, each.frames))
+    idle.sort(key=lambda entry: entry[:3])
     if len(waiting) > 1:
         places = {name: place for place, name in enumerate(queue)}
         waiting.sort(key=lambda r: places.get(r.name, len(places)), reverse=True)
     busy.sort(key=lambda r: (r.priority, r.resident_since_s))
-    return idle + waiting + busy, later_s
+    return [(r, frames) for *_, r, frames in idle] + [(r, r.reserved_frames) for r in waiting + busy], later_s
 
 
 def coming_frames(replicas: Iterable[Replica]) -> int:

@@ -46,6 +46,8 @@ class Replica:
     """Frames of each device that stay its own when it is SWAPPED, as last decided."""
     footprints: dict[int, int] = field(default_factory=dict)
     """Frames that the regions of each rank take, summed up while the engine starts."""
+    discardable_frames: int = 0
+    """Those of them that go first, and whose contents need not come back: the KV cache."""
     host_bytes: int = 0
     """Host memory of its engine's processes and what else is its own, as last measured; a `Mirror` counts by itself."""
     in_flight: int = 0

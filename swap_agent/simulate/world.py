@@ -253,10 +253,10 @@ class World:
         self._count_time(host, -1)
         self._want(host, host.weights_frames)
 
-    def _want(self, host: Host, frames: int) -> None:
+    def _want(self, host: Host, frames: int, *, discardable: bool = False) -> None:
         host.ungranted = len(host.devices)
         for rank in range(len(host.devices)):
-            self._events.append(ev.FramesWanted(self.now_s, host.name, frames, rank))
+            self._events.append(ev.FramesWanted(self.now_s, host.name, frames, rank, discardable))
 
     def _granted(self, host: Host, rank: int, frames: int) -> None:
         self._take(host, host.devices[rank], frames)
@@ -267,7 +267,7 @@ class World:
         if host.held == host.need:
             self._at(self.now_s + host.model.engine_start, self._engine_ready, host)
         else:
-            self._want(host, host.kv_frames)
+            self._want(host, host.kv_frames, discardable=True)
 
     def _engine_ready(self, host: Host) -> None:
         self._open(host)
