@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 from swap_agent.policy.inventory import Replica
 from swap_agent.policy.lifecycle import State
@@ -43,9 +43,11 @@ def may_leave_s(replica: Replica) -> float:
 
 
 def victims(
-    replicas: Iterable[Replica], who: Replica, queue: Sequence[str], now_s: float, regret: Regret
+    replicas: Iterable[Replica], who: Replica, places: Mapping[str, int], now_s: float, regret: Regret
 ) -> tuple[list[Replica], float]:
     """Whose frames `who` may have now, in order; and when more of them may leave (infinite: at no known time).
+
+    `places` are those in the queue.
 
     1. Idle models, resident or not, by priority, then by regret, then least recently used first.
     2. Models that wait as well, the last in the queue first: they cannot run yet.
@@ -72,9 +74,7 @@ def victims(
         elif replica.state is State.SWAPPED and not replica.stopping:
             (waiting if replica.activation_wanted else idle).append(replica)
     idle.sort(key=lambda r: (r.priority, regret(r, now_s), r.idle_since_s))
-    if len(waiting) > 1:
-        places = {name: place for place, name in enumerate(queue)}
-        waiting.sort(key=lambda r: places.get(r.name, len(places)), reverse=True)
+    waiting.sort(key=lambda r: places.get(r.name, 0), reverse=True)
     busy.sort(key=lambda r: (r.priority, r.resident_since_s))
     return idle + waiting + busy, later_s
 
