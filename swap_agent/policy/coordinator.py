@@ -128,7 +128,7 @@ class Coordinator:
         if replica.activation_wanted and replica.state in _QUEUES:
             if replica.name in self.inventory.replicas:
                 self._queue.enter(replica, event.now_s)
-            return replica.devices or before
+            return replica.devices or before or self._targets.get(name, ())
         self._queue.leave(replica)
         return (*(replica.devices or before), *self._targets.pop(name, ()))
 
@@ -396,7 +396,9 @@ class Coordinator:
         for replica in self._queue.sorted([*concerned, starter] if starter else concerned):
             if replica.state in LEAVING or replica.stopping:  # 3
                 continue
-            if replica is starter:  # 4
+            if replica is starter and self._waits_on(replica, touched):  # 7
+                blocked.update(self._targets[replica.name])
+            elif replica is starter:  # 4
                 for other in self._queue.ahead_of(replica):
                     if other.state is State.SWAPPED and not other.stopping:
                         blocked.update(other.devices)
@@ -405,6 +407,13 @@ class Coordinator:
                 blocked.update(replica.devices)
             else:
                 self._activate(replica, blocked, touched, now_s)
+
+    def _waits_on(self, starter: Replica, touched: set[str]) -> bool:
+        """Whether room is being made for it already, and none of the `touched` devices has to do with it."""
+        if starter.name not in self._targets or not touched.isdisjoint(self._targets[starter.name]):
+            return False
+        missing = starter.missing_frames
+        return not any(self.inventory.free_frames(device) >= missing for device in touched)
 
     def _waiting_on(self, devices: Iterable[str]) -> list[Replica]:
         return [replica for device in devices for replica in self.inventory.on(device) if replica.name in self._queue]
@@ -427,7 +436,7 @@ class Coordinator:
         if len(fitting) >= replica.ranks:  # 6
             chosen = placement.fullest_first(replica, fitting, inventory)[: replica.ranks]
             self._queue.leave(replica)
-            touched.update(old_target)
+            touched.update(old_target, chosen)
             self._admit(replica, chosen, now_s)
             return
         target = replica.devices or old_target  # 7
