@@ -1,5 +1,5 @@
-"""`make bench`: swap-in bandwidth, time to first token, the cost of the path and of swappable weights, a load test, and
-engines restored from their mirrors.
+"""`make bench`: swap-in bandwidth, time to first token, the cost of the path and of swappable weights, a load test,
+engines restored from their mirrors, and the policy's decisions.
 
 Every ratio is between figures of this one run. Writes out/bench.json and out/locust.json, prints tables.
 """
@@ -21,7 +21,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from loadtest import bandwidth, load, models, overhead, restore
+from loadtest import bandwidth, decisions, load, models, overhead, restore
 from loadtest.baseline import BaselineFailed
 from loadtest.clients import Client, RequestFailed
 from loadtest.measure import PROMPT_TOKENS, NotAsExpected, Row, Ttft, print_rows
@@ -72,6 +72,9 @@ def _run(console: Console) -> dict[str, Any]:
     with Steps(console, "plain vLLM", 2) as step:
         costs += overhead.without_server(OVERHEAD_MODEL, kv_bytes, OUT, step)
     _print_costs(console, costs)
+    with Steps(console, "decisions", decisions.STEPS) as step:
+        decided = decisions.measure(step)
+    _print_decisions(console, decided)
     return {
         "machine": machine,
         "swap_in": [speed.as_json() for speed in speeds],
@@ -85,6 +88,7 @@ def _run(console: Console) -> dict[str, Any]:
             "ratios": overhead.ratios(costs),
         },
         "locust": loaded,
+        "decisions": decided.as_json(),
     }
 
 
@@ -167,6 +171,19 @@ def _print_costs(console: Console, costs: list[overhead.Cost]) -> None:
             f"{row['ttft_added_s'] * 1e3:+.1f} ms ({row['ttft_ratio']:.2f}x)",
             f"{row['throughput_ratio']:.2f}x",
         )
+    console.print(table)
+
+
+def _print_decisions(console: Console, decided: decisions.Decisions) -> None:
+    console.print(f"{decisions.MODELS} models on {decisions.DEVICES} devices, {decided.waiting:.0f} of them waiting")
+    table = Table("decisions", "median", "99 %", "longest", "report of a resident model", box=None)
+    table.add_row(
+        str(decided.events),
+        f"{decided.p50_ms:.2f} ms",
+        f"{decided.p99_ms:.2f} ms",
+        f"{decided.max_ms:.1f} ms",
+        f"{decided.report_us:.1f} µs",
+    )
     console.print(table)
 
 

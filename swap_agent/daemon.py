@@ -143,6 +143,11 @@ class Agent:
 
     def _audit(self) -> None:
         """Compare the policy's books with the pools', which own the truth; repair the former. A violation is a bug."""
+        try:
+            self.coordinator.inventory.check_integrity()
+        except BooksDoNotBalance:
+            log.exception("the books do not balance")
+            self.books_violations += 1
         for replica in self.coordinator.inventory.replicas.values():
             engine = self.engines.get(replica.name)
             if engine and engine.clearing:
@@ -172,7 +177,7 @@ class Agent:
             for action in self.coordinator.on_event(event):
                 log.debug("%s", action)
                 self._perform(action)
-            self.coordinator.inventory.check_integrity()
+            self.coordinator.check_books()
         except BooksDoNotBalance:
             log.exception("after %s the books do not balance", event)
             self.books_violations += 1

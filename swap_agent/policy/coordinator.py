@@ -25,6 +25,9 @@ from swap_agent.policy.queue import Queue
 _QUEUES = frozenset({State.COLD, State.FAILED, State.SWAPPED, *LEAVING})
 """States in which a replica that somebody wants waits in the queue."""
 
+_HOST_MEMORY = (ev.HostMemoryWanted, ev.HostMemoryMeasured, ev.MirrorKept, ev.MirrorDropped, ev.EngineExited)
+"""What is said about host memory; nothing else makes it short."""
+
 _LOOK_AGAIN_S = 1.0
 """Whoever waits for room on a device looks at least this often whether there is some."""
 
@@ -65,6 +68,10 @@ class Coordinator:
         """A heap: when to look again whether somebody may leave a device that others wait for."""
         self._alarm_s: dict[str, float] = {}
         """The earliest alarm of each device."""
+        self._mirrors_changed = False
+        """One may have lost its last user or owner."""
+        self._touched: set[str] = set()
+        """Devices on which the last event may have changed something."""
         self._actions: list[ev.Action] = []
 
     @property
@@ -72,6 +79,11 @@ class Coordinator:
         """When time alone will change something; infinite: not without an event. A Tick before does no harm."""
         expiry = self._expiries[0][0] if self._expiries else float("inf")
         return min(expiry, self._alarms[0][0]) if self._alarms else expiry
+
+    @property
+    def waiting(self) -> list[str]:
+        """Who waits for activation, in order."""
+        return self._queue.names
 
     def on_event(self, event: ev.Event) -> list[ev.Action]:
         """Take note of `event`, decide, and return the orders that follow, to be carried out in this order.
@@ -93,10 +105,20 @@ class Coordinator:
             self._alarm_s.pop(device, None)
             touched.add(device)
         self._serve_queue(touched, now_s)
-        if not isinstance(event, (ev.LoadReported, ev.Tick)) or self._host_memory.short:
+        self._touched = touched
+        if self._host_memory.short or isinstance(event, _HOST_MEMORY):
             self._fit_host_memory(now_s)
+        if self._mirrors_changed:
             self._drop_mirrors()
         return self._actions
+
+    def check_books(self) -> None:
+        """Check the books where the last event may have changed them. Raises BooksDoNotBalance."""
+        for action in self._actions:
+            if replica := self.inventory.replicas.get(action.name):  # else it is a mirror
+                self._touched.update(replica.devices)
+        for device in self._touched:
+            self.inventory.check_device(device)
 
     # --- 1. notes -----------------------------------------------------------------------------------------------------
 
@@ -113,7 +135,7 @@ class Coordinator:
         if replica.activation_wanted and replica.state in _QUEUES:
             if replica.name in self.inventory.replicas:
                 self._queue.enter(replica, event.now_s)
-            return replica.devices or before
+            return replica.devices or before or self._targets.get(name, ())
         self._queue.leave(replica)
         return (*(replica.devices or before), *self._targets.pop(name, ()))
 
@@ -176,6 +198,7 @@ class Coordinator:
 
     def _own_mirror(self, rank: tuple[str, int], name: str) -> None:
         """This mirror and no other is the rank's; an empty name: none is."""
+        self._mirrors_changed = True
         for mirror in self.inventory.mirrors.values():
             change = set.add if mirror.name == name else set.discard
             change(mirror.users, rank)
@@ -183,10 +206,12 @@ class Coordinator:
             mirror.drop_wanted = mirror.drop_wanted and mirror.name != name
 
     def _forget_mirrors(self, replica: Replica) -> None:
+        self._mirrors_changed = True
         for mirror in self.inventory.mirrors.values():
             mirror.owners = {owner for owner in mirror.owners if owner[0] != replica.name}
 
     def _mirror_voided(self, replica: Replica, event: ev.MirrorVoided) -> None:
+        self._mirrors_changed = True
         if event.mirror in self.inventory.mirrors:
             self.inventory.mirrors[event.mirror].owners.clear()
 
@@ -249,6 +274,7 @@ class Coordinator:
         replica.footprints = {}
         replica.discardable_frames = 0
         replica.reserved_frames = replica.in_flight = replica.waiting = replica.host_bytes = 0
+        self._mirrors_changed = True
         for mirror in self.inventory.mirrors.values():
             if replica.name in {name for name, _ in mirror.users}:
                 mirror.users = {user for user in mirror.users if user[0] != replica.name}
@@ -356,6 +382,8 @@ class Coordinator:
 
         Whoever lets go of devices that he kept others from adds them to `touched`.
         """
+        if not (self._growth or self._owed or self._queue):
+            return
         blocked: set[str] = set()
         for (name, rank), frames in list(self._growth.items()):  # 1
             touched.update(self.inventory.replicas[name].devices)
@@ -363,20 +391,44 @@ class Coordinator:
         for name in sorted(self._owed):  # 2
             touched.update(self.inventory.replicas[name].devices)
             self._settle_debt(self.inventory.replicas[name], blocked, now_s)
-        may_start = not self._starting
-        for replica in self._queue.replicas():
+        served = None
+        while (concerned := (len(touched), self._queue.first_without_engine)) != served:
+            served = concerned
+            self._serve(touched, set(blocked), now_s)
+
+    def _serve(self, touched: set[str], blocked: set[str], now_s: float) -> None:
+        """Once through the queue, past those that `touched` does not concern."""
+        starter = None if self._starting else self._queue.first_without_engine
+        for name in [name for name in self._targets if starter is None or name != starter.name]:
+            touched.update(self._targets.pop(name))
+        concerned = self._waiting_on(touched)
+        # Whoever is ahead of these on their other devices matters as well.
+        others = {device for replica in concerned for device in replica.devices}
+        concerned += self._waiting_on(others - touched)
+        for replica in self._queue.sorted([*concerned, starter] if starter else concerned):
             if replica.state in LEAVING or replica.stopping:  # 3
                 continue
-            if replica.state is not State.SWAPPED:  # 4
-                if may_start:
-                    self._activate(replica, blocked, touched, now_s)
-                    may_start = not self._starting and replica.name not in self._queue
-                else:
-                    touched.update(self._targets.pop(replica.name, ()))
+            if replica is starter and self._waits_on(replica, touched):  # 7
+                blocked.update(self._targets[replica.name])
+            elif replica is starter:  # 4
+                for other in self._queue.ahead_of(replica):
+                    if other.state is State.SWAPPED and not other.stopping:
+                        blocked.update(other.devices)
+                self._activate(replica, blocked, touched, now_s)
             elif touched.isdisjoint(replica.devices) or not blocked.isdisjoint(replica.devices):  # 7
                 blocked.update(replica.devices)
             else:
                 self._activate(replica, blocked, touched, now_s)
+
+    def _waits_on(self, starter: Replica, touched: set[str]) -> bool:
+        """Whether room is being made for it already, and none of the `touched` devices has to do with it."""
+        if starter.name not in self._targets or not touched.isdisjoint(self._targets[starter.name]):
+            return False
+        missing = starter.missing_frames
+        return not any(self.inventory.free_frames(device) >= missing for device in touched)
+
+    def _waiting_on(self, devices: Iterable[str]) -> list[Replica]:
+        return [replica for device in devices for replica in self.inventory.on(device) if replica.name in self._queue]
 
     def _activate(self, replica: Replica, blocked: set[str], touched: set[str], now_s: float) -> None:
         inventory = self.inventory
@@ -399,7 +451,7 @@ class Coordinator:
         for choice in choices:
             if blocked.isdisjoint(choice) and all(inventory.free_frames(device) >= missing for device in choice):  # 6
                 self._queue.leave(replica)
-                touched.update(old_target)
+                touched.update(old_target, choice)
                 self._admit(replica, choice, now_s)
                 return
         target = choices[-1]  # 7
@@ -467,7 +519,6 @@ class Coordinator:
         """
         keeps: dict[str, int] = {}
         """What every victim is to keep on each of its devices."""
-        queue = self._queue.names
         enough = True
         for device in devices:
             on_device = self.inventory.on(device)
@@ -475,7 +526,7 @@ class Coordinator:
             coming += sum(r.reserved_frames - keeps[r.name] for r in on_device if r.name in keeps)
             if coming >= frames:
                 continue
-            victims, later_s = eviction.victims(on_device, who, queue, now_s, self._regret)
+            victims, later_s = eviction.victims(on_device, who, self._queue.places, now_s, self._regret)
             for victim, its_frames in victims:
                 if coming >= frames:
                     break
@@ -508,7 +559,7 @@ class Coordinator:
     def _within_reach(self, device: str, who: Replica, now_s: float) -> int:
         """Frames that are free, coming, or held by models that could be asked for them now."""
         on_device = self.inventory.on(device)
-        victims, _ = eviction.victims(on_device, who, (), now_s, self._regret)
+        victims, _ = eviction.victims(on_device, who, {}, now_s, self._regret)
         held = sum(frames for _, frames in victims)
         return self.inventory.free_frames(device) + eviction.coming_frames(on_device) + held
 
@@ -522,6 +573,7 @@ class Coordinator:
         for victim in self._host_memory.victims(self.inventory):
             victim.drop_wanted = True
             if isinstance(victim, Mirror):
+                self._mirrors_changed = True
                 continue
             if victim.state is State.RESIDENT:
                 self._drain(victim, 0, wait=False, reason="host_memory")
@@ -531,6 +583,7 @@ class Coordinator:
             self._actions.append(ev.RefuseHostMemory(name, message))
 
     def _drop_mirrors(self) -> None:
+        self._mirrors_changed = False
         for mirror in self.inventory.mirrors.values():
             if not mirror.users and not mirror.dropping and (mirror.drop_wanted or not mirror.owners):
                 reason = ""

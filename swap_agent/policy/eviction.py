@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from swap_agent.policy.inventory import Replica
@@ -69,9 +69,11 @@ def may_leave_s(replica: Replica) -> float:
 
 
 def victims(
-    replicas: Iterable[Replica], who: Replica, queue: Sequence[str], now_s: float, regret: Regret
+    replicas: Iterable[Replica], who: Replica, places: Mapping[str, int], now_s: float, regret: Regret
 ) -> tuple[list[tuple[Replica, int]], float]:
     """Who may be asked now for how many of his frames, in order; and when more may leave (infinite: at no known time).
+
+    `places` are those in the queue.
 
     1. What idle models hold, resident or not, by priority, then by regret, then least recently used first. One may come
        twice, with a part of its frames each.
@@ -104,9 +106,7 @@ def victims(
         for each in regret(replica, now_s):
             idle.append((replica.priority, each.regret, replica.idle_since_s, replica, each.frames))
     idle.sort(key=lambda entry: entry[:3])
-    if len(waiting) > 1:
-        places = {name: place for place, name in enumerate(queue)}
-        waiting.sort(key=lambda r: places.get(r.name, len(places)), reverse=True)
+    waiting.sort(key=lambda r: places.get(r.name, 0), reverse=True)
     busy.sort(key=lambda r: (r.priority, r.resident_since_s))
     return [(r, frames) for *_, r, frames in idle] + [(r, r.reserved_frames) for r in waiting + busy], later_s
 

@@ -22,7 +22,7 @@ class HostMemory:
         self.wanted: dict[str, int] = {}
         """Per starting replica, what mirror and processes will take in all."""
         self.short = False
-        """There was too little when last looked at; whoever becomes idle may help."""
+        """There was too little when last looked at, whatever was on its way back; whoever becomes idle may help."""
         self._lacking = 0
         """Bytes that will be missing even when everybody has left who was told to."""
 
@@ -65,8 +65,8 @@ class HostMemory:
             mirror.drop_wanted = mirror.drop_wanted and {name for name, _ in mirror.users} <= gone
         missing = inventory.host_bytes() + sum(self.wanted.values()) - self.limit_bytes
         missing -= sum(inventory.replicas[name].host_bytes for name in self.wanted)  # their wishes are totals
-        missing -= sum(r.host_bytes for r in leaving) + sum(m.bytes for m in mirrors if m.drop_wanted)
         self.short = missing > 0
+        missing -= sum(r.host_bytes for r in leaving) + sum(m.bytes for m in mirrors if m.drop_wanted)
         for mirror in sorted(mirrors, key=lambda m: m.idle_since_s):
             if missing > 0 and not mirror.users and not mirror.drop_wanted:
                 missing -= mirror.bytes

@@ -19,7 +19,7 @@ class Device:
     frames: int
 
 
-@dataclass
+@dataclass(eq=False)
 class Replica:
     """One replica (`name/version#instance`) and what is decided about it.
 
@@ -195,13 +195,23 @@ class Inventory:
     def check_integrity(self) -> None:
         """Raises BooksDoNotBalance when a device is overbooked, or a reservation has no holder."""
         for device in self.devices:
-            if self.free_frames(device) < 0:
-                raise BooksDoNotBalance(f"{device}: {-self.free_frames(device)} frames more reserved than it has")
+            self.check_device(device)
         for replica in self.replicas.values():
-            if replica.reserved_frames and replica.state not in HOLDS_FRAMES:
-                raise BooksDoNotBalance(
-                    f"{replica.name}: {replica.reserved_frames} frames reserved while {replica.state.value}"
-                )
+            _check_holder(replica)
+
+    def check_device(self, device: str) -> None:
+        """The same of one device alone."""
+        if (free := self.free_frames(device)) < 0:
+            raise BooksDoNotBalance(f"{device}: {-free} frames more reserved than it has")
+        for replica in self._on.get(device, {}).values():
+            _check_holder(replica)
+
+
+def _check_holder(replica: Replica) -> None:
+    if replica.reserved_frames and replica.state not in HOLDS_FRAMES:
+        raise BooksDoNotBalance(
+            f"{replica.name}: {replica.reserved_frames} frames reserved while {replica.state.value}"
+        )
 
 
 def _each(numbers: Sequence[int]) -> str:

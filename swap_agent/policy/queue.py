@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
+
 from swap_agent.policy.eviction import LEAVING
 from swap_agent.policy.inventory import Replica
 
@@ -16,6 +18,8 @@ class Queue:
     def __init__(self) -> None:
         self._since_s: dict[str, float] = {}
         self._order: list[Replica] = []
+        self._places: dict[str, int] = {}
+        self._engineless: dict[str, Replica] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._since_s
@@ -28,26 +32,54 @@ class Queue:
         """In order."""
         return [replica.name for replica in self._order]
 
-    def replicas(self) -> list[Replica]:
-        """In order."""
-        return list(self._order)
+    @property
+    def places(self) -> Mapping[str, int]:
+        """A smaller number is further ahead."""
+        return self._places
+
+    @property
+    def first_without_engine(self) -> Replica | None:
+        """Whose engine starts next."""
+        return min(self._engineless.values(), key=lambda replica: self._places[replica.name], default=None)
+
+    def ahead_of(self, replica: Replica) -> Iterator[Replica]:
+        """Who waits before it."""
+        for other in self._order:
+            if other is replica:
+                return
+            yield other
+
+    def sorted(self, replicas: Iterable[Replica]) -> list[Replica]:
+        """Those of `replicas` that wait, in order, each once."""
+        waiting = {replica.name: replica for replica in replicas if replica.name in self._since_s}
+        return sorted(waiting.values(), key=lambda replica: self._places[replica.name])
 
     def enter(self, replica: Replica, now_s: float) -> None:
         """Wait from now on, unless it does already."""
+        if replica.devices:
+            self._engineless.pop(replica.name, None)
+        else:
+            self._engineless[replica.name] = replica
         if replica.name in self._since_s:
             return
         place = len(self._order)
-        while place and self._passes(replica, self._order[place - 1]):
-            place -= 1
-        self._order.insert(place, replica)
+        if replica.state not in LEAVING:  # else its turn is just ending
+            while place and self._passes(replica, self._order[place - 1]):
+                place -= 1
         self._since_s[replica.name] = now_s
+        self._places[replica.name] = self._places[self._order[-1].name] + 1 if self._order else 0
+        if place < len(self._order):
+            self._order.insert(place, replica)
+            self._places = {each.name: number for number, each in enumerate(self._order)}
+        else:
+            self._order.append(replica)
 
     def leave(self, replica: Replica) -> None:
         """Wait no more, if it did."""
         if self._since_s.pop(replica.name, None) is not None:
             self._order.remove(replica)
+            del self._places[replica.name]
+            self._engineless.pop(replica.name, None)
 
     def _passes(self, replica: Replica, other: Replica) -> bool:
-        if replica.state in LEAVING:  # its turn is just ending
-            return False
         return replica.priority > other.priority and replica.left_s < self._since_s[other.name]

@@ -413,6 +413,7 @@ class World:
 
     def _check(self, before: dict[str, State], event: ev.Event) -> None:
         inventory = self.policy.inventory
+        self.policy.check_books()
         inventory.check_integrity()
         for device in self.devices.values():
             reserved = sum(r.reserved_frames for r in inventory.replicas.values() if device.name in r.devices)

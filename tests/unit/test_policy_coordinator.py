@@ -11,7 +11,7 @@ from swap_agent.errors import BooksDoNotBalance
 from swap_agent.policy import events as ev
 from swap_agent.policy.coordinator import Coordinator
 from swap_agent.policy.events import MIN_RESIDENCY_S as TURN_S
-from swap_agent.policy.eviction import LEAST_IDLE_S
+from swap_agent.policy.eviction import LEAST_IDLE_S, least_recently_used
 from swap_agent.policy.inventory import Device, Replica
 from swap_agent.policy.lifecycle import HOLDS_FRAMES, MOVES, State
 
@@ -796,3 +796,287 @@ def test_a_lower_priority_gives_way_at_the_end_of_its_turn_and_its_requests_stan
     assert (turn.name, turn.wait, turn.preempt) == ("high", True, False), "a higher priority is never preempted"
     machine.settle()
     assert machine.state("low") is State.RESIDENT and not machine.replica("low").preempted
+
+
+def settings(machine: Machinery, name: str, frames: int | None, **more: object) -> list[ev.Action]:
+    return machine.policy.on_event(ev.Registered(machine.now_s, name, frames, None, **more))  # type: ignore[arg-type]
+
+
+def test_a_higher_priority_passes_who_came_since_its_last_turn_and_nobody_twice() -> None:
+    machine = machinery(busy=100, low=100, high=100)
+    settings(machine, "high", 100, priority=1)
+    machine.load("low", "high", "busy")
+    machine.report("busy", in_flight=1)
+    machine.now_s += 0.1
+    machine.report("low", waiting=1)
+    machine.now_s += 0.1
+    machine.report("high", waiting=1)
+    assert machine.policy.waiting == ["high", "low"], "it left before low began to wait"
+    machine.tick(TURN_S)
+    machine.settle()
+    assert machine.state("high") is State.RESIDENT
+    machine.report("high", in_flight=1)
+    machine.tick(TURN_S)
+    machine.report("high", waiting=1)  # its turn is ending
+    machine.settle()
+    assert machine.state("low") is State.RESIDENT and machine.policy.waiting == ["high"]
+
+
+def test_a_failed_swap_in_was_a_turn() -> None:
+    machine = machinery(busy=100, low=100, high=100)
+    settings(machine, "high", 100, priority=1)
+    machine.load("low", "high", "busy")
+    machine.now_s += LEAST_IDLE_S
+    machine.post(ev.LoadWanted, "high")
+    machine.obey(machine.open[0])
+    machine.obey(machine.open[0])
+    assert kinds(machine.open) == [("SwapIn", "high")]
+    machine.now_s += 1
+    machine.report("low", waiting=1)
+    machine.now_s += 1
+    actions = machine.post(ev.SwapInFailed, "high", machine.replica("high").epoch, "no memory")
+    assert kinds(actions) == [("Refuse", "high"), ("SwapOut", "busy")]
+    machine.post(ev.LoadWanted, "high")
+    assert machine.policy.waiting == ["low", "high"]
+
+
+def test_idle_models_leave_by_the_rate_at_which_they_are_asked_for_and_not_by_age() -> None:
+    machine = machinery(popular=50, rare=50, third=50, new=40)
+    machine.load("popular", "rare", "third")
+    for _ in range(5):
+        for count in (1, 0):
+            machine.now_s += 0.1
+            machine.report("popular", in_flight=count)
+    for name in ("rare", "third"):
+        for count in (1, 0):
+            machine.now_s += 0.1
+            machine.report(name, in_flight=count)
+    machine.tick(LEAST_IDLE_S)
+    assert kinds(machine.post(ev.LoadWanted, "new")) == [("Drain", "rare")], "popular was used less recently"
+
+
+def test_the_order_of_eviction_can_be_least_recently_used() -> None:
+    machine = machinery()
+    machine.policy = Coordinator([Device("cpu:0", 160)], regret=least_recently_used)
+    for name, frames in {"popular": 50, "rare": 50, "third": 50, "new": 40}.items():
+        machine.register(name, frames)
+    machine.load("popular", "rare", "third")
+    for name, requests in {"popular": 5, "rare": 1, "third": 1}.items():
+        machine.now_s += 0.1
+        machine.report(name, in_flight=requests)
+        machine.report(name)
+    machine.tick(LEAST_IDLE_S)
+    assert kinds(machine.post(ev.LoadWanted, "new")) == [("Drain", "popular")]
+
+
+def test_a_lower_priority_leaves_first() -> None:
+    machine = machinery(a=80, b=80, c=80)
+    settings(machine, "a", 80, priority=1)
+    machine.load("a", "b")
+    machine.tick(LEAST_IDLE_S)
+    assert kinds(machine.post(ev.LoadWanted, "c")) == [("Drain", "b")]
+
+
+def test_a_pinned_model_stays_and_whoever_it_leaves_no_room_is_refused_by_its_name() -> None:
+    machine = machinery(a=100, b=100)
+    settings(machine, "a", 100, pinned=True)
+    machine.load("a")
+    machine.tick(1000)
+    (refusal,) = machine.post(ev.LoadWanted, "b")
+    assert refusal == ev.Refuse("b", "b needs 100 frames, and pinned models leave it fewer: unpin one of a")
+    machine.post(ev.UnloadWanted, "a", False)
+    machine.settle()
+    assert machine.state("a") is State.SWAPPED, "who unloads it means it"
+    machine.load("b")
+    assert machine.state("b") is State.RESIDENT, "a pinned model that is parked keeps nobody out"
+
+
+def test_a_pinned_model_that_is_parked_gives_up_its_frames() -> None:
+    machine = machinery(a=100, b=80, c=80)
+    machine.load("a", "b")
+    assert (machine.state("a"), machine.replica("a").reserved_frames) == (State.SWAPPED, 80)
+    settings(machine, "a", 100, pinned=True)
+    machine.report("b", in_flight=1)
+    machine.load("c")
+    assert machine.state("c") is State.RESIDENT and machine.replica("a").reserved_frames == 0
+
+
+def test_a_pinned_model_stays_when_host_memory_is_short_and_the_newcomer_is_refused() -> None:
+    machine = host_machinery(100, a=60, b=60)
+    settings(machine, "a", 10, pinned=True)
+    machine.load("a")
+    machine.post(ev.LoadWanted, "b")
+    machine.settle()
+    assert machine.state("a") is State.RESIDENT and machine.state("b") is State.FAILED
+    assert "pinned or waited for: raise it, or try again" in machine.replica("b").failure
+
+
+def test_a_start_does_not_wait_for_host_memory_of_who_waits_for_its_frames() -> None:
+    machine = host_machinery(100, a=60, b=60)
+    for name in ("a", "b"):
+        settings(machine, name, 100)
+    machine.load("a")
+    machine.tick(LEAST_IDLE_S)
+    machine.post(ev.LoadWanted, "b")
+    while machine.state("b") is not State.STARTING:
+        machine.obey(machine.open[0])
+    machine.report("a", waiting=1)
+    machine.settle()
+    assert machine.state("b") is State.FAILED and machine.state("a") is State.RESIDENT
+
+
+def test_an_engine_starts_where_its_settings_allow() -> None:
+    machine = two_devices()
+    settings(machine, "a", 50, allowed_devices=("cpu:1",))
+    settings(machine, "b", 80, allowed_devices=("cpu:1",))
+    settings(machine, "pair", 10, ranks=2, allowed_devices=("cpu:1",))
+    machine.load("a")
+    assert machine.replica("a").devices == ("cpu:1",)
+    machine.tick(LEAST_IDLE_S)
+    assert kinds(machine.post(ev.LoadWanted, "b")) == [("Drain", "a")], "cpu:0 is empty"
+    machine.settle()
+    assert machine.post(ev.LoadWanted, "pair") == [
+        ev.Refuse("pair", "pair has 2 ranks and needs a device for each, GPU_DEVICE_IDS allows 1")
+    ]
+    settings(machine, "b", 101, allowed_devices=("cpu:1",))
+    machine.post(ev.UnloadWanted, "b", True)
+    machine.settle()
+    (refusal,) = machine.post(ev.LoadWanted, "b")
+    assert refusal == ev.Refuse("b", "b needs 101 frames; the largest that GPU_DEVICE_IDS allows has 100")
+
+
+def test_no_engine_gets_more_than_its_limit_and_the_field_is_named() -> None:
+    machine = machinery()
+    settings(machine, "a", 50, limit_frames=80)
+    machine.post(ev.LoadWanted, "a")
+    assert machine.post(ev.FramesWanted, "a", 80) == [ev.GrantFrames("a", 80)]
+    assert machine.post(ev.FramesWanted, "a", 3) == [ev.RefuseFrames("a", "3 frames more than GPU_MEMORY_LIMIT allows")]
+    assert machine.replica("a").footprint_frames == 80, "what was refused is not its own"
+    settings(machine, "a", 50)
+    (refusal,) = machine.post(ev.FramesWanted, "a", 1)
+    assert refusal == ev.RefuseFrames("a", "31 frames more than GPU_MEMORY_REQUEST allows")
+
+
+def test_a_limit_that_is_lowered_while_an_engine_waits_for_frames_counts() -> None:
+    machine = machinery(a=100)
+    machine.load("a")
+    machine.report("a", in_flight=1)
+    settings(machine, "b", None, limit_frames=90)
+    machine.post(ev.LoadWanted, "b")
+    assert machine.post(ev.FramesWanted, "b", 80) == []
+    assert settings(machine, "b", None, limit_frames=70) == [
+        ev.RefuseFrames("b", "10 frames more than GPU_MEMORY_LIMIT allows")
+    ]
+
+
+def test_a_start_is_told_when_pinned_models_leave_it_no_more() -> None:
+    machine = machinery(a=100, b=None)
+    settings(machine, "a", 100, pinned=True)
+    machine.load("a")
+    machine.post(ev.LoadWanted, "b")
+    (refusal,) = machine.post(ev.FramesWanted, "b", 61)
+    assert refusal == ev.RefuseFrames("b", "it needs at least 61 frames of cpu:0, and pinned models have 100 of 160")
+
+
+def test_a_request_that_is_raised_while_its_model_is_resident_makes_room() -> None:
+    machine = machinery(a=60, b=100)
+    machine.load("a", "b")
+    machine.tick(LEAST_IDLE_S)
+    machine.report("b", in_flight=1)
+    assert settings(machine, "a", 80) == [], "b runs, and its turn is not over"
+    assert machine.replica("a").reserved_frames == 60
+    (drain,) = machine.tick(TURN_S)
+    assert (drain.name, drain.reason) == ("b", "turn")  # type: ignore[attr-defined]
+    machine.settle()
+    assert machine.replica("a").reserved_frames == 80 and machine.replica("b").reserved_frames == 80
+    settings(machine, "a", 60)
+    assert machine.replica("a").reserved_frames == 60, "less is given back at once"
+
+
+def test_a_request_that_is_raised_while_its_engine_starts_is_set_aside_when_it_is_ready() -> None:
+    machine = machinery(a=60)
+    machine.post(ev.LoadWanted, "a")
+    settings(machine, "a", 80)
+    machine.post(ev.FramesWanted, "a", 60)
+    machine.post(ev.EngineReady, "a")
+    assert (machine.replica("a").footprint_frames, machine.replica("a").reserved_frames) == (60, 80)
+
+
+def test_requests_that_waited_run_once_the_gate_opens() -> None:
+    machine = machinery(a=100, b=100)
+    machine.register("a", 100, keep_alive_s=0.0)
+    machine.load("b")
+    machine.now_s += LEAST_IDLE_S
+    machine.post(ev.LoadWanted, "a")
+    machine.settle()  # and it leaves at once
+    assert machine.state("a") is State.SWAPPED
+    machine.report("a", waiting=2)
+    while not any(isinstance(action, ev.SwapIn) for action in machine.open):
+        machine.obey(machine.open[0])
+    assert kinds(machine.post(ev.SwappedIn, "a", machine.replica("a").epoch)) == [("Activated", "a")]
+    assert machine.replica("a").in_flight == 2
+
+
+def test_engines_start_in_order_and_one_that_waits_for_room_is_not_passed() -> None:
+    machine = two_devices()
+    settings(machine, "busy", 100, allowed_devices=("cpu:0",))
+    settings(machine, "large", 100, allowed_devices=("cpu:0",))
+    machine.register("next", 10)
+    machine.load("busy")
+    machine.report("busy", in_flight=1)
+    machine.post(ev.LoadWanted, "large")
+    assert machine.post(ev.LoadWanted, "next") == [], "it would keep the start from large, again and again"
+    machine.tick(TURN_S)
+    machine.settle()
+    assert [action.name for action in machine.done if isinstance(action, ev.StartEngine)] == ["busy", "large", "next"]
+
+
+def test_room_is_made_where_enough_can_be_had_and_models_share_the_most() -> None:
+    machine = Machinery(*(Device(f"cpu:{index}", 100) for index in range(3)))
+    for name, where in {"a": "cpu:0", "b": "cpu:1", "c": "cpu:2", "d": "cpu:1"}.items():
+        settings(machine, name, 90, allowed_devices=(where,), min_residency_s=60.0)
+    machine.load("d", "a", "b", "c")  # two of 90 share cpu:1
+    machine.report("a", in_flight=1)
+    machine.tick(LEAST_IDLE_S)
+    machine.register("new", 80)
+    assert kinds(machine.post(ev.LoadWanted, "new")) == [("Drain", "c")], "a runs, and cpu:1 is crowded"
+
+
+def test_whoever_is_ahead_on_another_device_is_not_passed_there() -> None:
+    """An event on cpu:1 lets nobody have frames of cpu:0 for which somebody else has waited longer."""
+    machine = two_devices()
+    settings(machine, "keeper", 50, allowed_devices=("cpu:0",))
+    settings(machine, "first", 80, allowed_devices=("cpu:0",))
+    settings(machine, "other", 80, allowed_devices=("cpu:1",))
+    machine.register("pair", 50, ranks=2)
+    machine.load("first", "pair", "keeper", "other")
+    machine.report("keeper", in_flight=1)
+    machine.report("other", in_flight=1)
+    machine.now_s += 0.01
+    machine.report("first", waiting=1)
+    machine.report("pair", waiting=1)
+    machine.settle()
+    machine.report("other")
+    machine.post(ev.UnloadWanted, "other", False)
+    machine.settle()
+    assert machine.state("pair") is State.SWAPPED and machine.state("first") is State.SWAPPED
+    machine.tick(2 * TURN_S)
+    machine.settle()
+    assert machine.state("first") is State.RESIDENT
+
+
+def test_next_tick_is_when_time_alone_changes_something() -> None:
+    machine = machinery(a=100, b=100)
+    machine.load("a", "b")
+    came_s = machine.now_s
+    assert machine.policy.next_tick_s == float("inf")
+    machine.report("b", in_flight=1)
+    machine.report("a", waiting=1)
+    assert machine.policy.next_tick_s == came_s + 1.0, "it looks again at least once a second"
+    machine.tick(1.0)
+    assert machine.policy.next_tick_s == came_s + TURN_S
+    assert kinds(machine.tick(TURN_S - 1.0)) == [("Drain", "b")]
+    machine.settle()
+    machine.report("a")
+    machine.register("a", 100, keep_alive_s=5.0)
+    assert machine.policy.next_tick_s == machine.now_s + 5.0

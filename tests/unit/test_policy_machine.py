@@ -193,7 +193,7 @@ class Policy(RuleBasedStateMachine):
 
 
 Policy.TestCase.settings = settings(
-    max_examples=3000 if SOAK else 60,
+    max_examples=1000 if SOAK else 60,
     stateful_step_count=100 if SOAK else 50,
     deadline=None,
     derandomize=not SOAK,

@@ -1,0 +1,198 @@
+"""How long the policy takes to decide: 1,000 models on 64 devices, without clock, memory or engine.
+
+Processor time is measured, so that other work on the machine does not count.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from loadtest.tally import percentile
+from swap_agent.policy import events as ev
+from swap_agent.policy.coordinator import Coordinator
+from swap_agent.policy.inventory import Device
+from swap_agent.policy.lifecycle import State
+
+MODELS = 1_000
+DEVICES = 64
+FRAMES = 1_000
+"""Of each device."""
+EVENTS = 100_000
+FAST_PATH = 100_000
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """Processor time, in milliseconds: of a decision and the check of the books after it."""
+
+    events: int
+    waiting: float
+    """Models that wait, on average."""
+    p50_ms: float
+    p99_ms: float
+    max_ms: float
+    check_us: float
+    """Of that the check of the books, on average, microseconds."""
+    report_us: float
+    """A report of a resident model on a device for which nobody waits, on average, microseconds."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self) | {"models": MODELS, "devices": DEVICES}
+
+
+class _Node:
+    """A policy, and engines that obey some events later."""
+
+    def __init__(self, seed: int, host_limit_bytes: int | None) -> None:
+        self.rng = random.Random(seed)
+        devices = [Device(f"cuda:{index}", FRAMES) for index in range(DEVICES)]
+        self.policy = Coordinator(devices, host_limit_bytes)
+        self.now_s = 0.0
+        self.orders: list[ev.Action] = []
+        self.times_s: list[float] = []
+        self.check_s = 0.0
+        self.names = [f"model-{index}/1#0" for index in range(MODELS)]
+        self.waited = 0
+        for name in self.names:
+            ranks = self.rng.choices([1, 2, 4], [85, 10, 5])[0]
+            frames = self.rng.choice([50, 100, 200, 400, 800])
+            self.post(
+                ev.Registered(
+                    0.0,
+                    name,
+                    frames,
+                    self.rng.choice([None, 300.0]),
+                    ranks,
+                    priority=self.rng.choice([0, 0, 0, 1]),
+                )
+            )
+
+    def post(self, event: ev.Event) -> None:
+        started_s = time.thread_time()
+        actions = self.policy.on_event(event)
+        decided_s = time.thread_time()
+        self.policy.check_books()
+        ended_s = time.thread_time()
+        self.times_s.append(ended_s - started_s)
+        self.check_s += ended_s - decided_s
+        self.orders += actions
+
+    def obey_one(self) -> None:
+        """Carry out any of the open orders."""
+        index = self.rng.randrange(len(self.orders))
+        self.orders[index], self.orders[-1] = self.orders[-1], self.orders[index]
+        order = self.orders.pop()
+        name, now_s = order.name, self.now_s
+        replica = self.policy.inventory.replicas[name]
+        match order:
+            case ev.StartEngine():
+                for rank in range(len(order.devices)):
+                    self.post(ev.FramesWanted(now_s, name, replica.request_frames or 0, rank))
+                self.post(ev.HostMemoryWanted(now_s, name, 1))
+            case ev.GrantHostMemory():
+                for rank in range(replica.ranks):
+                    self.post(ev.MirrorKept(now_s, name, f"mirror of {name}, rank {rank}", 1, rank))
+                self.post(ev.EngineReady(now_s, name))
+            case ev.Drain():
+                self.post(ev.LoadReported(now_s, name, 0, replica.waiting))
+                self.post(ev.Drained(now_s, name, order.epoch))
+            case ev.SwapOut():
+                self.post(ev.SwappedOut(now_s, name, order.epoch))
+            case ev.SwapIn():
+                self.post(ev.SwappedIn(now_s, name, order.epoch))
+
+    def pass_time(self, seconds: float) -> None:
+        until_s = self.now_s + seconds
+        while self.policy.next_tick_s <= until_s:
+            self.now_s = self.policy.next_tick_s
+            self.post(ev.Tick(self.now_s))
+        self.now_s = until_s
+
+    def start_all(self) -> None:
+        """Every model has an engine; most are parked then."""
+        for name in self.names:
+            self.now_s += 1.0
+            self.post(ev.LoadWanted(self.now_s, name))
+            while self.policy.inventory.replicas[name].load_wanted:
+                if self.orders:
+                    self.obey_one()
+                else:
+                    self.pass_time(0.1)
+
+    def one_event(self) -> None:
+        """Requests come and go, orders are carried out, engines die, time passes."""
+        kind = self.rng.random()
+        name = self.rng.choice(self.names)
+        replica = self.policy.inventory.replicas[name]
+        if kind < 0.15 and self.orders:
+            self.obey_one()
+        elif kind < 0.2:
+            self.pass_time(self.rng.random() * 0.05)
+        elif kind < 0.2005 and replica.devices and replica.state is not State.STARTING:
+            self.orders = [order for order in self.orders if order.name != name]
+            self.post(ev.EngineExited(self.now_s, name, "killed"))
+        elif kind < 0.21:
+            self.post(ev.LoadWanted(self.now_s, name))
+        elif kind < 0.212:
+            self.post(ev.UnloadWanted(self.now_s, name, False))
+        elif replica.state is State.RESIDENT:
+            self.post(ev.LoadReported(self.now_s, name, self.rng.choice([0, 0, 1, 2, 3]), 0))
+        elif replica.devices and self.rng.random() < 0.3:
+            self.post(ev.LoadReported(self.now_s, name, replica.in_flight, self.rng.choice([0, 1, 2])))
+        self.waited += len(self.policy.waiting)
+
+
+def measure(step: Callable[[str], None], events: int = EVENTS, host_limit_bytes: int | None = None) -> Decisions:
+    """Time `events` mixed events of a node that is short of frames everywhere."""
+    step("starting engines")
+    node = _Node(1, host_limit_bytes)
+    node.start_all()
+    for _ in range(events // 10):
+        node.one_event()
+    step("deciding")
+    node.times_s, node.check_s, node.waited = [], 0.0, 0
+    gc.collect()
+    turns = 0
+    while len(node.times_s) < events:
+        node.one_event()
+        turns += 1
+    times_ms = sorted(seconds * 1e3 for seconds in node.times_s)
+    check_us = node.check_s / len(times_ms) * 1e6
+    step("reports")
+    p50, p99 = percentile(times_ms, 50), percentile(times_ms, 99)
+    assert p50 is not None and p99 is not None
+    return Decisions(len(times_ms), node.waited / turns, p50, p99, times_ms[-1], check_us, _report_us(host_limit_bytes))
+
+
+def _report_us(host_limit_bytes: int | None) -> float:
+    """The usual event: a resident model tells its counts, and nobody waits."""
+    node = _Node(1, host_limit_bytes)
+    for name in node.names[:100]:
+        node.post(ev.LoadWanted(node.now_s, name))
+        while node.orders:
+            node.obey_one()
+    residents = [r.name for r in node.policy.inventory.replicas.values() if r.state is State.RESIDENT]
+    started_s = time.thread_time()
+    for index in range(FAST_PATH):
+        node.policy.on_event(ev.LoadReported(node.now_s, residents[index % len(residents)], index // 7 % 3, 0))
+        node.policy.check_books()
+    return (time.thread_time() - started_s) / FAST_PATH * 1e6
+
+
+def main() -> int:
+    """Print the figures, with and without a bound on host memory."""
+    for limit in (None, MODELS * 10):
+        print(measure(lambda what: None, host_limit_bytes=limit).as_json())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
