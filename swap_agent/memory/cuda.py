@@ -17,7 +17,7 @@ import numpy as np
 
 from swap_agent.errors import InvalidUsage, OutOfFrames
 from swap_agent.memory.cuda_driver import Context, call, driver
-from swap_agent.memory.device import Bytes, Copied, During, Frame
+from swap_agent.memory.device import IN_BACKGROUND, Bytes, Copied, During, Frame
 from swap_agent.memory.pace import Pace
 from swap_agent.memory.pinned import PIECE_BYTES, PinnedMemory, Registrar
 from swap_agent.wire.messages import Region
@@ -119,7 +119,7 @@ class CudaDevice:
     @contextmanager
     def transfer(self, during: During) -> Iterator[CudaTransfer]:
         """Copies on a stream of their own; leaving it waits for an event behind the last of them."""
-        background = during == "mirror"
+        background = during in IN_BACKGROUND
         self.context.use()
         with nullcontext() if background else self.pace.urgent():
             transfer = CudaTransfer(

@@ -18,8 +18,11 @@ from swap_agent.wire.messages import Region
 Bytes = npt.NDArray[np.uint8]
 """Host memory, shape [bytes]."""
 
-During = Literal["start", "mirror", "swap_in", "swap_out"]
-"""What a transfer is part of. Nobody waits for a `mirror`: it goes last."""
+During = Literal["start", "mirror", "clean", "swap_in", "swap_out"]
+"""What a transfer is part of."""
+
+IN_BACKGROUND: frozenset[During] = frozenset({"mirror", "clean"})
+"""What nobody waits for: it gives way to the rest, frame by frame."""
 
 Copied = Counter[tuple[Region, During]]
 """Bytes copied, by region and occasion."""

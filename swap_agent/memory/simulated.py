@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 
 import numpy as np
 
-from swap_agent.memory.device import Bytes, Copied, During, Frame
+from swap_agent.memory.device import IN_BACKGROUND, Bytes, Copied, During, Frame
 from swap_agent.memory.hostmem import HostMemory
 from swap_agent.memory.pace import Pace
 from swap_agent.wire.messages import Region
@@ -74,7 +74,7 @@ class SimulatedDevice:
     @contextmanager
     def transfer(self, during: During) -> Iterator[SimulatedTransfer]:
         """Copies on threads, several at once."""
-        background = during == "mirror"
+        background = during in IN_BACKGROUND
         with nullcontext() if background else self.pace.urgent():
             transfer = SimulatedTransfer(self, during, background)
             try:

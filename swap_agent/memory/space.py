@@ -13,7 +13,7 @@ from swap_agent.memory.mirrors import Mirror, rearranged, same_layout
 from swap_agent.wire.messages import Extent, Region
 
 REGIONS: tuple[Region, ...] = ("weights", "state", "scratch", "kv")
-"""In the order in which regions are granted."""
+"""In the order in which regions are granted: dirty frames come first, for what is overwritten anyway."""
 _KEEP_ORDER: tuple[Region, ...] = ("state", "weights", "scratch", "kv")
 """What stays longest comes first: state is copied when it goes, weights when they come back, the rest never."""
 _DROPPED: tuple[Region, ...] = ("scratch", "kv")
@@ -170,12 +170,13 @@ class RankSpace:
     def grant(self) -> None:
         """Swap-in: take the frames that are missing. Raises OutOfFrames; then nothing has changed."""
         held = self.held
-        new, dirty = self.pool.grant(self.holder, sum(self.sizes_frames.values()) - sum(held.values()))
+        missing = {region: self.sizes_frames.get(region, 0) - held.get(region, 0) for region in REGIONS}
+        zeroed = sum(missing[region] for region in _DROPPED)
+        new, dirty = self.pool.grant(self.holder, sum(missing.values()), zeroed)
         self._dirty = set(new[:dirty])
         rest = iter(new)
         for region in REGIONS:
-            missing = self.sizes_frames.get(region, 0) - held.get(region, 0)
-            self.frames.setdefault(region, []).extend(next(rest) for _ in range(missing))
+            self.frames.setdefault(region, []).extend(next(rest) for _ in range(missing[region]))
 
     def fill(self, held: Mapping[Region, int], started_s: float, clock: Callable[[], float] = time.monotonic) -> SwapIn:
         """Swap-in: set what came with `grant`; `held` is what there was before.

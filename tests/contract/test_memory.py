@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import threading
+import time
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import pytest
@@ -133,6 +136,85 @@ def test_returned_frames_are_poisoned_recycled_and_said_to_be_dirty(pool: FrameP
     for frame in frames:
         assert (contents(frame) == 0xFF).all()
     assert not contents(again[3]).any()
+
+
+def test_as_many_free_frames_are_zeroed_as_a_swap_in_wanted(pool: FramePool) -> None:
+    frames, _ = pool.grant("a", 6)
+    pool.give_back("a", frames)
+    assert pool.clean() == 0, "nobody wanted any"
+    frames, dirty = pool.grant("b", 5, zeroed=2)
+    assert dirty == 5
+    pool.give_back("b", frames)
+    assert (pool.clean(), pool.clean(), pool.free_frames) == (2, 0, FRAMES)
+    frames, dirty = pool.grant("b", 4, zeroed=1)
+    assert dirty == 3, "dirty frames are for what is overwritten"
+    assert [bytes(set(contents(frame).data)) for frame in frames] == [b"\xff", b"\xff", b"\xff", b"\0"]
+    pool.give_back("b", frames)
+    frames, dirty = pool.grant("b", FRAMES, zeroed=0)
+    assert dirty == FRAMES and all((contents(frame) == 0xFF).all() for frame in frames), "poison where zero is not due"
+
+
+def test_dirty_frames_go_where_they_are_overwritten(device: DeviceMemory) -> None:
+    pool = FramePool(device)
+    frames, _ = pool.grant("a", 6, zeroed=2)
+    pool.give_back("a", frames)
+    pool.clean()
+    frames, dirty = pool.grant("a", 4, zeroed=1)
+    assert dirty == 3 and pool.grant("b", 1, zeroed=1)[1] == 0, "a clean frame was kept for who needs it"
+
+
+def test_cleaning_gives_way_and_who_needs_its_frames_waits(pool: FramePool) -> None:
+    frames, _ = pool.grant("a", FRAMES, zeroed=3)
+    pool.give_back("a", frames)
+    with ThreadPoolExecutor(2) as threads:
+        with pool.device.transfer("swap_in"):
+            cleaning = threads.submit(pool.clean)
+            while not pool._cleaning:
+                time.sleep(0.001)
+            few, _ = pool.grant("b", 5)
+            assert all((contents(frame) == 0xFF).all() for frame in few)
+            rest = threads.submit(pool.grant, "c", 3, 3)
+            assert not wait((cleaning, rest), 0.2).done
+        assert cleaning.result(10) == 3
+        frames, dirty = rest.result(10)
+    assert dirty == 0 and not any(contents(frame).any() for frame in frames)
+
+
+def test_frames_that_could_not_be_zeroed_stay_dirty(pool: FramePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames, _ = pool.grant("a", FRAMES, zeroed=3)
+    pool.give_back("a", frames)
+    with monkeypatch.context() as patch:
+        break_nth(patch, pool.device, "fill", 2)
+        with pytest.raises(OSError, match="Input/output error"):
+            pool.clean()
+    assert pool.grant("b", FRAMES, zeroed=3)[1] == FRAMES
+    pool.give_back("b", frames)
+    assert pool.clean() == 3
+
+
+def test_spaces_come_back_right_while_free_frames_are_zeroed() -> None:
+    pool = FramePool(make_device(FRAMES), poison=True)
+    pool.start_cleaning()
+    spaces = [RankSpace(name, pool) for name in "ab"]
+    for number, space in enumerate(spaces, 1):
+        for region, count in (("weights", 2), ("state", 1), ("kv", 3)):
+            for frame in space.reserve(region, count):  # type: ignore[arg-type]
+                put(frame, number)
+        space.make_images(2 * FRAME_BYTES - 10, 100)
+        space.take_back({})
+    for turn in range(60):
+        space = spaces[turn % 2]
+        time.sleep(random.uniform(0, 0.002))
+        space.grant()
+        space.fill(dict.fromkeys(space.sizes_frames, 0), 0.0)
+        weights = np.concatenate([contents(frame) for frame in space.frames["weights"]])
+        assert (weights[:-10] == turn % 2 + 1).all() and not weights[-10:].any()
+        assert not any(contents(frame).any() for frame in space.frames["kv"])
+        space.take_back({})
+    for space in spaces:
+        space.lost()
+    assert pool.trim() == 6 and pool.device.resident_bytes() == 0
+    pool.close()
 
 
 def test_a_grant_that_fails_loses_no_frame(pool: FramePool, monkeypatch: pytest.MonkeyPatch) -> None:
