@@ -115,6 +115,7 @@ class Agent:
         for device in open_devices(self.config.device, late=self.config.poison):
             self.pools[device.name] = FramePool(device, poison=self.config.poison)
             self.pools[device.name].start_cleaning()
+            self.pools[device.name].start_cleaning()
         devices = [Device(name, pool.device.total_frames) for name, pool in self.pools.items()]
         self.coordinator = Coordinator(devices, self.config.host_memory_bytes, preempt=self.config.preempt)
         self.usage_watch = UsageWatch(self.config, self.pools, self.engines, self._stop_engine)
