@@ -301,14 +301,6 @@ def test_a_person_reads_it(
     assert all(len(line) <= width for line in lines if "MiB" in line and "█" in line)
 
 
-def test_a_bar_is_as_long_as_what_it_shows() -> None:
-    out = Console(width=42)
-    assert tables.bar(out, [20, 10], 40).plain == "█" * 20 + "▓" * 10 + "·" * 10
-    assert tables.bar(out, [1], 10_000).plain == "█" + "·" * 39, "whatever is there is seen"
-    assert tables.bar(out, [20, 20], 20).plain == "█" * 20 + "|" + "▓" * 20
-    assert tables.bar(out, [], 20).plain == "·" * 40
-
-
 def test_a_plan_loads_neither_torch_nor_vllm(models: Models) -> None:
     models.add("a", "1MiB")
     script = (
