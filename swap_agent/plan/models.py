@@ -71,6 +71,8 @@ def read(repository: Path, devices: Sequence[Device], frame_bytes: int) -> Readi
                 _add(reading, folder, config, devices, frame_bytes)
         except InvalidModel as error:
             reading.errors[model] = str(error)
+        except OSError as error:
+            reading.errors[model] = f"model {model}: {folder} cannot be read ({error.strerror})"
     return reading
 
 
@@ -194,7 +196,7 @@ def _model_json(model: str, version: Path) -> tuple[str, Mapping[str, Any]]:
         raise InvalidModel(f"model {model}: there is no {path}, with vLLM's engine arguments") from None
     except OSError as error:
         raise InvalidModel(f"model {model}: {path} cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidModel(f"model {model}: model.json is not readable as JSON: {error}") from error
     if not isinstance(arguments, dict):
         raise InvalidModel(f"model {model}: model.json must hold one JSON object, vLLM's engine arguments")

@@ -46,7 +46,7 @@ def estimate(arguments: Mapping[str, Any], version_dir: Path, ranks: int) -> Siz
         files = _weight_files(folder)
         config = json.loads((folder / "config.json").read_text("utf-8")) if folder.is_dir() else {}
         stored_bytes = sum(path.stat().st_size for path in files)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"{folder} cannot be read ({error})"
     if not files:
         return f"there are no weight files in {folder}"
@@ -57,8 +57,8 @@ def estimate(arguments: Mapping[str, Any], version_dir: Path, ranks: int) -> Siz
     stored = text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype")
     # Of what the engine computes with. vLLM's `auto` takes 16 bits, also for what is stored with 32.
     element_bytes = _DTYPE_BYTES.get(str(arguments.get("dtype", "auto")), 2)
-    if stored in _DTYPE_BYTES and not config.get("quantization_config"):
-        stored_bytes = stored_bytes * element_bytes // _DTYPE_BYTES[stored]
+    if str(stored) in _DTYPE_BYTES and not config.get("quantization_config"):
+        stored_bytes = stored_bytes * element_bytes // _DTYPE_BYTES[str(stored)]
     kv_bytes, kv_text = _kv_cache(arguments, text, ranks, element_bytes)
     if kv_bytes is None:
         return Size(-(-stored_bytes // ranks), 0, "", kv_text)
@@ -66,14 +66,19 @@ def estimate(arguments: Mapping[str, Any], version_dir: Path, ranks: int) -> Siz
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    """What vLLM would load. Raises OSError, ValueError."""
     if folder.is_file():
         return [folder]
     index = folder / "model.safetensors.index.json"
     if index.is_file():  # beside it there may be the same weights in another form
-        return [folder / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
+        content = json.loads(index.read_text("utf-8"))
+        files = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(files, dict):
+            raise ValueError(f"{index.name} holds no weight_map")
+        return [folder / name for name in sorted(set(map(str, files.values())))]
     for pattern in _PATTERNS:
-        if files := [path for path in sorted(folder.glob(pattern)) if path.name not in _NOT_WEIGHTS]:
-            return files
+        if found := [path for path in sorted(folder.glob(pattern)) if path.name not in _NOT_WEIGHTS]:
+            return found
     return []
 
 

@@ -91,17 +91,17 @@ def test_what_fits_is_packed_and_resident_together(models: Models, plan: Any) ->
 
 
 def test_what_does_not_fit_together_takes_turns(models: Models, plan: Any) -> None:
-    for name, size in {"a": "60MiB", "b": "50MiB", "c": "30MiB"}.items():
+    for name, size in {"a": "60MiB", "b": "40MiB", "c": "30MiB"}.items():
         models.add(name, size)
     models.add("pin", "10MiB", PINNED="true")
     code, answer = plan("cpu:100MiB")
     assert code == 0
     (device,) = answer["devices"]
-    assert device["subscription"] == 1.5
+    assert device["subscription"] == 1.4
     assert device["turns"] == {
         "models": ["a/1#0", "b/1#0", "c/1#0"],
         "most_together": 2,
-        "never_together": [["a/1#0", "b/1#0"]],  # 110 of the 90 MiB that the pinned model leaves; a and c fit exactly
+        "never_together": [["a/1#0", "b/1#0"]],  # 100 of the 90 MiB that the pinned model leaves; a and c fit exactly
     }
     assert answer["together"] == ["pin/1#0"]
 
@@ -197,6 +197,29 @@ def test_dtype_and_architecture_count(
         wanted.kv_bytes,
         wanted.kv_text,
     )
+
+
+def test_only_files_that_are_loaded_count(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+
+    def weights_bytes() -> int:
+        found = estimate({"model": str(tmp_path)}, tmp_path, 1)
+        assert isinstance(found, Size), found
+        return found.weights_bytes
+
+    assert estimate({"model": str(tmp_path)}, tmp_path, 1) == f"there are no weight files in {tmp_path}"
+    for name, size in {"training_args.bin": 100, "pytorch_model.bin": 7}.items():
+        (tmp_path / name).write_bytes(bytes(size))
+    assert weights_bytes() == 7
+    for name, size in {"model-1.safetensors": 3, "model-2.safetensors": 2, "consolidated.safetensors": 5}.items():
+        (tmp_path / name).write_bytes(bytes(size))
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-1.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert weights_bytes() == 5, "what the index names, each file once"
+    (tmp_path / "model-2.safetensors").unlink()
+    assert "cannot be read" in str(estimate({"model": str(tmp_path)}, tmp_path, 1))
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    assert "model.safetensors.index.json holds no weight_map" in str(estimate({"model": str(tmp_path)}, tmp_path, 1))
 
 
 def test_a_size_that_nobody_can_tell_is_said_in_words(models: Models, plan: Any) -> None:
