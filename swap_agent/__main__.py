@@ -84,6 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     agent.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
 
     listing = _verb(verbs, "ps", _ps, "list models: state, device, memory, requests")
+    listing.add_argument(
+        "--devices", action="store_true", help="the packing instead: who holds how much of each device"
+    )
     listing.add_argument("--json", action="store_true", help="devices and models as JSON")
     load = _verb(verbs, "load", _load, "bring a model into device memory")
     unload = _verb(verbs, "unload", _unload, "take a model out of device memory; its engine stays parked")
@@ -99,6 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     trim.add_argument("--json", action="store_true")
     simulate = _verb(verbs, "simulate", _simulate, "replay a trace against a described cluster; needs no agent, no GPU")
     add_arguments(simulate)
+    plan = _verb(verbs, "plan", _plan, "print where the models of a repository would go; starts nothing")
+    plan.add_argument("--model-repository", type=Path, required=True, metavar="DIR", help="Triton model repository")
+    plan.add_argument(
+        "--device", default=_DEFAULT_DEVICE, help="such as cpu:2x16GiB, cuda:40GiB (default: %(default)s)"
+    )
+    plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
     backend = _verb(verbs, "backend-dir", _backend_dir, "print the directory for tritonserver --backend-directory")
     backend.add_argument("--json", action="store_true")
     return parser
@@ -249,7 +258,8 @@ async def _run_agent(config: AgentConfig) -> None:
 def _ps(options: argparse.Namespace) -> int:
     from swap_agent import commands
 
-    return commands.ps(RuntimeDir(options.runtime_dir), as_json=options.json)
+    show = commands.ps_devices if options.devices else commands.ps
+    return show(RuntimeDir(options.runtime_dir), as_json=options.json)
 
 
 def _load(options: argparse.Namespace) -> int:
@@ -287,6 +297,16 @@ def _simulate(options: argparse.Namespace) -> int:
     from swap_agent.simulate import command
 
     return command.run(options)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from swap_agent.plan import command
+
+    try:
+        spec = parse_device(options.device)
+    except ValueError as error:
+        raise InvalidUsage(f"--device {error}") from error
+    return command.run(options.model_repository, spec, as_json=options.json)
 
 
 def _backend_dir(options: argparse.Namespace) -> int:

@@ -7,8 +7,8 @@ from typing import Any
 
 import httpx
 from rich.console import Console
-from rich.table import Table
 
+from swap_agent import tables
 from swap_agent.config import RuntimeDir
 from swap_agent.errors import Unavailable
 from swap_agent.policy.units import format_bytes
@@ -22,27 +22,22 @@ def ps(runtime: RuntimeDir, *, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"devices": devices, "host": host, "models": models}, indent=2))
         return 0
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200  # a pipe has no width to fit
-    columns = (
-        "MODEL",
-        "STATE",
-        "DEVICE",
-        "REQUEST/LIMIT",
-        "HOLDS",
-        "MIRROR",
-        "RESIDUE",
-        "RUNS",
-        "WAITS",
-        "IDLE",
-        "PID",
-    )
-    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
-    for column in table.columns[3:]:
-        column.justify = "right"
-    for model in models:
-        table.add_row(
+    console = tables.console()
+    columns = {
+        "MODEL": "left",
+        "STATE": "left",
+        "DEVICE": "left",
+        "REQUEST/LIMIT": "right",
+        "HOLDS": "right",
+        "MIRROR": "right",
+        "RESIDUE": "right",
+        "RUNS": "right",
+        "WAITS": "right",
+        "IDLE": "right",
+        "PID": "right",
+    }
+    rows = [
+        (
             model["name"],
             model["state"],
             ",".join(model["devices"]) or "-",
@@ -55,11 +50,13 @@ def ps(runtime: RuntimeDir, *, as_json: bool) -> int:
             f"{model['idle_s']:.0f} s",
             str(model["engine_pid"] or "-"),
         )
-    console.print(table)
+        for model in models
+    ]
+    tables.print_table(console, columns, rows, spare=("PID", "RESIDUE", "MIRROR", "IDLE", "REQUEST/LIMIT", "DEVICE"))
     for model in models:
         for key, style in (("failure", "red"), ("config_error", "red"), ("config_note", "yellow")):
             if model[key]:
-                console.print(model[key], style=style, highlight=False, soft_wrap=True)
+                console.print(model[key], style=style, highlight=False, soft_wrap=True, markup=False)
         if model["outside_exceeded"]:
             words = f"{model['name']} takes {_residue(model)} outside of frames, beyond --outside-allowance"
             console.print(words, style="red", highlight=False, soft_wrap=True)
@@ -71,14 +68,73 @@ def ps(runtime: RuntimeDir, *, as_json: bool) -> int:
             soft_wrap=True,
         )
     for device in devices:
-        total, free = (device[key] * device["frame_bytes"] for key in ("frames_total", "frames_free"))
-        outside = device["outside_bytes"]
-        words = f", {format_bytes(max(0, outside))} in use outside of frames" if outside is not None else ""
-        words += ", beyond what its engines may add" if device["outside_exceeded"] else ""
-        console.print(f"{device['name']}: {format_bytes(total)}, {format_bytes(free)} free{words}", highlight=False)
+        console.print(f"{device['name']}: {_free(device)}", highlight=False)
     bound = f" of {format_bytes(host['limit_bytes'])}" if host["limit_bytes"] is not None else ""
     console.print(f"host: {format_bytes(host['used_bytes'])}{bound} in mirrors and engines", highlight=False)
     return 0
+
+
+def ps_devices(runtime: RuntimeDir, *, as_json: bool) -> int:
+    """Print the packing: who holds how much of each device."""
+    devices = _call(runtime, "GET", "/v1/devices")["devices"]
+    if as_json:
+        print(json.dumps({"devices": devices}, indent=2))
+        return 0
+    console = tables.console()
+    for number, device in enumerate(devices):
+        if number:
+            console.print()
+        _show_device(console, device)
+    return 0
+
+
+def _show_device(console: Console, device: dict[str, Any]) -> None:
+    models, size = device["models"], device["frames_total"] * device["frame_bytes"]
+    need = sum(model["need_bytes"] for model in models)
+    console.print(f"[bold]{device['name']}[/]  {_free(device)}", soft_wrap=True)
+    if not models:
+        console.print("no engine is on it")
+        return
+    console.print(tables.bar(console, [model["device_bytes"] for model in models], size))
+    columns = {
+        "": "left",
+        "MODEL": "left",
+        "STATE": "left",
+        "HOLDS": "right",
+        "FRAMES": "right",
+        "RESERVED": "right",
+        "NEEDS": "right",
+        "PRIORITY": "right",
+        "PINNED": "left",
+    }
+    rows = [
+        (
+            tables.swatch(number) if model["device_bytes"] else "",
+            model["name"],
+            model["state"] + " (cache)" * (model["state"] == "SWAPPED" and model["device_bytes"] > 0),
+            format_bytes(model["device_bytes"]),
+            str(model["device_bytes"] // device["frame_bytes"]),
+            format_bytes(model["reserved_bytes"]),
+            format_bytes(model["need_bytes"]),
+            str(model["priority"]),
+            "pinned" if model["pinned"] else "",
+        )
+        for number, model in enumerate(models)
+    ]
+    tables.print_table(console, columns, rows, spare=("FRAMES", "PRIORITY", "RESERVED", "PINNED"))
+    words = f"{len(models)} engines need {format_bytes(need)}, {need / size:.2f} times its size"
+    if len(models) == 1:
+        words = f"1 engine needs {format_bytes(need)}, {need / size:.2f} times its size"
+    console.print(f"{words}: they take turns" if need > size else words, style="yellow" if need > size else "")
+
+
+def _free(device: dict[str, Any]) -> str:
+    """Its size, and who has none of it."""
+    total, free = (device[key] * device["frame_bytes"] for key in ("frames_total", "frames_free"))
+    outside = device["outside_bytes"]
+    words = f", {format_bytes(max(0, outside))} in use outside of frames" if outside is not None else ""
+    words += ", beyond what its engines may add" if device["outside_exceeded"] else ""
+    return f"{format_bytes(total)}, {format_bytes(free)} free{words}"
 
 
 def _residue(model: dict[str, Any]) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from swap_agent.errors import InvalidUsage, Unsupported
-from swap_agent.memory import cuda_driver
+from swap_agent.memory import cuda, cuda_driver, simulated
 from swap_agent.memory.cuda import CudaDevice
 from swap_agent.memory.device import DeviceMemory
 from swap_agent.memory.simulated import SimulatedDevice
+from swap_agent.policy.inventory import Device
 from swap_agent.policy.units import DeviceSpec, format_bytes
 
 
@@ -24,6 +25,24 @@ def open_devices(spec: DeviceSpec, *, late: bool = False) -> list[DeviceMemory]:
             size = format_bytes(device.frame_bytes)
             raise InvalidUsage(f"--device: {device.name} has no room for one frame of {size}")
     return devices
+
+
+def describe_devices(spec: DeviceSpec) -> tuple[list[Device], int]:
+    """The devices that `spec` gives sizes of, and bytes of their frames; nothing is opened, no driver is asked.
+
+    Raises InvalidUsage where the sizes are the driver's to say.
+    """
+    if not spec.sizes_bytes:
+        raise InvalidUsage(
+            f"--device {spec.kind}: only a GPU that is opened says how much is free on it; "
+            f"write the sizes, such as {spec.kind}:2x40GiB"
+        )
+    frame_bytes = simulated.FRAME_BYTES if spec.kind == "cpu" else cuda.FRAME_BYTES
+    devices = [Device(f"{spec.kind}:{i}", size // frame_bytes) for i, size in enumerate(spec.sizes_bytes)]
+    for device in devices:
+        if device.frames == 0:
+            raise InvalidUsage(f"--device: {device.name} has no room for one frame of {format_bytes(frame_bytes)}")
+    return devices, frame_bytes
 
 
 def _open(spec: DeviceSpec, late: bool) -> list[DeviceMemory]:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ def _read(path: Path, mark: Mark) -> ModelFile:
     if isinstance(mark, str):
         return ModelFile(mark, error=mark)
     try:
-        return ModelFile(mark, parameters=_parameters(path.read_bytes(), path.parent.name))
+        return ModelFile(mark, parameters=string_parameters(parse_config(path.read_bytes(), path.parent.name)))
     except OSError as error:
         reason = f"cannot be read ({error.strerror})"
         return ModelFile(reason, error=reason)  # the next look tries again
@@ -145,8 +146,13 @@ def _read(path: Path, mark: Mark) -> ModelFile:
         return ModelFile(mark, error=" ".join(str(error).split()))
 
 
-def _parameters(content: bytes, folder: str) -> dict[str, str]:
-    """The string parameters of a model configuration in protobuf's text format.
+def string_parameters(config: Any) -> dict[str, str]:
+    """The string values of a `ModelConfig`'s parameters."""
+    return {key: value.string_value for key, value in config.parameters.items()}
+
+
+def parse_config(content: bytes, folder: str) -> Any:
+    """The `ModelConfig` that a model configuration in protobuf's text format is, of the model in `folder`.
 
     Raises ValueError with a clause that goes on from the file's name.
     """
@@ -161,4 +167,4 @@ def _parameters(content: bytes, folder: str) -> dict[str, str]:
         raise ValueError('names no backend; a model of this backend says backend: "vllm"')
     if config.name not in ("", folder):
         raise ValueError(f"names the model {config.name}, but its folder is {folder}")
-    return {key: value.string_value for key, value in config.parameters.items()}
+    return config

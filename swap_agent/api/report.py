@@ -22,7 +22,11 @@ def models(agent: Agent) -> list[dict[str, Any]]:
 
 
 def devices(agent: Agent) -> list[dict[str, Any]]:
-    """One entry per device."""
+    """One entry per device; `models` are the replicas whose engines are on it, with what they have of this device.
+
+    `device_bytes` is what an engine holds, `reserved_bytes` what is set aside for it, `need_bytes` what it takes to be
+    resident.
+    """
     return [_device(agent, name) for name in agent.pools]
 
 
@@ -106,6 +110,18 @@ def _device(agent: Agent, name: str) -> dict[str, Any]:
         "frames_total": device.total_frames,
         "frames_free": pool.free_frames,
         "frame_bytes": device.frame_bytes,
+        "models": [
+            {
+                "name": replica.name,
+                "state": replica.state.value,
+                "device_bytes": pool.held_by(replica.name) * device.frame_bytes,
+                "reserved_bytes": replica.reserved_frames * device.frame_bytes,
+                "need_bytes": replica.need_frames * device.frame_bytes,
+                "priority": replica.priority,
+                "pinned": replica.pinned,
+            }
+            for replica in sorted(agent.coordinator.inventory.on(name), key=lambda replica: replica.name)
+        ],
         "resident_bytes": device.resident_bytes(),
         "outside_bytes": device.outside_bytes(),
         "outside_allowance_bytes": agent.usage_watch.watch.allowance_bytes[name],

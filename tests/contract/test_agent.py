@@ -17,8 +17,10 @@ from typing import Any, ClassVar
 
 import pytest
 from devices import FRAME_BYTES, NAME, break_nth, contents, put, spec
+from rich.console import Console
 
-from swap_agent.api import report
+from swap_agent import commands, tables
+from swap_agent.api import admin, report
 from swap_agent.config import AgentConfig, RuntimeDir
 from swap_agent.daemon import Agent
 from swap_agent.errors import InvalidUsage, Unavailable
@@ -129,9 +131,14 @@ async def test_two_models_take_turns_in_the_same_frames_and_find_every_byte(agen
     assert again == first, "the engine is the same process"
 
 
-async def test_idle_memory_is_a_cache_to_the_byte(tmp_path: Path) -> None:
-    """Three models of 100, 80 and 60 frames on a device of 160: each transition moves what is missing, no more."""
-    agent = Agent(config(tmp_path, frames=160))
+async def test_idle_memory_is_a_cache_to_the_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three models of 100, 80 and 60 frames on a device of 160: each transition moves what is missing, no more.
+
+    `ps --devices` shows it.
+    """
+    agent = Agent(config(tmp_path, frames=160, port=0))
     async with agent.started():
         (pool,) = agent.pools.values()
         device = pool.device
@@ -166,6 +173,35 @@ async def test_idle_memory_is_a_cache_to_the_byte(tmp_path: Path) -> None:
             assert copied == weights_bytes(name, missing), name
             assert device.device_to_host["weights", "swap_out"] == before[1] == 0
             assert pool.granted_frames == sum(after.values()) and device.resident_bytes() <= 160 * FRAME_BYTES
+
+        await agent.unload(stubs["b"].replica, purge=False)
+        runner = await admin.start(agent)
+        command = [sys.executable, "-m", "swap_agent", "ps", "--devices", "--json", "--runtime-dir", str(tmp_path)]
+        asked = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+        (shown,) = json.loads((await asked.communicate())[0])["devices"]
+        bytes_of = ("device_bytes", "reserved_bytes", "need_bytes")
+        states = {"a/1#0": ("SWAPPED", 20, 20, 100), "b/1#0": ("SWAPPED", 0, 0, 80), "c/1#0": ("RESIDENT", 60, 60, 60)}
+        assert shown["frames_free"] == 80
+        assert {
+            one["name"]: (one["state"], *(one[key] // FRAME_BYTES for key in bytes_of)) for one in shown["models"]
+        } == states
+        assert all((one["priority"], one["pinned"]) == (0, False) for one in shown["models"])
+        for width in (80, 120):
+            monkeypatch.setattr(tables, "console", lambda width=width: Console(width=width, highlight=False))
+            await asyncio.to_thread(commands.ps_devices, agent.config.runtime, as_json=False)
+            lines = capsys.readouterr().out.splitlines()
+            assert all(len(line) <= width for line in lines)
+            assert lines[0].startswith(f"{NAME}  320 MiB, 160 MiB free")
+            assert lines[1] == "█" * 8 + "▒" * 22 + "·" * 30, "20, 0 and 60 of 160 frames"
+            rows = [line.split() for line in lines[3:6]]
+            assert rows[0][:6] == ["█", "a/1#0", "SWAPPED", "(cache)", "40", "MiB"]
+            assert rows[1][:4] == ["b/1#0", "SWAPPED", "0", "B"] and rows[2][:3] == ["▒", "c/1#0", "RESIDENT"]
+            assert lines[6] == "3 engines need 480 MiB, 1.50 times its size: they take turns"
+            await asyncio.to_thread(commands.ps, agent.config.runtime, as_json=False)
+            lines = capsys.readouterr().out.splitlines()
+            assert all(len(line) <= width for line in lines)
+            assert [line.split()[0] for line in lines[1:4]] == list(states), "one line for each"
+        await runner.cleanup()
 
 
 async def test_host_memory_bounds_mirrors_and_engines_together(tmp_path: Path) -> None:

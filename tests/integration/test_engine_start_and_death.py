@@ -14,6 +14,7 @@ import pytest
 from engine_agent import FakeAgent
 from tiny_llama import make_tiny_llama
 
+from swap_agent.plan.size import Size, estimate
 from swap_agent.wire import messages as wire
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("default")]
@@ -83,7 +84,7 @@ def test_a_value_that_vllm_refuses_is_one_clear_line(start: Start) -> None:
     assert agent.process.wait(30) == 1
 
 
-def test_a_request_too_small_is_refused_with_the_sum(start: Start) -> None:
+def test_a_request_too_small_is_refused_with_the_sum(start: Start, model: Path) -> None:
     agent, failed = start({}, request_bytes=8 << 20)
     assert isinstance(failed, wire.HostFailed)  # later and less clear than the rank's own words
     assert agent.rank_failure == wire.RankFailed(
@@ -91,6 +92,10 @@ def test_a_request_too_small_is_refused_with_the_sum(start: Start) -> None:
         "the model needs 12.0 MiB: weights 8.0 MiB + state 2.0 MiB + KV cache of one sequence of max_model_len=512 "
         "tokens 2.0 MiB; GPU_MEMORY_REQUEST is 8.0 MiB: raise it, or lower max_model_len in model.json",
     )
+    estimated = estimate({"model": str(model), "max_model_len": 512}, model, 1)
+    assert isinstance(estimated, Size), estimated
+    frames = [-(-size // (2 << 20)) for size in (estimated.weights_bytes, estimated.kv_bytes)]
+    assert frames == [4, 1], "what `triton-swap plan` reads from the files is what the engine measures"
     assert agent.process is not None
     assert agent.process.wait(60) == 1
     assert gone_within(agent.process.pid, 10)
