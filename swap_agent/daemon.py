@@ -115,8 +115,13 @@ class Agent:
         for device in open_devices(self.config.device, late=self.config.poison):
             self.pools[device.name] = FramePool(device, poison=self.config.poison)
         devices = [Device(name, pool.device.total_frames) for name, pool in self.pools.items()]
-        self.coordinator = Coordinator(devices, self.config.host_memory_bytes, preempt=self.config.preempt)
-        self.usage_watch = UsageWatch(self.config, self.pools, self.engines, self._stop_engine)
+        self.coordinator = Coordinator(
+            devices,
+            self.config.host_memory_bytes,
+            preempt=self.config.preempt,
+            residue_budget_bytes=self.config.residue_budget_bytes,
+        )
+        self.usage_watch = UsageWatch(self.config, self.pools, self.engines, self.post)
         self._raise_file_limit()
 
     def _raise_file_limit(self) -> None:
