@@ -63,6 +63,12 @@ def _parser() -> argparse.ArgumentParser:
             help="how long it may stay beyond that before it is stopped (default: 30s)",
         )
         verb.add_argument(
+            "--residue-budget",
+            metavar="SIZE",
+            help="bound of what the engines of a device take outside of their frames: beyond it parked ones end, the "
+            "least valuable first (default: none)",
+        )
+        verb.add_argument(
             "--poll-interval", metavar="TIME", default="1s", help="how often to look for changes (default: %(default)s)"
         )
         verb.add_argument("--verify", action="store_true", help="check weights by checksums at every swap; slow")
@@ -137,7 +143,8 @@ def _serve(options: argparse.Namespace) -> int:
     from swap_agent.serve import ServeOptions, serve
 
     _check_device(options.device)
-    _host_memory(options.host_memory)
+    _size("--host-memory", options.host_memory)
+    _size("--residue-budget", options.residue_budget)
     _outside(options)
     _poll_interval(options.poll_interval)
     return serve(
@@ -147,6 +154,7 @@ def _serve(options: argparse.Namespace) -> int:
             host_memory=options.host_memory,
             outside_allowance=options.outside_allowance,
             outside_grace=options.outside_grace,
+            residue_budget=options.residue_budget,
             poll_interval=options.poll_interval,
             verify=options.verify,
             preempt=options.preempt,
@@ -162,12 +170,12 @@ def _serve(options: argparse.Namespace) -> int:
     )
 
 
-def _host_memory(text: str | None) -> int | None:
+def _size(flag: str, text: str | None) -> int | None:
     """Bytes. Raises InvalidUsage."""
     try:
         return None if text is None else parse_bytes(text)
     except ValueError as error:
-        raise InvalidUsage(f"--host-memory {error}") from error
+        raise InvalidUsage(f"{flag} {error}") from error
 
 
 def _outside(options: argparse.Namespace) -> tuple[int | None, float]:
@@ -224,9 +232,10 @@ def _agent(options: argparse.Namespace) -> int:
     config = AgentConfig(
         RuntimeDir(options.runtime_dir),
         parse_device(_check_device(options.device)),
-        _host_memory(options.host_memory),
+        _size("--host-memory", options.host_memory),
         outside_allowance_bytes=allowance_bytes,
         outside_grace_s=grace_s,
+        residue_budget_bytes=_size("--residue-budget", options.residue_budget),
         port=options.agent_port,
         model_repositories=tuple(options.model_repository),
         poll_interval_s=_poll_interval(options.poll_interval),

@@ -82,6 +82,8 @@ class AgentConfig:
     """How much an engine may grow outside of frames, per device; None: 1 GiB or 5 % of the device, the larger one."""
     outside_grace_s: float = 30.0
     """How long it may stay beyond that before it is stopped."""
+    residue_budget_bytes: int | None = None
+    """Bound of what the engines of a device take outside of frames; None: no bound."""
     port: int = 8003
     """Of the admin API, on 127.0.0.1."""
     model_repositories: tuple[Path, ...] = ()

@@ -117,8 +117,13 @@ class Agent:
             self.pools[device.name].start_cleaning()
             self.pools[device.name].start_cleaning()
         devices = [Device(name, pool.device.total_frames) for name, pool in self.pools.items()]
-        self.coordinator = Coordinator(devices, self.config.host_memory_bytes, preempt=self.config.preempt)
-        self.usage_watch = UsageWatch(self.config, self.pools, self.engines, self._stop_engine)
+        self.coordinator = Coordinator(
+            devices,
+            self.config.host_memory_bytes,
+            preempt=self.config.preempt,
+            residue_budget_bytes=self.config.residue_budget_bytes,
+        )
+        self.usage_watch = UsageWatch(self.config, self.pools, self.engines, self.post)
         self._raise_file_limit()
 
     def _raise_file_limit(self) -> None:

@@ -134,9 +134,11 @@ class MemoryPlane:
             on_gone=lambda: self._gone(engine, number),
             mirrors=MirrorDesk(self._mirrors, engine, number, lambda call: self._on_loop(engine, call), self._post),
         )
-        channel.send(
-            wire.RankWelcome(device.name, device.frame_bytes, engine.spec.settings.request_bytes, capacity_bytes)
+        settings = engine.spec.settings
+        welcome = wire.RankWelcome(
+            device.name, device.frame_bytes, settings.request_bytes, capacity_bytes, settings.limit_bytes
         )
+        channel.send(welcome)
         return link
 
     def _gone(self, engine: Engine, number: int) -> None:

@@ -49,6 +49,8 @@ class ServeOptions:
     """None: the agent's default."""
     outside_grace: str | None
     """None: the agent's default."""
+    residue_budget: str | None
+    """None: no bound."""
     poll_interval: str
     """How often the agent looks at the repository."""
     verify: bool
@@ -212,6 +214,7 @@ class _Supervisor:
         command += [f"--host-memory={options.host_memory}"] if options.host_memory else []
         command += [f"--outside-allowance={options.outside_allowance}"] if options.outside_allowance else []
         command += [f"--outside-grace={options.outside_grace}"] if options.outside_grace else []
+        command += [f"--residue-budget={options.residue_budget}"] if options.residue_budget else []
         command += [f"--model-repository={options.model_repository}", f"--poll-interval={options.poll_interval}"]
         command += ["--verify"] if options.verify else []
         command += ["--preempt"] if options.preempt else []

@@ -16,6 +16,7 @@ from swap_agent.engine import Engine
 from swap_agent.memory.device import DeviceMemory
 from swap_agent.memory.frames import FramePool
 from swap_agent.memory.nvml import used_by_process
+from swap_agent.policy import events as ev
 from swap_agent.supervisor import private_bytes_by_process
 from swap_agent.watch import DeviceExceeded, EngineKey, Exceeded, Reading, Stop, Usage, Watch
 
@@ -62,17 +63,18 @@ def key_of(engine: Engine) -> EngineKey | None:
 
 
 class UsageWatch:
-    """Measures now and then, says who has grown beyond the allowance, has those stopped that stay there."""
+    """Measures now and then, says who has grown beyond the allowance, tells the policy who stays there."""
 
     def __init__(
         self,
         config: AgentConfig,
         pools: Mapping[str, FramePool],
         engines: Mapping[str, Engine],
-        stop: Callable[[Engine, str], None],
+        post: Callable[[ev.Event], None],
     ) -> None:
         self._engines = engines
-        self._stop = stop
+        self._post = post
+        self._budgeted = config.residue_budget_bytes is not None
         self._devices = {name: pool.device for name, pool in pools.items()}
         allowances = {
             name: default_allowance_bytes(device)
@@ -116,7 +118,11 @@ class UsageWatch:
                         engine = ready[finding.engine]
                         if self._engines.get(engine.spec.replica) is engine and not engine.stopping:
                             log.error("%s", finding.words)
-                            self._stop(engine, finding.words)
+                            self._post(ev.OutsideExceeded(time.monotonic(), engine.spec.replica, finding.words))
+            for key, usages in reading.engines.items() if self._budgeted else ():
+                if self._engines.get(key.replica) is ready[key]:
+                    known_bytes = {name: usage.outside_bytes for name, usage in usages.items() if usage is not None}
+                    self._post(ev.ResidueMeasured(time.monotonic(), key.replica, known_bytes))
 
     def _read(self, ready: Mapping[EngineKey, Engine], unsettled: set[str]) -> Reading:
         return Reading(

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from vllm.platforms import current_platform
 
-from swap_agent.errors import InvalidModel, TakenBack, TritonSwapError, Unsupported
+from swap_agent.errors import TakenBack, TritonSwapError, Unsupported
 from swap_agent.wire.messages import Region
 from vllm_engine import between_ranks, gpu, kv_cache, quantized, rehome
 from vllm_engine.addresses import CudaAddresses, HostAddresses
+from vllm_engine.budget import plan_kv_cache
 from vllm_engine.headers import read_past_cache
 from vllm_engine.rank import Endpoint, RankConnection
 from vllm_engine.space import Space
@@ -176,36 +177,22 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
         return -(-size // self._space.frame_bytes)
 
     def _plan_kv_cache(self, layout: rehome.Layout) -> int:
-        """Size of the KV cache, whole frames, so that everything fits the request. Raises InvalidModel with the sum."""
-        frame_bytes, welcome = self._space.frame_bytes, self._agent.welcome
+        """Size of the KV cache, so that everything fits what it may have. Raises InvalidModel with the sum."""
         specs = self.get_kv_cache_spec()
-        if not specs:
-            needed = 0
-        elif self._declared_kv_bytes is not None:
-            needed = self._declared_kv_bytes
-        else:
+        kv_key, kv_name = "kv_cache_memory_bytes", "KV cache (kv_cache_memory_bytes)"
+        needed = (self._declared_kv_bytes or 0) if specs else 0
+        if self._declared_kv_bytes is None:
+            length = self.model_config.max_model_len
+            kv_key, kv_name = "max_model_len", f"KV cache of one sequence of max_model_len={length} tokens"
             needed = kv_cache.one_sequence_bytes(self.vllm_config, specs)
-        needed = self._frames(needed) * frame_bytes
-        fixed = {region: self._frames(layout.size(region)) * frame_bytes for region in ("weights", "state")}
-        fixed["scratch"] = self._space.regions.get("scratch", 0) * frame_bytes
-        limit, limit_name, remedy = welcome.device_bytes, f"device {welcome.device}", "use a larger device"
-        if welcome.request_bytes is not None:
-            limit, limit_name, remedy = welcome.request_bytes, "GPU_MEMORY_REQUEST", "raise it"
-        total = sum(fixed.values()) + needed
-        if total > limit:
-            kv_key, kv_name = "kv_cache_memory_bytes", "KV cache (kv_cache_memory_bytes)"
-            if self._declared_kv_bytes is None:
-                length = self.model_config.max_model_len
-                kv_key, kv_name = "max_model_len", f"KV cache of one sequence of max_model_len={length} tokens"
-            graphs = f"CUDA graphs {_mib(fixed['scratch'])} + " if fixed["scratch"] else ""
-            raise InvalidModel(
-                f"the model needs {_mib(total)}: weights {_mib(fixed['weights'])} + state {_mib(fixed['state'])} + "
-                f"{graphs}{kv_name} {_mib(needed)}; {limit_name} is {_mib(limit)}: {remedy}, or lower {kv_key} in "
-                "model.json"
-            )
-        if specs and self._declared_kv_bytes is None and welcome.request_bytes is not None:
-            return (limit - sum(fixed.values())) // frame_bytes * frame_bytes
-        return needed
+        frame_bytes = self._space.frame_bytes
+        fixed: dict[Region, int] = {
+            "weights": self._frames(layout.size("weights")) * frame_bytes,
+            "state": self._frames(layout.size("state")) * frame_bytes,
+            "scratch": self._space.regions.get("scratch", 0) * frame_bytes,
+        }
+        grows = bool(specs) and self._declared_kv_bytes is None
+        return plan_kv_cache(self._agent.welcome, fixed, needed, kv_name, kv_key, grows=grows)
 
     def _kv_buffers(self, sizes: list[int]) -> Any:
         """An allocator of int8 tensors, one after the other in region `kv`, which the agent has zeroed."""
@@ -218,7 +205,3 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
             return torch.empty(0, dtype=torch.int8, device=storage.device).set_(storage)
 
         return allocate
-
-
-def _mib(size: int) -> str:
-    return f"{size / (1 << 20):.1f} MiB"

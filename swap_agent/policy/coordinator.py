@@ -15,7 +15,7 @@ import heapq
 from collections.abc import Callable, Iterable, Sequence
 
 from swap_agent.policy import events as ev
-from swap_agent.policy import eviction, placement
+from swap_agent.policy import eviction, placement, residues
 from swap_agent.policy.eviction import LEAVING, Regret, expected_regret
 from swap_agent.policy.host_memory import HostMemory
 from swap_agent.policy.inventory import Device, Inventory, Mirror, Replica
@@ -42,14 +42,17 @@ class Coordinator:
         regret: Regret = expected_regret,
         *,
         preempt: bool = False,
+        residue_budget_bytes: int | None = None,
     ) -> None:
-        """`host_limit_bytes` bounds mirrors and engine processes together; None: no bound.
+        """`host_limit_bytes` bounds mirrors and engine processes together, `residue_budget_bytes` what the engines of a
+        device take outside of frames; None: no bound.
 
         `regret` orders idle models that could be evicted. With `preempt`, a model whose turn is over does not wait for
         its requests when one of a higher priority waits: they stand still until it is back.
         """
         self._preempt = preempt
         self._host_memory = HostMemory(host_limit_bytes)
+        self._residue_budget_bytes = residue_budget_bytes
         self._regret = regret
         self.inventory = Inventory({device.name: device for device in devices})
         self._queue = Queue()
@@ -93,6 +96,7 @@ class Coordinator:
         3. Swap out what has been idle for its keep-alive (`_expire`).
         4. Serve the queue, making room where needed (`_serve_queue`).
         5. Keep within the host's memory (`_fit_host_memory`), drop mirrors that nobody needs (`_drop_mirrors`).
+        6. Keep residues within their budget (`residues.victims`).
         """
         self._actions = []
         now_s = event.now_s
@@ -110,6 +114,9 @@ class Coordinator:
             self._fit_host_memory(now_s)
         if self._mirrors_changed:
             self._drop_mirrors()
+        if not isinstance(event, (ev.LoadReported, ev.Tick)):
+            for victim, reason in residues.victims(self.inventory, self._residue_budget_bytes, now_s):
+                self._stop(victim, reason)
         return self._actions
 
     def check_books(self) -> None:
@@ -156,7 +163,7 @@ class Coordinator:
             self._actions.append(ev.Activated(replica.name))
 
     def _unload_wanted(self, replica: Replica, event: ev.UnloadWanted) -> None:
-        if replica.load_wanted and replica.state not in (State.STARTING, State.SWAPPING_IN):
+        if replica.load_wanted and (replica.stopping or replica.state not in (State.STARTING, State.SWAPPING_IN)):
             self._actions.append(ev.Refuse(replica.name, f"{replica.name} was unloaded while its load waited"))
         replica.load_wanted = False
         replica.unload_wanted = True
@@ -186,6 +193,20 @@ class Coordinator:
     def _host_memory_measured(self, replica: Replica, event: ev.HostMemoryMeasured) -> None:
         if replica.state not in (State.COLD, State.FAILED):
             replica.host_bytes = event.total_bytes
+
+    def _outside_exceeded(self, replica: Replica, event: ev.OutsideExceeded) -> None:
+        """What runs ends with the engine; a load that waits, or comes meanwhile, is for the next one."""
+        if replica.stopping or replica.state in (State.COLD, State.FAILED, State.STARTING):
+            return
+        if replica.state is State.RESIDENT:
+            replica.move(State.DRAINING)
+        replica.epoch += 1  # no answer to an earlier order counts any more
+        replica.failure = event.reason
+        self._stop(replica, event.reason)
+
+    def _residue_measured(self, replica: Replica, event: ev.ResidueMeasured) -> None:
+        if replica.state not in (State.COLD, State.FAILED):
+            replica.residue_bytes = event.residue_bytes
 
     def _mirror_wanted(self, replica: Replica, event: ev.MirrorWanted) -> None:
         self._own_mirror((replica.name, event.rank), event.mirror)
@@ -261,9 +282,11 @@ class Coordinator:
 
     def _engine_exited(self, replica: Replica, event: ev.EngineExited) -> None:
         replica.move(State.FAILED)
-        if replica.stopping:
+        # A load that came while the old engine was being stopped is still wanted; one that a failure answers is not.
+        replica.load_wanted = replica.load_wanted and replica.stopping
+        if replica.stopping and not replica.failure:
             replica.move(State.COLD)
-        else:
+        elif not replica.stopping:
             replica.failure = event.reason
             self._actions.append(ev.Refuse(replica.name, event.reason))
         self.inventory.place(replica, ())
@@ -273,6 +296,7 @@ class Coordinator:
         replica.left_s = event.now_s
         replica.footprints = {}
         replica.discardable_frames = 0
+        replica.residue_bytes = {}
         replica.reserved_frames = replica.in_flight = replica.waiting = replica.host_bytes = 0
         self._mirrors_changed = True
         for mirror in self.inventory.mirrors.values():
@@ -283,8 +307,6 @@ class Coordinator:
             self._forget_mirrors(replica)
         replica.stopping = replica.unload_wanted = replica.purge_wanted = replica.drop_wanted = False
         replica.preempted = False
-        # A load that came while the old engine was being stopped is still wanted; one that the failure answers is not.
-        replica.load_wanted = replica.load_wanted and not replica.failure
         self._growth = {key: frames for key, frames in self._growth.items() if key[0] != replica.name}
         self._host_memory.wanted.pop(replica.name, None)
 
@@ -602,6 +624,8 @@ _HANDLERS: dict[type[ev.Event], Callable[..., None]] = {
     ev.FramesWanted: Coordinator._frames_wanted,
     ev.HostMemoryWanted: Coordinator._host_memory_wanted,
     ev.HostMemoryMeasured: Coordinator._host_memory_measured,
+    ev.OutsideExceeded: Coordinator._outside_exceeded,
+    ev.ResidueMeasured: Coordinator._residue_measured,
     ev.MirrorWanted: Coordinator._mirror_wanted,
     ev.MirrorKept: Coordinator._mirror_kept,
     ev.MirrorVoided: Coordinator._mirror_voided,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 MIN_RESIDENCY_S = 2.0
@@ -97,6 +98,22 @@ class HostMemoryMeasured(Event):
 
     name: str
     total_bytes: int
+
+
+@dataclass(frozen=True)
+class OutsideExceeded(Event):
+    """A running engine has taken more outside of frames than it may, for too long. `reason`: a line for a person."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ResidueMeasured(Event):
+    """What a running engine takes outside of frames, in bytes on each device where anybody can tell."""
+
+    name: str
+    residue_bytes: Mapping[str, int]
 
 
 @dataclass(frozen=True)

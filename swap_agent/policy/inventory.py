@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from swap_agent.errors import BooksDoNotBalance
@@ -50,6 +50,8 @@ class Replica:
     """Those of them that go first, and whose contents need not come back: the KV cache."""
     host_bytes: int = 0
     """Host memory of its engine's processes and what else is its own, as last measured; a `Mirror` counts by itself."""
+    residue_bytes: Mapping[str, int] = field(default_factory=dict)
+    """What its engine takes outside of frames on each device, as last measured."""
     in_flight: int = 0
     waiting: int = 0
     idle_since_s: float = 0.0
@@ -71,6 +73,7 @@ class Replica:
     drop_wanted: bool = False
     """Host memory is short: once SWAPPED, its engine is to end."""
     stopping: bool = False
+    """Its engine was told to end; whoever wants it gets the next one."""
     preempted: bool = False
     """It was drained without waiting for its requests: what is in flight stands still."""
     failure: str = ""

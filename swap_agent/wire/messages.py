@@ -226,6 +226,8 @@ class RankWelcome(Message, frozen=True):
     request_bytes: int | None
     """GPU_MEMORY_REQUEST in bytes: the sum of this rank's regions may not exceed it. None: not declared."""
     device_bytes: int
+    limit_bytes: int | None = None
+    """GPU_MEMORY_LIMIT in bytes: binds the same sum where no request is declared. None: not declared."""
 
 
 class Reserve(Message, frozen=True):

@@ -52,6 +52,7 @@ class Rank:
         if isinstance(welcome, wire.Refused):
             sys.exit(welcome.message)
         assert isinstance(welcome, wire.RankWelcome), welcome
+        print("may have:", welcome.request_bytes, welcome.limit_bytes, file=sys.stderr, flush=True)
         assert world_size == 1 or welcome.device.endswith(f":{number}"), welcome
         if "refuses" in self.faults:
             self.channel.send(wire.RankFailed("INVALID_ARG", "refused for a test"))

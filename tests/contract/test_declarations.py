@@ -124,6 +124,10 @@ async def test_an_edit_is_in_force_within_one_poll_interval_and_the_engine_goes_
     assert log.read_text().count("told to limit") == 1
     assert stub.report["state"] == "RESIDENT" and stub.report["swaps_out"] == 0
 
+    await world.agent.unload(stub.replica, purge=True)
+    await world.agent.load(stub.replica)
+    assert f"may have: {8 * FRAME_BYTES} {12 * FRAME_BYTES}" in log.read_text(), "its ranks are told at the next start"
+
 
 async def test_in_triton_s_poll_mode_the_new_copy_of_a_model_gets_the_running_engine(world: World) -> None:
     """Triton loads an edited model anew by itself, and unloads the old copy when the new one is ready."""

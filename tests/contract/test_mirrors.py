@@ -38,8 +38,8 @@ class Model(Stub):
         answer = await asyncio.wait_for(self.channel.receive(), 30)
         assert isinstance(answer, wire.Attached), answer
         self.pid = answer.engine_pid
-        lines = self.agent.config.runtime.log(self.replica).read_text().splitlines(keepends=True)
-        return "".join(line for line in lines if not line.startswith("limits"))
+        said = self.agent.config.runtime.log(self.replica).read_text().splitlines(keepends=True)
+        return "".join(line for line in said if not line.startswith(("may have:", "limits at first:")))
 
     async def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)

@@ -71,10 +71,10 @@ async def agent(tmp_path: Path) -> AsyncIterator[Agent]:
     assert agent.books_violations == 0
 
 
-async def start(agent: Agent, model: str, hoard: Hoard) -> tuple[Stub, int]:
+async def start(agent: Agent, model: str, hoard: Hoard, **more: object) -> tuple[Stub, int]:
     """A model whose baseline has been taken, and the process of its engine."""
     stub = await Stub.connect(agent, model)
-    attached = await stub.attach(frames=6, hoard=HOARD, lingers=0.5)
+    attached = await stub.attach(frames=6, hoard=HOARD, lingers=0.5, **more)
     assert isinstance(attached, wire.Attached)
     hoard.has_started(attached.engine_pid)
     await until(lambda: stub.report["residue_at_ready_bytes"] is not None)
@@ -123,7 +123,7 @@ async def test_who_stays_beyond_the_allowance_is_named_then_stopped_and_its_neig
 
     hoard.grow(second)
     await until(lambda: agent.engines[a.replica].stopping)
-    assert a.report["state"] == "RESIDENT", "it finishes what runs"
+    assert (a.report["state"], a.report["engine_pid"]) == ("DRAINING", second), "it finishes what runs"
     _, third = await start(agent, "a", hoard)
     assert third != second, "whoever comes meanwhile gets the next engine"
 
@@ -140,6 +140,39 @@ async def test_a_parked_engine_shows_its_residue_and_is_stopped_for_it_too(agent
     hoard.grow(pid)
     await until(lambda: a.report["state"] == "FAILED")
     assert "--outside-allowance" in str(a.report["failure"])
+
+
+async def test_beyond_the_residue_budget_the_engine_parked_for_longest_ends_and_its_mirror_stays(
+    tmp_path: Path, hoard: Hoard, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    budget = (750 if CUDA else 200) * MIB  # two engines, one of which has grown
+    agent = Agent(config(tmp_path, outside_grace_s=GRACE_S, residue_budget_bytes=budget))
+    async with agent.started():
+        a, first = await start(agent, "a", hoard, fingerprint="f")
+        b, second = await start(agent, "b", hoard)
+        for stub in (a, b):
+            await agent.unload(stub.replica, purge=False)
+        hoard.grow(first)
+        await asyncio.sleep(GRACE_S)  # measured again
+        assert (a.report["engine_pid"], b.report["engine_pid"]) == (first, second)
+
+        hoard.grow(second)
+        await until(lambda: a.report["state"] == "COLD")
+        assert a.report["engine_pid"] is None and a.report["failure"] == "" and int(str(a.report["mirror_bytes"])) > 0
+        assert (b.report["state"], b.report["engine_pid"]) == ("SWAPPED", second)
+        (line,) = [line for line in caplog.messages if "becomes COLD" in line]
+        size = "750" if CUDA else "200"
+        words = rf"a/1#0 becomes COLD, its mirror stays: outside of frames the engines on {NAME} take [0-9.]+ MiB, "
+        words += rf"--residue-budget is {size} MiB, and of those parked it is the least valuable \(priority 0, idle .*"
+        assert re.fullmatch(words, line)
+
+        _, third = await start(agent, "a", hoard, fingerprint="f")
+        assert "restored" in agent.config.runtime.log(a.replica).read_text()
+        hoard.grow(third)
+        await until(lambda: b.report["state"] == "COLD")
+        assert (a.report["state"], a.report["engine_pid"]) == ("RESIDENT", third), "it is no parked one"
+    assert agent.books_violations == 0
 
 
 @pytest.mark.skipif(not CUDA, reason="the memory of a simulated device is all frames")

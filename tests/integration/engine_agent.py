@@ -161,7 +161,13 @@ class FakeAgent:
         match message:
             case wire.RankHello():
                 assert message == wire.RankHello(self.replica, "secret", 0, 1)
-                fields = {"device": "cpu:0", "frame_bytes": FRAME_BYTES, "request_bytes": None, "device_bytes": 1 << 30}
+                fields = {
+                    "device": "cpu:0",
+                    "frame_bytes": FRAME_BYTES,
+                    "request_bytes": None,
+                    "device_bytes": 1 << 30,
+                    "limit_bytes": None,
+                }
                 overrides = {key: value for key, value in self._welcome.items() if key in fields}
                 self.rank.send(wire.RankWelcome(**{**fields, **overrides}))
             case wire.Recall():

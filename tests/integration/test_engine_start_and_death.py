@@ -84,13 +84,14 @@ def test_a_value_that_vllm_refuses_is_one_clear_line(start: Start) -> None:
     assert agent.process.wait(30) == 1
 
 
-def test_a_request_too_small_is_refused_with_the_sum(start: Start, model: Path) -> None:
-    agent, failed = start({}, request_bytes=8 << 20)
+def test_a_limit_too_small_is_refused_with_the_sum(start: Start, model: Path) -> None:
+    """A request is, too (test_engine_budget.py, tests/e2e/test_wrong_models.py)."""
+    agent, failed = start({}, limit_bytes=8 << 20)
     assert isinstance(failed, wire.HostFailed)  # later and less clear than the rank's own words
     assert agent.rank_failure == wire.RankFailed(
         "INVALID_ARG",
         "the model needs 12.0 MiB: weights 8.0 MiB + state 2.0 MiB + KV cache of one sequence of max_model_len=512 "
-        "tokens 2.0 MiB; GPU_MEMORY_REQUEST is 8.0 MiB: raise it, or lower max_model_len in model.json",
+        "tokens 2.0 MiB; GPU_MEMORY_LIMIT is 8.0 MiB: raise it, or lower max_model_len in model.json",
     )
     estimated = estimate({"model": str(model), "max_model_len": 512}, model, 1)
     assert isinstance(estimated, Size), estimated

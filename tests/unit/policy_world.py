@@ -41,6 +41,10 @@ class FakeEngine:
     in_flight: int = 0
     waiting: int = 0
     order: ev.Drain | ev.SwapOut | ev.SwapIn | ev.StopEngine | None = None
+    residue: dict[str, int] = field(default_factory=dict)
+    """Outside of frames, by device, as last told."""
+    exceeded: str = ""
+    """Why it is to be stopped: it took too much outside of frames."""
 
 
 @dataclass
@@ -62,10 +66,13 @@ class Record:
 class World:
     """Obeys the policy, one step at a time."""
 
-    def __init__(self, *devices: Device, host_limit_bytes: int | None = None) -> None:
+    def __init__(
+        self, *devices: Device, host_limit_bytes: int | None = None, residue_budget_bytes: int | None = None
+    ) -> None:
         self.devices = {device.name: device for device in devices}
+        self.residue_budget_bytes = residue_budget_bytes
         self.host_limit_bytes = host_limit_bytes
-        self.policy = Coordinator(list(devices), host_limit_bytes)
+        self.policy = Coordinator(list(devices), host_limit_bytes, residue_budget_bytes=residue_budget_bytes)
         self.now_s = 0.0
         self.records: dict[str, Record] = {}
         self.engines: dict[str, FakeEngine] = {}
@@ -154,6 +161,20 @@ class World:
         self.engines[name].host_bytes = total_bytes
         self.post(ev.HostMemoryMeasured(self.now_s, name, total_bytes))
 
+    def measure_residue(self, name: str, residue: int) -> None:
+        engine = self.engines[name]
+        engine.residue = {device: residue + place for place, device in enumerate(engine.devices)}
+        self.post(ev.ResidueMeasured(self.now_s, name, engine.residue))
+
+    def exceed(self, name: str) -> None:
+        """Its engine took too much outside of frames for too long."""
+        engine = self.engines[name]
+        if not isinstance(engine.order, ev.StopEngine):
+            engine.exceeded = "took too much"
+        actions = self.post(ev.OutsideExceeded(self.now_s, name, "took too much"))
+        assert isinstance(engine.order, ev.StopEngine), "it is stopped, whatever it was doing"
+        assert not any(isinstance(action, ev.Refuse) and action.name == name for action in actions)
+
     def use_mirror(self, name: str, rank: int, mirror: str) -> None:
         self.engines[name].mirrors[rank] = mirror
         self.post(ev.MirrorWanted(self.now_s, name, mirror, rank))
@@ -176,9 +197,15 @@ class World:
 
     def exit(self, name: str, reason: str = "killed") -> None:
         """Every process of its engine is gone."""
-        del self.engines[name]
+        engine = self.engines.pop(name)
         self.records[name].reported = (0, 0)
-        self.post(ev.EngineExited(self.now_s, name, reason))
+        actions = self.post(ev.EngineExited(self.now_s, name, reason))
+        if isinstance(engine.order, ev.StopEngine):
+            told = [action.message for action in actions if isinstance(action, ev.Refuse) and action.name == name]
+            assert reason not in told and engine.exceeded not in told, "whoever waits for it gets the next engine"
+        if engine.exceeded and self.replica(name).state is not State.STARTING:
+            failed = self.replica(name)
+            assert (failed.state, failed.failure) == (State.FAILED, engine.exceeded)
 
     def obey(self, name: str, *, fail: bool = False) -> None:
         """One step of what its engine was ordered; with `fail` a swap-in is undone."""
@@ -340,7 +367,15 @@ class World:
                 assert all(held <= size for held, size in zip(engine.held, engine.sizes, strict=True))
                 engine.order = action
             case ev.StopEngine():
-                assert engine.ready and not engine.gate_open and engine.order is None
+                assert engine.ready and not isinstance(engine.order, ev.StopEngine)
+                if not engine.exceeded:
+                    assert not engine.gate_open and engine.order is None, "only parked ones end for others"
+                if "--residue-budget" in action.reason:
+                    assert self.residue_budget_bytes is not None and not self.records[name].settings.pinned
+                    assert not self.records[name].loading and not self.records[name].reported[1], "it is wanted"
+                    held = [e.residue for n, e in self.engines.items() if not isinstance(e.order, ev.StopEngine)]
+                    used = [sum(residue.get(device, 0) for residue in held) for device in engine.devices]
+                    assert max(used) > self.residue_budget_bytes, "there was no need"
                 engine.order = action
             case _:
                 raise AssertionError(action)
@@ -430,7 +465,22 @@ class World:
             self._check_replica(name, replica)
             if name in before:
                 assert replica.state in _reachable(before[name]), f"{name}: {before[name]} → {replica.state}"
+        if not isinstance(event, (ev.LoadReported, ev.Tick)):
+            self._check_residues()
         assert self.policy.next_tick_s > self.now_s, "it would be asked again at once, forever"
+
+    def _check_residues(self) -> None:
+        """Beyond the budget only as long as nobody parked is left who may end."""
+        for device in self.devices if self.residue_budget_bytes is not None else ():
+            going = {name for name in self.engines if self.replica(name).stopping}
+            there = {name: e.residue.get(device, 0) for name, e in self.engines.items() if name not in going}
+            may_end = [
+                name
+                for name, residue in there.items()
+                if residue and self.replica(name).state is State.SWAPPED and not self.records[name].settings.pinned
+                if not self.replica(name).activation_wanted
+            ]
+            assert sum(there.values()) <= self.residue_budget_bytes or not may_end, f"{device}: {may_end} may end"
 
     def _check_that_nothing_was_missed(self, event: ev.Event) -> None:
         """The policy looks at what an event touches; had it looked at everything, it would have ordered no more."""
@@ -452,6 +502,9 @@ class World:
         assert (replica.state is State.STARTING) != engine.ready
         if engine.order is None or isinstance(engine.order, ev.StopEngine):
             assert self.policy.inventory.audit(replica, engine.held) == ""
+        if replica.stopping:
+            assert isinstance(engine.order, ev.StopEngine)
+            return
         orders = {State.DRAINING: ev.Drain, State.SWAPPING_OUT: ev.SwapOut, State.SWAPPING_IN: ev.SwapIn}
         if replica.state in orders:
             assert isinstance(engine.order, orders[replica.state])

@@ -44,10 +44,13 @@ class Policy(RuleBasedStateMachine):
 
     @initialize(
         host_limit=st.sampled_from([None, None, 60, 100]),
+        residue_budget=st.sampled_from([None, 0, 15, 30]),
         models=st.lists(st.tuples(budgets(), st.sampled_from([1, 1, 2, 3])), min_size=len(NAMES), max_size=len(NAMES)),
     )
-    def begin(self, host_limit: int | None, models: list[tuple[dict[str, object], int]]) -> None:
-        self.world = World(*DEVICES, host_limit_bytes=host_limit)
+    def begin(
+        self, host_limit: int | None, residue_budget: int | None, models: list[tuple[dict[str, object], int]]
+    ) -> None:
+        self.world = World(*DEVICES, host_limit_bytes=host_limit, residue_budget_bytes=residue_budget)
         self.mirrors = 0
         for name, (budget, ranks) in zip(NAMES, models, strict=True):
             self.world.register(ev.Registered(0.0, name, ranks=ranks, **budget))  # type: ignore[arg-type]
@@ -136,6 +139,17 @@ class Policy(RuleBasedStateMachine):
     @rule(data=st.data(), total=st.sampled_from([5, 20, 40]))
     def measure(self, data: st.DataObject, total: int) -> None:
         self.world.measure(data.draw(st.sampled_from(self.engines(ready=True))), total)
+
+    @precondition(lambda self: self.engines(ready=True))
+    @rule(data=st.data(), residue=st.sampled_from([5, 10, 20]))
+    def measure_residue(self, data: st.DataObject, residue: int) -> None:
+        self.world.measure_residue(data.draw(st.sampled_from(self.engines(ready=True))), residue)
+
+    @precondition(lambda self: self.engines(ready=True))
+    @rule(data=st.data(), sure=st.sampled_from([False, True]))
+    def exceed(self, data: st.DataObject, sure: bool) -> None:
+        if sure:
+            self.world.exceed(data.draw(st.sampled_from(self.engines(ready=True))))
 
     @precondition(lambda self: self.engines(ready=False, doomed=False))
     @rule(data=st.data())

@@ -145,6 +145,7 @@ def test_a_device_is_compared_with_what_was_in_use_when_its_engines_last_changed
     [
         ("--outside-allowance=lots", "--outside-allowance 'lots' is not a size such as 512MiB or 12GiB"),
         ("--outside-allowance=0", "--outside-allowance 0 lets no engine live; leave it out for the default"),
+        ("--residue-budget=much", "--residue-budget 'much' is not a size such as 512MiB or 12GiB"),
         ("--outside-grace=soon", "--outside-grace 'soon' is not a duration such as 30s, 5m or 1h"),
     ],
 )

@@ -1,0 +1,47 @@
+"""What one rank may have on its device, and how much of it is left for the KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from swap_agent.errors import InvalidModel
+from swap_agent.wire import messages as wire
+
+
+def plan_kv_cache(
+    welcome: wire.RankWelcome,
+    fixed_bytes: Mapping[wire.Region, int],
+    kv_bytes: int,
+    kv_name: str,
+    kv_key: str,
+    *,
+    grows: bool,
+) -> int:
+    """Size of the KV cache in bytes: `kv_bytes`, or if it `grows` all that a declared request leaves. Whole frames.
+
+    `fixed_bytes` is what the other regions take, whole frames; `kv_name` and `kv_key` name the KV cache and the key of
+    model.json that lowers it. Raises InvalidModel with the sum, when that exceeds the request, without a request the
+    limit, without both the device.
+    """
+    frame_bytes = welcome.frame_bytes
+    bound, bound_name, remedy = welcome.device_bytes, f"device {welcome.device}", "use a larger device"
+    if welcome.request_bytes is not None:
+        bound, bound_name, remedy = welcome.request_bytes, "GPU_MEMORY_REQUEST", "raise it"
+    elif welcome.limit_bytes is not None:
+        bound, bound_name, remedy = welcome.limit_bytes, "GPU_MEMORY_LIMIT", "raise it"
+    kv_bytes = -(-kv_bytes // frame_bytes) * frame_bytes
+    total = sum(fixed_bytes.values()) + kv_bytes
+    if total > bound:
+        graphs = f"CUDA graphs {_mib(fixed_bytes['scratch'])} + " if fixed_bytes.get("scratch") else ""
+        raise InvalidModel(
+            f"the model needs {_mib(total)}: weights {_mib(fixed_bytes['weights'])} + state "
+            f"{_mib(fixed_bytes['state'])} + {graphs}{kv_name} {_mib(kv_bytes)}; {bound_name} is {_mib(bound)}: "
+            f"{remedy}, or lower {kv_key} in model.json"
+        )
+    if grows and welcome.request_bytes is not None:
+        return (bound - sum(fixed_bytes.values())) // frame_bytes * frame_bytes
+    return kv_bytes
+
+
+def _mib(size: int) -> str:
+    return f"{size / (1 << 20):.1f} MiB"
