@@ -44,7 +44,7 @@ _AUDIT_S = 0.1
 _MEASURE_S = 5.0
 _SPARE_FILES = 1024
 """Open files beside the frames: descriptors on their way to ranks, connections, logs."""
-_GONE_S = 10.0
+_GONE_S = 5.0
 """How long an engine that has lost a rank may take to end by itself, telling its clients."""
 _PARKED = frozenset({State.SWAPPED, State.COLD, State.FAILED})
 
@@ -114,7 +114,6 @@ class Agent:
         """When nobody else uses frames of them any more. Raises InvalidUsage, Unsupported."""
         for device in open_devices(self.config.device, late=self.config.poison):
             self.pools[device.name] = FramePool(device, poison=self.config.poison)
-            self.pools[device.name].start_cleaning()
             self.pools[device.name].start_cleaning()
         devices = [Device(name, pool.device.total_frames) for name, pool in self.pools.items()]
         self.coordinator = Coordinator(

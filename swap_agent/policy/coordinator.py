@@ -466,10 +466,13 @@ class Coordinator:
             self._expire(replica, now_s)
             return
         missing = replica.missing_frames
-        target = replica.devices or self._best_devices(replica, able, blocked, now_s)
-        choices = [target]
-        if len(old_target) == replica.ranks and set(able).issuperset(old_target):  # room is being made there
-            choices.append(old_target)
+        choices = [replica.devices]
+        if not replica.devices:
+            fitting = [device for device in able if device not in blocked and inventory.free_frames(device) >= missing]
+            valid = len(old_target) == replica.ranks and set(able).issuperset(old_target)
+            choices = [old_target] if valid else []  # room is being made there
+            if len(fitting) >= replica.ranks or not valid:
+                choices.insert(0, self._best_devices(replica, able, blocked, now_s))
         for choice in choices:
             if blocked.isdisjoint(choice) and all(inventory.free_frames(device) >= missing for device in choice):  # 6
                 self._queue.leave(replica)

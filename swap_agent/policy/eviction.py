@@ -14,7 +14,7 @@ LEAVING = frozenset({State.DRAINING, State.SWAPPING_OUT})
 LEAST_IDLE_S = 0.1
 """A model that was just activated is given so long to get its first request, one in use so long until its next."""
 
-FIXED_FRAMES = 16
+FIXED_FRAMES = 100
 """What a swap-in costs beside the frames that it copies (pause, map, resume), as so many frames' copy."""
 
 

@@ -56,18 +56,27 @@ def preferred(replica: Replica, devices: Sequence[str], inventory: Inventory, re
 
     1. Where it fits beside all engines: the most used device first, so that large models find room elsewhere. A model
        that declares nothing and never ran has an unknown size: the least used one, then.
-    2. Where it would take turns: first where room can be had now, then where engines exceed the device least.
+    2. Where it would take turns: where engines exceed the device least, of those where room can be had now, as many as
+       it has ranks.
+    3. The others, likewise.
     """
 
-    def order(device: str) -> tuple[bool, bool, float, int]:
-        frames = inventory.devices[device].frames
-        left = frames - sum(r.need_frames for r in inventory.on(device))
-        free = inventory.free_frames(device)
-        if left >= replica.need_frames:
-            return False, False, left if replica.need_frames else -left, free
-        return True, reachable(device) < replica.need_frames, -left / frames, -free
-
-    return sorted(devices, key=order)
+    left = {
+        device: inventory.devices[device].frames - sum(r.need_frames for r in inventory.on(device))
+        for device in devices
+    }
+    need = replica.need_frames
+    beside = [device for device in devices if left[device] >= need]
+    beside.sort(key=lambda device: (left[device] if need else -left[device], inventory.free_frames(device)))
+    crowded = [device for device in devices if left[device] < need]
+    crowded.sort(key=lambda device: (-left[device] / inventory.devices[device].frames, -inventory.free_frames(device)))
+    at_once: list[str] = []
+    for device in crowded:
+        if len(beside) + len(at_once) == replica.ranks:  # the rest need not be looked at
+            break
+        if reachable(device) >= need:
+            at_once.append(device)
+    return beside + at_once + [device for device in crowded if device not in at_once]
 
 
 def why_never(replica: Replica, devices: Sequence[str], able_devices: Sequence[str], inventory: Inventory) -> str:

@@ -41,7 +41,7 @@ def add(server: Server, name: str, engine: dict[str, Any], **parameters: str) ->
             {"GPU_MEMORY_REQUEST": "64MiB"},
             ["weights 258.0 MiB", "KV cache", "GPU_MEMORY_REQUEST is 64.0 MiB", "raise"],
         ),
-        ({}, {"PRIORITY": "3"}, ["PRIORITY", "not supported yet"]),
+        ({}, {"PRESERVE_KV": "1GiB"}, ["PRESERVE_KV", "not supported yet"]),
     ],
     ids=["unknown key", "no weights", "no size", "too large", "too small", "not yet"],
 )
