@@ -109,10 +109,13 @@ def killed_stay_busy(monkeypatch: pytest.MonkeyPatch, device: Any, busy_s: float
         pytest.skip("of an imitated driver")
     missing_bytes = device.total_frames * FRAME_BYTES - device.resident_bytes()
     rest = call("cuMemAlloc", device.context.free_and_total_bytes()[0] - missing_bytes)
-    with monkeypatch.context() as patch:
-        patch.setenv("FAKE_CUDA_BUSY_MS", str(int(busy_s * 1000)))
-        yield
-    call("cuMemFree", rest)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setenv("FAKE_CUDA_BUSY_MS", str(int(busy_s * 1000)))
+            yield
+    finally:
+        device.context.use()
+        call("cuMemFree", rest)
 
 
 class Nth:
