@@ -28,6 +28,7 @@ from swap_agent.engine import Engine, ModelSpec
 from swap_agent.errors import BooksDoNotBalance, Damaged, InvalidUsage, TakenBack, TritonSwapError, Unavailable
 from swap_agent.memory.frames import FramePool
 from swap_agent.memory.mirrors import Mirror, MirrorStore
+from swap_agent.memory.simulated import LATE, PROMPT
 from swap_agent.memory_plane import MemoryPlane
 from swap_agent.policy import events as ev
 from swap_agent.policy.coordinator import Coordinator
@@ -89,7 +90,7 @@ class Agent:
         runtime.create()
         with _exclusive(runtime.lock), subreaper():
             await asyncio.to_thread(end_leftovers, runtime, self.config.drain_timeout_s + 2)
-            self._open_devices()
+            await self._open_devices()
             self._memory_plane.open()
             await self._control_plane.open()
             watching = [asyncio.create_task(self._keep_books()), asyncio.create_task(self.usage_watch.run())]
@@ -110,9 +111,10 @@ class Agent:
                 for pool in self.pools.values():
                     pool.close()
 
-    def _open_devices(self) -> None:
+    async def _open_devices(self) -> None:
         """When nobody else uses frames of them any more. Raises InvalidUsage, Unsupported."""
-        for device in open_devices(self.config.device, late=self.config.poison):
+        latencies = LATE if self.config.poison else PROMPT
+        for device in await asyncio.to_thread(open_devices, self.config.device, latencies):
             self.pools[device.name] = FramePool(device, poison=self.config.poison)
             self.pools[device.name].start_cleaning()
         devices = [Device(name, pool.device.total_frames) for name, pool in self.pools.items()]

@@ -6,18 +6,18 @@ from swap_agent.errors import InvalidUsage, Unsupported
 from swap_agent.memory import cuda, cuda_driver, simulated
 from swap_agent.memory.cuda import CudaDevice
 from swap_agent.memory.device import DeviceMemory
-from swap_agent.memory.simulated import SimulatedDevice
+from swap_agent.memory.simulated import PROMPT, Latencies, SimulatedDevice
 from swap_agent.policy.inventory import Device
 from swap_agent.policy.units import DeviceSpec, format_bytes
 
 
-def open_devices(spec: DeviceSpec, *, late: bool = False) -> list[DeviceMemory]:
-    """One DeviceMemory per device; `late`: see `SimulatedDevice`.
+def open_devices(spec: DeviceSpec, latencies: Latencies = PROMPT) -> list[DeviceMemory]:
+    """One DeviceMemory per device; `latencies` are those of simulated ones. May take seconds.
 
     Raises InvalidUsage for a device that is missing or holds not even one frame, Unsupported.
     """
     try:
-        devices = _open(spec, late)
+        devices = _open(spec, latencies)
     except cuda_driver.CudaError as error:
         raise Unsupported(f"--device cuda: {error.strerror}") from error
     for device in devices:
@@ -45,10 +45,10 @@ def describe_devices(spec: DeviceSpec) -> tuple[list[Device], int]:
     return devices, frame_bytes
 
 
-def _open(spec: DeviceSpec, late: bool) -> list[DeviceMemory]:
+def _open(spec: DeviceSpec, latencies: Latencies) -> list[DeviceMemory]:
     devices: list[DeviceMemory] = []
     if spec.kind == "cpu":
-        devices += [SimulatedDevice(f"cpu:{i}", size, late=late) for i, size in enumerate(spec.sizes_bytes)]
+        devices += [SimulatedDevice(f"cpu:{i}", size, latencies) for i, size in enumerate(spec.sizes_bytes)]
     else:
         there = cuda_driver.count()
         sizes: list[int | None] = list(spec.sizes_bytes) or [None] * there

@@ -5,7 +5,9 @@ Untested on a real GPU; the tests run it against an imitation of the driver.
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ import numpy as np
 
 from swap_agent.errors import InvalidUsage, OutOfFrames
 from swap_agent.memory.cuda_driver import Context, call, driver
-from swap_agent.memory.device import IN_BACKGROUND, Bytes, Copied, During, Frame
+from swap_agent.memory.device import BUSY_S, IN_BACKGROUND, Bytes, Copied, During, Frame
 from swap_agent.memory.pace import Pace
 from swap_agent.memory.pinned import PIECE_BYTES, PinnedMemory, Registrar
 from swap_agent.wire.messages import Region
@@ -27,6 +29,9 @@ FRAME_BYTES = 32 << 20
 _LEAST_HEADROOM_BYTES = 1 << 30
 _BACKGROUND_CHUNKS = 2
 """Copies in flight when nobody waits for them: what is urgent comes after at most so many."""
+_RETRY_S = 0.1
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +54,8 @@ class CudaDevice:
     def __init__(self, name: str, ordinal: int, size_bytes: int | None = None) -> None:
         """`size_bytes` of the GPU are for frames; None: what is free now but for max(1 GiB, 2 %).
 
-        Raises InvalidUsage when there is not that much, Unsupported, CudaError.
+        Raises InvalidUsage when there is not that much, also not after `BUSY_S`: processes of an agent before this one
+        may have been killed just now. Raises Unsupported, CudaError.
         """
         self.name = name
         self.visible_name: str | None
@@ -57,7 +63,7 @@ class CudaDevice:
         self.context = Context(ordinal)
         self.visible_name = self.context.visible_name()
         self.pci_bus_id: str | None = self.context.pci_bus_id()
-        free_bytes, total_bytes = self.context.free_and_total_bytes()
+        free_bytes, total_bytes = self._await_free(size_bytes or 0)
         headroom_bytes = max(_LEAST_HEADROOM_BYTES, total_bytes // 50)
         if size_bytes is None:
             size_bytes = max(0, free_bytes - headroom_bytes)
@@ -77,6 +83,19 @@ class CudaDevice:
         self._urgent_stream = call("cuStreamCreateWithPriority", flags, highest)
         self._background_stream = call("cuStreamCreateWithPriority", flags, lowest)
         self._registrar = Registrar(self.context, self.pace)
+
+    def _await_free(self, size_bytes: int) -> tuple[int, int]:
+        """Free and total bytes, as soon as so many are free; for more than there are in all it does not wait."""
+        deadline_s = time.monotonic() + BUSY_S
+        said = False
+        while True:
+            free_bytes, total_bytes = self.context.free_and_total_bytes()
+            if free_bytes >= size_bytes or size_bytes > total_bytes or time.monotonic() >= deadline_s:
+                return free_bytes, total_bytes
+            if not said:
+                log.info("%s has %d bytes free, waiting for %d: up to %g s", self.name, free_bytes, size_bytes, BUSY_S)
+                said = True
+            time.sleep(_RETRY_S)
 
     def create(self) -> CudaFrame:
         """A new zeroed allocation, mapped. Raises OutOfFrames when the GPU has no memory left."""
@@ -106,8 +125,8 @@ class CudaDevice:
             self._frames.add(frame)
         return frame
 
-    def destroy(self, frame: Frame) -> None:
-        """Unmap and release: the memory is free once no other process maps it."""
+    def destroy(self, frame: Frame, *, killed: bool = False) -> None:
+        """Unmap and release: the memory is free once no other process maps it, of a killed one when the driver says."""
         own = _own(frame)
         self.context.use()
         self.context.unmap(own.address, self.frame_bytes)

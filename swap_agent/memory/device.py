@@ -24,6 +24,9 @@ During = Literal["start", "mirror", "clean", "swap_in", "swap_out"]
 IN_BACKGROUND: frozenset[During] = frozenset({"mirror", "clean"})
 """What nobody waits for: it gives way to the rest, frame by frame."""
 
+BUSY_S = 5.0
+"""A killed process may leave its memory in use for a while. What is short for longer than this is short (unproven)."""
+
 Copied = Counter[tuple[Region, During]]
 """Bytes copied, by region and occasion."""
 
@@ -76,8 +79,11 @@ class DeviceMemory(Protocol):
     def create(self) -> Frame:
         """A new zeroed frame. Raises OutOfFrames when physical memory is short."""
 
-    def destroy(self, frame: Frame) -> None:
-        """Drop the agent's mapping and descriptor: the memory is free once no other process maps it."""
+    def destroy(self, frame: Frame, *, killed: bool = False) -> None:
+        """Drop the agent's mapping and descriptor: the memory is free once no other process maps it.
+
+        `killed`: a process that mapped it was. Then the memory may be free as late as `BUSY_S` from now.
+        """
 
     def transfer(self, during: During) -> AbstractContextManager[Transfer]:
         """What the transfer is asked runs at once; leaving the `with` block waits until all has been seen to be done.

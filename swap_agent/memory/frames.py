@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Iterable
 
 from swap_agent.errors import BooksDoNotBalance, OutOfFrames
-from swap_agent.memory.device import DeviceMemory, Frame
+from swap_agent.memory.device import BUSY_S, DeviceMemory, Frame
 
 _CLEANED_AT_ONCE = 4
 """A grant that needs one of them waits for all: less than a millisecond."""
+_RETRY_S = 0.02
+"""A device that refuses memory which the books say is free is asked again so soon."""
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +39,8 @@ class FramePool:
         """The most frames of one swap-in that had to be zero."""
         self._granted: dict[Frame, str] = {}
         self._held: Counter[str] = Counter()
+        self._busy_until_s = 0.0
+        """Until then memory of a killed process may be in use that the books say is free."""
         self._cleaner: threading.Thread | None = None
         self._closing = False
 
@@ -57,32 +62,49 @@ class FramePool:
         """`count` frames for `holder`, and how many of them, at the front of the list, are dirty; the rest is zero.
 
         All or none. `zeroed`: so many, at the end of the list, have to be zero, and the holder overwrites the others.
-        None, for an engine that starts: all. Raises OutOfFrames.
+        None, for an engine that starts: all. Raises OutOfFrames; after a process was killed up to `BUSY_S` late,
+        since the device may say that it is full while it clears away: nobody who must not block calls this.
         """
         overwritten = 0 if zeroed is None else count - zeroed
+        asked = 0
         with self._changed:
-            if count > self.free_frames:
-                raise OutOfFrames(f"{self.device.name} has {self.free_frames} free frames, {holder} needs {count}")
-            self._clean_wanted = max(self._clean_wanted, zeroed or 0)
-            self._changed.wait_for(lambda: not self._cleaning or len(self._dirty) + len(self._clean) >= count)
-            dirty = _take(self._dirty, overwritten)
-            clean = _take(self._clean, count - len(dirty))
-            dirty += _take(self._dirty, count - len(dirty) - len(clean))
-            try:
-                while len(dirty) + len(clean) < count:
-                    clean.append(self.device.create())
-                if self._poison and len(dirty) < overwritten:
-                    spoilt = [clean.pop() for _ in range(overwritten - len(dirty))]
-                    dirty += spoilt
-                    self._spoil(spoilt)
-            except BaseException:
-                self._dirty.extend(dirty)
-                self._clean.extend(clean)
-                raise
+            while True:
+                if count > self.free_frames:
+                    raise OutOfFrames(f"{self.device.name} has {self.free_frames} free frames, {holder} needs {count}")
+                self._clean_wanted = max(self._clean_wanted, zeroed or 0)
+                self._changed.wait_for(lambda: not self._cleaning or len(self._dirty) + len(self._clean) >= count)
+                try:
+                    dirty, clean = self._take_or_create(count, overwritten)
+                    break
+                except OutOfFrames as error:
+                    if self._closing or time.monotonic() >= self._busy_until_s:
+                        raise
+                    asked += 1
+                    if asked == 1:
+                        log.info("%s: %s waits for memory of a killed process: %s", self.device.name, holder, error)
+                    self._changed.wait(_RETRY_S)  # others give back and are granted meanwhile
             frames = dirty + clean
             self._granted.update(dict.fromkeys(frames, holder))
             self._held[holder] += len(frames)
         return frames, len(dirty)
+
+    def _take_or_create(self, count: int, overwritten: int) -> tuple[list[Frame], list[Frame]]:
+        """Dirty frames, as many as are overwritten where there are, and clean ones. What it cannot use is put back."""
+        dirty = _take(self._dirty, overwritten)
+        clean = _take(self._clean, count - len(dirty))
+        dirty += _take(self._dirty, count - len(dirty) - len(clean))
+        try:
+            while len(dirty) + len(clean) < count:
+                clean.append(self.device.create())
+            if self._poison and len(dirty) < overwritten:
+                spoilt = [clean.pop() for _ in range(overwritten - len(dirty))]
+                dirty += spoilt
+                self._spoil(spoilt)
+        except BaseException:
+            self._dirty.extend(dirty)
+            self._clean.extend(clean)
+            raise
+        return dirty, clean
 
     def give_back(self, holder: str, frames: Iterable[Frame], *, recycle: bool = True) -> None:
         """Take frames back that nobody maps any more. Frames of a killed process are not recycled but released.
@@ -104,8 +126,11 @@ class FramePool:
             if recycle:
                 self._dirty.extend(frames)
                 self._changed.notify_all()
-            else:
-                self._destroy(frames)
+            elif frames:
+                try:
+                    self._destroy(frames, killed=True)
+                finally:
+                    self._busy_until_s = time.monotonic() + BUSY_S
 
     def _spoil(self, frames: list[Frame]) -> None:
         with self.device.transfer("swap_out") as transfer:
@@ -120,12 +145,12 @@ class FramePool:
             self._destroy(released)
         return len(released)
 
-    def _destroy(self, frames: list[Frame]) -> None:
+    def _destroy(self, frames: list[Frame], *, killed: bool = False) -> None:
         """Every one of them; then raises the first error. A frame that cannot be destroyed is the device's loss."""
         errors = []
         for frame in frames:
             try:
-                self.device.destroy(frame)
+                self.device.destroy(frame, killed=killed)
             except OSError as error:
                 errors.append(error)
         if errors:

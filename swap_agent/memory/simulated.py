@@ -11,9 +11,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 
+from swap_agent.errors import OutOfFrames
 from swap_agent.memory.device import IN_BACKGROUND, Bytes, Copied, During, Frame
 from swap_agent.memory.hostmem import HostMemory
 from swap_agent.memory.pace import Pace
@@ -26,8 +28,23 @@ COPY_THREADS = min(4, os.cpu_count() or 1)
 """One core alone does not saturate the memory of a machine."""
 _BATCH = 4
 """Frames a thread takes at once: handing one over costs about 30 µs, copying it 200."""
-_LATE_S = 0.002
-"""Longest delay of one copy of a late device."""
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """How long what a GPU and its driver do takes here, at the least."""
+
+    create_s: float = 0.0
+    """The creation of a frame."""
+    copy_s: float = 0.0
+    """One copy or fill, at the most. If not 0, all wait until their transfer waits, then complete in any order."""
+    busy_s: float = 0.0
+    """The memory of a frame is in use for so long after a process that mapped it was killed and it was destroyed."""
+
+
+PROMPT = Latencies()
+LATE = Latencies(create_s=0.0002, copy_s=0.002, busy_s=0.1)
+"""For tests: enough to find who does not wait. Creating 2 MiB took 193 µs on an A100."""
 
 
 class SimulatedFrame:
@@ -44,8 +61,7 @@ class SimulatedFrame:
 class SimulatedDevice:
     """A device of fixed size in host memory; implements `DeviceMemory`. Its copies run on threads, as a GPU's do."""
 
-    def __init__(self, name: str, size_bytes: int, *, late: bool = False) -> None:
-        """`late`: copies wait until their transfer waits for them, and then complete in any order; for tests."""
+    def __init__(self, name: str, size_bytes: int, latencies: Latencies = PROMPT) -> None:
         self.name = name
         self.visible_name: str | None = None
         self.pci_bus_id: str | None = None
@@ -53,22 +69,35 @@ class SimulatedDevice:
         self.total_frames = size_bytes // FRAME_BYTES
         self.host_to_device: Copied = Counter()
         self.device_to_host: Copied = Counter()
-        self.late = late
+        self.latencies = latencies
         self.pace = Pace()
         self.threads = ThreadPoolExecutor(COPY_THREADS, thread_name_prefix=f"copies {name}")
         self._counting = threading.Lock()
         self._frames: set[SimulatedFrame] = set()
+        self._busy_until_s: list[float] = []
+        """Of frames that are destroyed and take room still."""
+        self._creating = threading.Lock()
 
     def create(self) -> SimulatedFrame:
-        """A new memfd, zeroed and populated."""
-        frame = SimulatedFrame()
-        self._frames.add(frame)
+        """A new memfd, zeroed and populated. Raises OutOfFrames when those that exist or are busy fill the device."""
+        time.sleep(self.latencies.create_s)
+        with self._creating:
+            now_s = time.monotonic()
+            self._busy_until_s = [until_s for until_s in self._busy_until_s if until_s > now_s]
+            if len(self._frames) + len(self._busy_until_s) >= self.total_frames:
+                busy = len(self._busy_until_s)
+                raise OutOfFrames(f"{self.name} has no memory left: {len(self._frames)} frames, {busy} are busy")
+            frame = SimulatedFrame()
+            self._frames.add(frame)
         return frame
 
-    def destroy(self, frame: Frame) -> None:
+    def destroy(self, frame: Frame, *, killed: bool = False) -> None:
         """Unmap and close the memfd."""
         own = _own(frame)
-        self._frames.remove(own)
+        with self._creating:
+            self._frames.remove(own)
+            if killed:
+                self._busy_until_s.append(time.monotonic() + self.latencies.busy_s)
         own.memory.close()
 
     @contextmanager
@@ -154,7 +183,7 @@ class SimulatedTransfer:
             self._running.append(self._device.threads.submit(work))
             return
         self._held.append(work)
-        if len(self._held) == _BATCH and not self._device.late:
+        if len(self._held) == _BATCH and not self._device.latencies.copy_s:
             self._submit()
 
     def _submit(self) -> None:
@@ -163,9 +192,9 @@ class SimulatedTransfer:
 
     def finish(self) -> None:
         """Wait for all; nothing touches frame or host memory after this."""
-        if self._device.late:
+        if longest_s := self._device.latencies.copy_s:
             random.shuffle(self._held)
-            self._running += [self._device.threads.submit(_late, work) for work in self._held]
+            self._running += [self._device.threads.submit(_late, work, longest_s) for work in self._held]
         elif self._held:
             self._submit()
         wait(self._running)
@@ -181,8 +210,8 @@ def _all(works: list[Callable[[], None]]) -> None:
         work()
 
 
-def _late(work: Callable[[], None]) -> None:
-    time.sleep(random.uniform(0, _LATE_S))
+def _late(work: Callable[[], None], longest_s: float) -> None:
+    time.sleep(random.uniform(0, longest_s))
     work()
 
 

@@ -7,7 +7,9 @@ the driver, never through the frame's own address: a GPU's memory is not the hos
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,11 +20,12 @@ from swap_agent.memory import cuda, cuda_driver, mapping
 from swap_agent.memory.cuda import CudaDevice
 from swap_agent.memory.cuda_driver import Context, call
 from swap_agent.memory.device import Bytes, DeviceMemory
-from swap_agent.memory.simulated import SimulatedDevice, SimulatedFrame
+from swap_agent.memory.simulated import LATE, SimulatedDevice, SimulatedFrame
 from swap_agent.policy.units import DeviceSpec
 from vllm_engine.addresses import Addresses, CudaAddresses, HostAddresses
 
 CUDA = os.environ.get("TRITON_SWAP_TEST_DEVICE") == "cuda"
+IMITATION = CUDA and "FAKE_CUDA_STATE" in os.environ
 NAME = "cuda:0" if CUDA else "cpu:0"
 FRAME_BYTES = 2 << 20
 cuda.FRAME_BYTES = FRAME_BYTES  # of every device that is opened in this process
@@ -32,7 +35,7 @@ def make_device(frames: int) -> DeviceMemory:
     """A device of so many frames whose copies come late where they can be made to."""
     if CUDA:
         return CudaDevice("cuda:0", 0, frames * FRAME_BYTES)
-    return SimulatedDevice("cpu:0", frames * FRAME_BYTES, late=True)
+    return SimulatedDevice("cpu:0", frames * FRAME_BYTES, LATE)
 
 
 def spec(*frames: int) -> DeviceSpec:
@@ -89,6 +92,30 @@ def _read(context: Context, address: int) -> Bytes:
     context.use()
     call("cuMemcpyDtoH", content.ctypes.data, address, FRAME_BYTES)
     return content
+
+
+@contextmanager
+def killed_stay_busy(monkeypatch: pytest.MonkeyPatch, device: Any, busy_s: float) -> Iterator[None]:
+    """The memory of killed processes is free so much later; there is no more than the device has frames.
+
+    A real GPU cannot be told; the imitation keeps busy whatever was released, of the killed or not.
+    """
+    if not CUDA:
+        with monkeypatch.context() as patch:
+            patch.setattr(device, "latencies", replace(device.latencies, busy_s=busy_s))
+            yield
+        return
+    if not IMITATION:
+        pytest.skip("of an imitated driver")
+    missing_bytes = device.total_frames * FRAME_BYTES - device.resident_bytes()
+    rest = call("cuMemAlloc", device.context.free_and_total_bytes()[0] - missing_bytes)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setenv("FAKE_CUDA_BUSY_MS", str(int(busy_s * 1000)))
+            yield
+    finally:
+        device.context.use()
+        call("cuMemFree", rest)
 
 
 class Nth:

@@ -6,8 +6,9 @@ the host (`dies_starting`, `garbage`: a malformed message) or a rank misbehave, 
 `refuses` (RankFailed), `alone` (claims to be the only rank), `no_unmap_ack`, `no_map_ack`, `dies_in_swap_in`,
 `dies_when_mapped`, `dies_in_swap_out`, `dies_when_unmapped`, `no_taken_back_ack`, `cannot_map` (first swap-in only).
 With a "fingerprint" a rank asks for a mirror; "reversed" lays its tensors out the other way round; "dtype" names their
-type. Weights hold a pattern made from model and rank; state counts swaps; KV must arrive as zeros. SIGUSR1 has the host
-take "hoard" bytes of private memory, SIGUSR2 give them back. Told to stop, it "lingers" so many seconds.
+type; mapping or unmapping a frame takes "map_s" seconds. Weights hold a pattern made from model and rank; state counts
+swaps; KV must arrive as zeros. SIGUSR1 has the host take "hoard" bytes of private memory, SIGUSR2 give them back. Told
+to stop, it "lingers" so many seconds.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,7 @@ class Rank:
         self.frame_bytes = welcome.frame_bytes
         cuda = welcome.device.startswith("cuda")  # the tests' imitation: its memory is the host's
         self.device: Addresses = CudaAddresses(number) if cuda else HostAddresses()
+        self.map_s = float(model.get("map_s", 0))
         self.seed = zlib.crc32(f"{replica.partition('#')[0]} {number}".encode())
         self.addresses: dict[wire.Region, int] = {}
         self.counts: dict[wire.Region, int] = {}
@@ -82,6 +85,7 @@ class Rank:
             assert isinstance(message, wire.Grant) and message.epoch == epoch and message.region == region, message
             assert message.first == got and message.count == len(fds)
             start = self.addresses[region] + got * self.frame_bytes
+            time.sleep(self.map_s * len(fds))
             self.device.map(start, fds, self.frame_bytes, touch=False)
             for fd in fds:
                 os.close(fd)
@@ -186,6 +190,7 @@ class Rank:
         for region, count in self.held.items():
             kept = self.held[region] = keep.get(region, 0)
             assert kept <= count, f"{region}: {kept} frames to keep, {count} held"
+            time.sleep(self.map_s * (count - kept))
             if kept < count:
                 start = self.addresses[region] + kept * self.frame_bytes
                 self.device.vacate(start, (count - kept) * self.frame_bytes)

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from devices import FRAME_BYTES, NAME, break_nth, contents, put, spec
+from devices import FRAME_BYTES, NAME, break_nth, contents, killed_stay_busy, put, spec
 from rich.console import Console
 
 from swap_agent import commands, tables
 from swap_agent.api import admin, report
 from swap_agent.config import AgentConfig, RuntimeDir
 from swap_agent.daemon import Agent
-from swap_agent.errors import InvalidUsage, Unavailable
+from swap_agent.errors import InvalidUsage, OutOfFrames, Unavailable
 from swap_agent.memory.space import RankSpace
 from swap_agent.policy.lifecycle import State
 from swap_agent.supervisor import group_exists
@@ -112,7 +112,7 @@ async def test_two_models_take_turns_in_the_same_frames_and_find_every_byte(agen
     device = next(iter(agent.pools.values())).device
     weights_bytes = 7 * FRAME_BYTES - 100
     assert device.device_to_host["weights", "mirror"] == weights_bytes
-    assert isinstance(await b.attach(frames=10), wire.Attached)
+    assert isinstance(await b.attach(frames=10, map_s=0.003), wire.Attached)
     assert a.report["state"] == "SWAPPED" and a.report["device_bytes"] == 6 * FRAME_BYTES
     mirrors = device.device_to_host["weights", "mirror"]
     for turn in range(5):
@@ -314,6 +314,25 @@ async def test_a_killed_engine_gives_everything_back_and_starts_again(agent: Age
     assert "its engine died; see" in str(stub.report["failure"])
     again = await stub.attach()
     assert isinstance(again, wire.Attached) and again.engine_pid != attached.engine_pid
+
+
+async def test_who_comes_when_a_killed_engine_s_memory_is_not_free_yet_is_served(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = next(iter(agent.pools.values()))
+    a, b = await Stub.connect(agent, "a"), await Stub.connect(agent, "b")
+    with killed_stay_busy(monkeypatch, pool.device, 0.5):
+        attached = await a.attach(frames=12)
+        assert isinstance(attached, wire.Attached)
+        os.kill(attached.engine_pid, signal.SIGKILL)
+        await until(lambda: a.report["state"] == "FAILED")
+        assert pool.free_frames == 16
+        with pytest.raises(OutOfFrames):
+            for _ in range(16):
+                pool._dirty.append(pool.device.create())
+        assert pool.trim() < 16, "the device is not as free as the books"
+        assert isinstance(await b.attach(frames=12), wire.Attached)
+        assert b.report["state"] == "RESIDENT" and pool.granted_frames == 12
 
 
 async def test_who_attaches_while_a_dead_engine_is_being_cleared_away_gets_the_next(

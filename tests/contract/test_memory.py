@@ -13,9 +13,20 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import pytest
-from devices import CUDA, FRAME_BYTES, Mapped, break_driver, break_nth, contents, make_device, put
+from devices import (
+    CUDA,
+    FRAME_BYTES,
+    IMITATION,
+    Mapped,
+    break_driver,
+    break_nth,
+    contents,
+    killed_stay_busy,
+    make_device,
+    put,
+)
 
-from swap_agent.errors import BooksDoNotBalance, OutOfFrames
+from swap_agent.errors import BooksDoNotBalance, InvalidUsage, OutOfFrames
 from swap_agent.memory import cuda_driver
 from swap_agent.memory.cuda import CudaDevice
 from swap_agent.memory.device import DeviceMemory
@@ -277,6 +288,83 @@ def test_trim_and_the_frames_of_the_killed_leave_the_device(pool: FramePool) -> 
     assert pool.device.resident_bytes() == 2 * pool.device.frame_bytes
     assert pool.trim() == 2
     assert pool.device.resident_bytes() == 0
+
+
+def test_a_grant_waits_for_memory_of_the_killed_and_blocks_nobody(
+    pool: FramePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ThreadPoolExecutor(1) as threads, killed_stay_busy(monkeypatch, pool.device, 0.6):
+        killed, _ = pool.grant("a", 6)
+        other, _ = pool.grant("b", 2)
+        pool.give_back("a", killed, recycle=False)
+        started_s = time.monotonic()
+        waiting = threads.submit(pool.grant, "c", 5)
+        assert not wait((waiting,), 0.1).done
+        pool.give_back("b", other)
+        again, dirty = pool.grant("b", 2)
+        assert dirty == 2 and set(again) == set(other), "what was put back is for whoever comes"
+        assert time.monotonic() < started_s + 0.5, "it waits without the lock"
+        assert pool.free_frames == 6
+        granted, _ = waiting.result(10)
+        assert time.monotonic() > started_s + 0.5
+    assert len(set(granted) | set(again)) == 7 and (pool.held_by("c"), pool.free_frames) == (5, 1)
+
+
+def test_a_grant_does_not_wait_for_ever_nor_without_a_death(pool: FramePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swap_agent.memory.frames.BUSY_S", 0.3)
+    with killed_stay_busy(monkeypatch, pool.device, 30):
+        killed, _ = pool.grant("a", 6)
+        pool.give_back("a", killed, recycle=False)
+        started_s = time.monotonic()
+        with pytest.raises(OutOfFrames, match="no memory left"):
+            pool.grant("b", 5)
+        assert 0.25 < time.monotonic() - started_s < 2
+        started_s = time.monotonic()
+        with pytest.raises(OutOfFrames, match="no memory left"):
+            pool.grant("b", 5)
+        assert time.monotonic() - started_s < 0.2
+        assert pool.granted_frames == 0 and pool.trim() == 2, "both kept what they could create"
+
+
+@pytest.mark.skipif(CUDA, reason="of the simulated device")
+def test_the_simulated_device_has_no_more_than_its_memory(device: DeviceMemory) -> None:
+    made = [device.create() for _ in range(FRAMES)]
+    with pytest.raises(OutOfFrames, match="8 frames, 0 are busy"):
+        device.create()
+    device.destroy(made.pop())
+    device.destroy(made.pop(), killed=True)
+    device.create()
+    with pytest.raises(OutOfFrames, match="7 frames, 1 are busy"):
+        device.create()
+    time.sleep(0.15)
+    device.create()
+
+
+@pytest.mark.skipif(not IMITATION, reason="of an imitated driver")
+def test_a_gpu_that_is_being_cleared_away_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    killed = make_device(FRAMES)
+    with killed_stay_busy(monkeypatch, killed, 0.5):
+        for _ in range(FRAMES):
+            killed.create()
+        killed.close()
+        make_device(FRAMES).close()
+        (record,) = caplog.records
+        assert "cuda:0 has 0 bytes free, waiting for 16777216: up to 5 s" in record.message
+        used = make_device(FRAMES)
+        for _ in range(FRAMES):
+            used.create()
+        monkeypatch.setattr("swap_agent.memory.cuda.BUSY_S", 0.3)
+        started_s = time.monotonic()
+        with pytest.raises(InvalidUsage, match="0 bytes free, 16777216 were asked for"):
+            make_device(FRAMES)
+        assert 0.25 < time.monotonic() - started_s < 2
+        monkeypatch.setattr("swap_agent.memory.cuda.BUSY_S", 30)
+        with pytest.raises(InvalidUsage):  # no GPU has that much
+            make_device(1 << 20)
+        used.close()
 
 
 def test_an_image_is_memory_of_its_own_and_restores_every_byte(pool: FramePool) -> None:

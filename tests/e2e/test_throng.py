@@ -114,7 +114,7 @@ async def test_who_gives_up_while_waiting_for_a_swap_leaves_nothing_behind(
         await asyncio.sleep(0.5)
         entry = server.model(LLAMA)
         assert (entry["state"], entry["swaps_in"], entry["in_flight"]) == ("SWAPPED", swaps_in, 0)
-        assert server.model(QWEN)["state"] == "RESIDENT"
+        await client.load(QWEN)  # its turn may have been over: then it left when its request was done
 
 
 async def test_an_http_client_that_vanished_while_waiting_is_noticed_at_the_first_token(

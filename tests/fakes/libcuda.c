@@ -11,6 +11,7 @@
  *   FAKE_CUDA_STATE     folder shared by all processes of one machine (required; of the tests' own)
  *   FAKE_CUDA_DEVICES   COUNTxSIZE with SIZE in bytes, MiB or GiB; default 1x256MiB
  *   FAKE_CUDA_DELAY_US  each copy and fill on a stream waits 0.5 to 1.5 times this first; default 0
+ *   FAKE_CUDA_BUSY_MS   memory that nobody holds any more counts as used so long from when that is noticed; default 0
  *   FAKE_CUDA_CONTEXT   SIZE of device memory that a primary context takes; default 0
  *   FAKE_CUDA_FILL      byte that new device memory is filled with, or "none"; default 203
  *   FAKE_CUDA_FAULTS    file of lines "FUNCTION N ERROR": the N-th call of FUNCTION (as in cuda.h, without _v2; * is
@@ -298,7 +299,19 @@ static int lock_state(void) {
     return fd;
 }
 
-/* Bytes of a device that anybody holds; files that nobody holds are removed. The state is locked. */
+/* Whether memory that nobody holds is to count still. The first look marks the file, which sets its ctime. */
+static bool busy(int fd) {
+    const char *setting = getenv("FAKE_CUDA_BUSY_MS");
+    long busy_ms = setting ? atol(setting) : 0;
+    struct stat status;
+    struct timespec now;
+    if (!busy_ms || fstat(fd, &status)) return false;
+    if (!(status.st_mode & S_IXUSR)) return !fchmod(fd, status.st_mode | S_IXUSR);
+    clock_gettime(CLOCK_REALTIME, &now);
+    return (now.tv_sec - status.st_ctim.tv_sec) * 1000 + (now.tv_nsec - status.st_ctim.tv_nsec) / 1000000 < busy_ms;
+}
+
+/* Bytes of a device that anybody holds or that are busy; other files that nobody holds are removed. The state is locked. */
 static size_t in_use(int state, int device) {
     char prefix[16];
     size_t used = 0, length = snprintf(prefix, sizeof prefix, "%d-", device);
@@ -308,7 +321,7 @@ static size_t in_use(int state, int device) {
         int fd = openat(dirfd(folder), entry->d_name, O_RDWR | O_CLOEXEC);
         struct stat status;
         if (fd < 0) continue;
-        if (!flock(fd, LOCK_EX | LOCK_NB)) unlinkat(dirfd(folder), entry->d_name, 0);
+        if (!flock(fd, LOCK_EX | LOCK_NB) && !busy(fd)) unlinkat(dirfd(folder), entry->d_name, 0);
         else if (!fstat(fd, &status)) used += status.st_size;
         close(fd);
     }
