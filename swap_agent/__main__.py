@@ -28,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TritonSwapError as error:
         print(f"triton-swap: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # whoever read the output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         return 130
 

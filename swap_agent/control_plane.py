@@ -165,8 +165,8 @@ class ControlPlane:
         declarations = self._agent.declarations
         await declarations.refresh()  # Triton may have read a file that changed just now
         spec = declarations.read(replica, message)
-        old = self._agent.engines.get(replica)
-        if old and spec.needs_other_engine(old.spec):
+        while (old := self._agent.engines.get(replica)) and spec.needs_other_engine(old.spec):
             log.info("%s: its model.json changed; its engine is replaced", replica)
-            await self._agent.unload(replica, purge=True)
+            await self._agent.unload(replica, purge=True)  # a load that comes meanwhile overrules it: then once more
+            spec = declarations.read(replica, message)  # the settings may have changed meanwhile
         declarations.adopt(spec)

@@ -47,7 +47,6 @@ _SPARE_FILES = 1024
 """Open files beside the frames: descriptors on their way to ranks, connections, logs."""
 _GONE_S = 5.0
 """How long an engine that has lost a rank may take to end by itself, telling its clients."""
-_PARKED = frozenset({State.SWAPPED, State.COLD, State.FAILED})
 
 
 class Agent:
@@ -147,7 +146,10 @@ class Agent:
     async def _keep_books(self) -> None:
         while True:
             await asyncio.sleep(_AUDIT_S)
-            self._audit()
+            try:
+                self._audit()
+            except Exception:
+                log.exception("the books could not be checked")
 
     def _audit(self) -> None:
         """Compare the policy's books with the pools', which own the truth; repair the former. A violation is a bug."""
@@ -383,8 +385,15 @@ class Agent:
         while True:
             await asyncio.sleep(_MEASURE_S)
             for engine in list(self.engines.values()):
-                if engine.ready and engine.process:
-                    total = engine.mirror_bytes + await asyncio.to_thread(private_bytes, engine.process.pid)
+                if not engine.ready or not engine.process:
+                    continue
+                try:
+                    private = await asyncio.to_thread(private_bytes, engine.process.pid)
+                except OSError as error:
+                    log.error("%s: its memory cannot be measured: %s", engine.spec.replica, error)
+                    continue
+                if self.engines.get(engine.spec.replica) is engine:
+                    total = engine.mirror_bytes + private
                     self.post(ev.HostMemoryMeasured(time.monotonic(), engine.spec.replica, total))
 
     # --- for stubs and the admin API ----------------------------------------------------------------------------------
@@ -410,11 +419,12 @@ class Agent:
         await asyncio.shield(activated)
 
     async def unload(self, replica: str, *, purge: bool) -> None:
-        """Return when the replica is parked or, with `purge`, when its engine and mirror are gone."""
+        """Return when the replica was parked or, with `purge`, when its engine and mirror are gone."""
         self.post(ev.UnloadWanted(time.monotonic(), replica, purge))
-        wanted = frozenset({State.COLD, State.FAILED}) if purge else _PARKED
         record = self.replica(replica)
-        while (record.unload_wanted or record.state not in wanted) and not record.load_wanted:
+        gone = frozenset({State.COLD, State.FAILED})
+        # Without `purge` it may be on its way back already, for requests that came meanwhile.
+        while (record.unload_wanted or (purge and record.state not in gone)) and not record.load_wanted:
             await self.changed()
         while purge and self._mirrors_are_leaving():
             await self.changed()

@@ -90,12 +90,15 @@ class Declarations:
             log.info("model %s: its %s is in force again", model, CONFIG)
 
     async def _end_if_parked(self, spec: ModelSpec) -> None:
-        """A parked engine ends when its model has left the repository and no stub uses it."""
+        """A parked engine and a mirror go when their model has left the repository and no stub uses it."""
         if await asyncio.to_thread(Path(spec.version_dir).exists):
             return  # in another repository, Triton's own
         replica = self._agent.replica(spec.replica)
-        if replica.state is State.SWAPPED and not replica.purge_wanted and not self._agent.in_use(spec.replica):
-            log.info("%s has left the model repository: its engine ends", spec.replica)
+        mirrors = self._agent.coordinator.inventory.mirrors.values()
+        ended = replica.state in (State.COLD, State.FAILED)
+        leaves = replica.state is State.SWAPPED or (ended and any(replica.name in mirror.names for mirror in mirrors))
+        if leaves and not replica.purge_wanted and not self._agent.in_use(spec.replica):
+            log.info("%s has left the model repository: its engine ends, and its mirror goes", spec.replica)
             self._agent.post(ev.UnloadWanted(time.monotonic(), spec.replica, purge=True))
 
     # --- stubs --------------------------------------------------------------------------------------------------------

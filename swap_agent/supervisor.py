@@ -70,14 +70,6 @@ class EngineProcess:
         os.close(self.host_pidfd)
         self.record_path.unlink(missing_ok=True)
 
-    def log_tail(self, lines: int = 3) -> str:
-        """The last lines that the engine wrote, joined; empty when it wrote none."""
-        try:
-            text = self.log_path.read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return ""
-        return " | ".join(line.strip() for line in text.splitlines()[-lines:] if line.strip())
-
 
 def start_engine(
     runtime: RuntimeDir, command: tuple[str, ...], replica: str, token: str, gpus: Sequence[str] = ()
@@ -102,8 +94,15 @@ def start_engine(
         setsid=True,
     )
     record_path = runtime.engines / f"{pid}.json"
-    record_path.write_text(json.dumps({"pid": pid, "start_time": _start_time(pid), "replica": replica}))
-    return EngineProcess(pid, log_path, record_path, os.pidfd_open(pid))
+    try:
+        record_path.write_text(json.dumps({"pid": pid, "start_time": _start_time(pid), "replica": replica}))
+        return EngineProcess(pid, log_path, record_path, os.pidfd_open(pid))
+    except OSError:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        record_path.unlink(missing_ok=True)
+        raise
 
 
 def end_leftovers(runtime: RuntimeDir, patience_s: float) -> None:

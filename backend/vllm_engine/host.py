@@ -1,9 +1,10 @@
 """The engine host: one replica's engine, its gate and its data plane, under the orders of the agent.
 
 One decision per message, in `Host._take`:
-1. Drain, wait: close the gate, answer Drained when nobody is inside.  Drain, no wait: refuse if somebody is inside.
+1. Drain, wait: close the gate, answer Drained when nobody is inside.  Drain, no wait: refuse if somebody is inside;
+   with preempt: answer Drained at once, and whoever is inside stands still while the engine is swapped out.
 2. SwapOut, SwapIn: carried out one at a time; the gate is closed before and open after.
-3. RefuseWaiting: fail who waits at the gate.  QueueLimits: for who comes from now on.
+3. RefuseWaiting: fail who waits at the gate, and who stands still inside.  QueueLimits: for who comes from now on.
 4. Shutdown, SIGTERM, or the agent gone: refuse the rest, finish what runs (bounded), exit.
 """
 
@@ -193,7 +194,10 @@ class Host:
             case wire.SwapIn():
                 self._start(message.epoch, self._swap_in(message.epoch))
             case wire.RefuseWaiting():
-                self._gate.refuse_waiting(Refusal(message.code, message.message))
+                refusal = Refusal(message.code, message.message)
+                self._gate.refuse_waiting(refusal)
+                if self._stands_still:  # it will not come back for those inside
+                    self._plane.fail_all(refusal)
             case wire.QueueLimits():
                 self._gate.limit(message.max_queue, message.queue_timeout_s)
             case _:
@@ -239,12 +243,18 @@ class Host:
         self._channel.send(wire.SwappedIn(epoch))
         log.info("swapped in, epoch %d: ranks %.4f s (map %.4f, fill %.4f), resume %.4f s", epoch, *times)
 
+    @property
+    def _stands_still(self) -> bool:
+        """Requests are in the engine, and cannot go on before it is swapped in."""
+        return self._preempted and not self._gate.is_open and self._gate.in_flight > 0
+
     async def _engine_died(self) -> None:
         while not self._engine.is_dead:
             await asyncio.sleep(HEALTH_INTERVAL_S)
 
     async def _finish(self, error: TritonSwapError, wait: bool) -> None:
         """Refuse the rest, let what runs end (bounded), say goodbye to the stubs, end the engine."""
+        wait = wait and not self._stands_still
         self._gate.refuse_all(error)
         if wait:
             try:

@@ -198,11 +198,13 @@ class RankSpace:
 
     def lost(self) -> None:
         """The rank's process is gone: release its frames, mirror and staging. Its frames are not recycled."""
-        for frames in self.frames.values():
+        frames = [frame for region in self.frames.values() for frame in region]
+        try:
             self.pool.give_back(self.holder, frames, recycle=False)
-        self.frames = {}
-        for image in self._own_images:
-            if image:
-                image.close()
-        self.mirror = self.staging = self.stored = None
-        self.sizes_frames = {}
+        finally:
+            self.frames = {}
+            for image in self._own_images:
+                if image:
+                    image.close()
+            self.mirror = self.staging = self.stored = None
+            self.sizes_frames = {}

@@ -39,14 +39,15 @@ def estimate(arguments: Mapping[str, Any], version_dir: Path, ranks: int) -> Siz
     name = arguments.get("model")
     if not isinstance(name, str) or not name:
         return 'model.json has no key "model"'
-    folder = version_dir / name if name.startswith(".") else Path(name).expanduser()
-    if not folder.exists():
-        return f"its weights are not on this machine ({name})"
+    folder = version_dir / name
     try:
+        folder = folder if name.startswith(".") else Path(name).expanduser()
+        if not folder.exists():
+            return f"its weights are not on this machine ({name})"
         files = _weight_files(folder)
         config = json.loads((folder / "config.json").read_text("utf-8")) if folder.is_dir() else {}
         stored_bytes = sum(path.stat().st_size for path in files)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last: an unknown ~user, and too deep a JSON
         return f"{folder} cannot be read ({error})"
     if not files:
         return f"there are no weight files in {folder}"
@@ -93,7 +94,7 @@ def _kv_cache(
     plain = not isinstance(layer_types, list) or _ATTENTION.issuperset(map(str, layer_types))
     if not plain or any(config.get(key) for key in _NOT_PLAIN):
         return None, f"{config.get('model_type', 'its architecture')} has layers other than plain attention"
-    length = _count(arguments.get("max_model_len", config.get("max_position_embeddings")))
+    length = _count(arguments.get("max_model_len")) or _count(config.get("max_position_embeddings"))
     layers, heads = _count(config.get("num_hidden_layers")), _count(config.get("num_attention_heads"))
     kv_heads = _count(config.get("num_key_value_heads")) or heads
     head_dim = _count(config.get("head_dim")) or _count(config.get("hidden_size")) // max(1, heads)

@@ -150,7 +150,10 @@ class Coordinator:
         replica.ranks = event.ranks
         replica.request_frames, replica.limit_frames = event.request_frames, event.limit_frames
         replica.keep_alive_s, replica.min_residency_s = event.keep_alive_s, event.min_residency_s
-        replica.priority, replica.pinned = event.priority, event.pinned
+        replica.pinned = event.pinned
+        if replica.priority != event.priority:
+            replica.priority = event.priority
+            self._queue.reorder(replica)
         replica.allowed_devices = event.allowed_devices
         if replica.state is State.RESIDENT:
             self._guarantee(replica)
@@ -275,7 +278,7 @@ class Coordinator:
         if event.epoch == replica.epoch and replica.state is State.SWAPPING_IN:
             replica.move(State.SWAPPED)
             replica.reserved_frames = replica.keep_frames
-            replica.load_wanted = False
+            replica.load_wanted = replica.preempted = False
             replica.waiting = 0  # they are refused; who comes later has it tried again
             replica.left_s = event.now_s  # this was its turn
             self._actions.append(ev.Refuse(replica.name, event.reason))
@@ -329,6 +332,8 @@ class Coordinator:
     def _follow_wishes(self, replica: Replica) -> None:
         if replica.stopping:  # that fulfils them all
             return
+        if replica.preempted and replica.in_flight and replica.state is State.SWAPPED:
+            return  # its requests finish first, once it is back
         if replica.unload_wanted and replica.state is State.RESIDENT:
             self._drain(replica, 0, wait=True, reason="unload")
         elif replica.unload_wanted and replica.state is State.SWAPPED and replica.reserved_frames:
@@ -458,7 +463,7 @@ class Coordinator:
         devices = placement.candidates(replica, inventory)
         able = placement.able(replica, devices, inventory)
         if len(able) < replica.ranks:  # 5
-            replica.load_wanted = False
+            replica.load_wanted = replica.preempted = False  # who stands still inside is refused as well
             replica.waiting = 0
             self._queue.leave(replica)
             touched.update(replica.devices, old_target)
@@ -496,7 +501,7 @@ class Coordinator:
 
     def _admit(self, replica: Replica, devices: Sequence[str], now_s: float) -> None:
         replica.reserved_frames = replica.need_frames
-        replica.unload_wanted = False
+        replica.unload_wanted &= replica.preempted
         if replica.state is State.SWAPPED:
             replica.move(State.SWAPPING_IN)
             replica.epoch += 1

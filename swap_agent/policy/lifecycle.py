@@ -9,7 +9,7 @@ class State(Enum):
     """Where a replica is. Only RESIDENT runs requests."""
 
     COLD = "COLD"
-    """No engine process; no mirror of this engine."""
+    """No engine process. There may be a mirror from which the next one is restored."""
     STARTING = "STARTING"
     """The engine process starts, loads its weights into frames and has its mirror made."""
     RESIDENT = "RESIDENT"

@@ -64,7 +64,7 @@ class Queue:
             return
         place = len(self._order)
         if replica.state not in LEAVING:  # else its turn is just ending
-            while place and self._passes(replica, self._order[place - 1]):
+            while place and self._passes(replica, self._order[place - 1], now_s):
                 place -= 1
         self._since_s[replica.name] = now_s
         self._places[replica.name] = self._places[self._order[-1].name] + 1 if self._order else 0
@@ -74,6 +74,12 @@ class Queue:
         else:
             self._order.append(replica)
 
+    def reorder(self, replica: Replica) -> None:
+        """Its priority changed: if it waits, it takes the place that it would have had."""
+        if (since_s := self._since_s.get(replica.name)) is not None:
+            self.leave(replica)
+            self.enter(replica, since_s)
+
     def leave(self, replica: Replica) -> None:
         """Wait no more, if it did."""
         if self._since_s.pop(replica.name, None) is not None:
@@ -81,5 +87,8 @@ class Queue:
             del self._places[replica.name]
             self._engineless.pop(replica.name, None)
 
-    def _passes(self, replica: Replica, other: Replica) -> bool:
-        return replica.priority > other.priority and replica.left_s < self._since_s[other.name]
+    def _passes(self, replica: Replica, other: Replica, since_s: float) -> bool:
+        came_s = self._since_s[other.name]
+        if came_s > since_s:  # as one whose priority was edited while it waited
+            return replica.priority >= other.priority
+        return replica.priority > other.priority and replica.left_s < came_s

@@ -6,6 +6,7 @@ Sizes are powers of two (`12GiB`, `512MiB`, plain bytes) or shares of a device (
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -87,6 +88,6 @@ def parse_device(text: str) -> DeviceSpec:
 
 def _split(text: str, wanted: str) -> tuple[float, str]:
     match = _NUMBER.fullmatch(text)
-    if not match:
+    if not match or not math.isfinite(float(match[1])):
         raise ValueError(f"{text!r} is not {wanted}")
     return float(match[1]), match[2].lower()

@@ -17,7 +17,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--seed", type=_whole, default=1, help="(default: %(default)s)")
     verb.add_argument("--seeds", type=_seeds, metavar="A-B", help="compare policies on a drawn trace for each seed")
     verb.add_argument("--hours", type=_positive, help="length of a drawn trace (default: 1)")
-    verb.add_argument("--rate", type=_positive, help="requests per second of all models (default: 2)")
+    verb.add_argument("--rate", type=_rate, help="requests per second of all models (default: 2)")
     verb.add_argument("--requests", type=_whole, help="instead of --rate: so many on average; of --trace: the first N")
     verb.add_argument("--zipf", type=_range, default=(1.0, 1.0), help="popularity exponent, 0.8 or 0.8-1.2: drawn")
     verb.add_argument("--burst", type=_range, default=(10.0, 10.0), help="how much faster in bursts, 10 or 5-20: drawn")
@@ -49,6 +49,13 @@ def _positive(text: str) -> float:
     number = _number(text)
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
+
+
+def _rate(text: str) -> float:
+    number = _positive(text)
+    if number > 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than a million requests per second")
     return number
 
 

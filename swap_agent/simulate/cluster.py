@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -130,7 +131,7 @@ def read(path: Path) -> Cluster:
         table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise InvalidUsage(f"--cluster {path}: {error.strerror}") from error
-    except ValueError as error:  # of both parsers, and of text that is not UTF-8; they name the line
+    except (ValueError, RecursionError) as error:  # of both parsers, and of text that is not UTF-8; they name the line
         raise InvalidUsage(f"--cluster {path}: {error}") from error
     try:
         return parse(table)
@@ -217,6 +218,6 @@ def _value(key: str, value: Any) -> Any:
         raise ValueError(f"{value!r} is not a whole number")
     else:
         number = value
-    if number < 0 or (number == 0 and key not in _MAY_BE_ZERO) or number == float("inf"):
+    if number < 0 or (number == 0 and key not in _MAY_BE_ZERO) or not math.isfinite(number):
         raise ValueError(f"{value!r} has to be above 0")
     return number

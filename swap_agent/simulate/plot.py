@@ -37,7 +37,7 @@ def draw_runs(path: Path, trace: Trace, span_s: float, answer: Mapping[str, Any]
     slow.set_title("Requests whose first token takes longer")
 
     unit_s, unit = (3600.0, "hours") if span_s > 7200 else (60.0, "minutes")
-    edges_s = np.linspace(0, max(span_s, float(trace.arrival_s[-1])) * (1 + 1e-9), _BUCKETS + 1)
+    edges_s = np.linspace(0, max(span_s, float(trace.arrival_s[-1]), 1.0) * (1 + 1e-9), _BUCKETS + 1)
     bucket = np.digitize(trace.arrival_s, edges_s) - 1
     for name, times_s in ttft_s.items():
         worst = [_p99(times_s[bucket == number]) for number in range(_BUCKETS)]

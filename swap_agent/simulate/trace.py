@@ -268,6 +268,6 @@ def _rows(
 
 def _count(text: str) -> int:
     count = int(text)
-    if count < 0:
+    if not 0 <= count < 1 << 31:
         raise ValueError
     return count

@@ -43,6 +43,8 @@ class FakeEngine:
     order: ev.Drain | ev.SwapOut | ev.SwapIn | ev.StopEngine | None = None
     residue: dict[str, int] = field(default_factory=dict)
     """Outside of frames, by device, as last told."""
+    frozen: bool = False
+    """It was preempted: what is in flight stands still."""
     exceeded: str = ""
     """Why it is to be stopped: it took too much outside of frames."""
 
@@ -67,12 +69,19 @@ class World:
     """Obeys the policy, one step at a time."""
 
     def __init__(
-        self, *devices: Device, host_limit_bytes: int | None = None, residue_budget_bytes: int | None = None
+        self,
+        *devices: Device,
+        host_limit_bytes: int | None = None,
+        residue_budget_bytes: int | None = None,
+        preempt: bool = False,
     ) -> None:
         self.devices = {device.name: device for device in devices}
         self.residue_budget_bytes = residue_budget_bytes
         self.host_limit_bytes = host_limit_bytes
-        self.policy = Coordinator(list(devices), host_limit_bytes, residue_budget_bytes=residue_budget_bytes)
+        self.preempt = preempt
+        self.policy = Coordinator(
+            list(devices), host_limit_bytes, residue_budget_bytes=residue_budget_bytes, preempt=preempt
+        )
         self.now_s = 0.0
         self.records: dict[str, Record] = {}
         self.engines: dict[str, FakeEngine] = {}
@@ -130,7 +139,8 @@ class World:
     def finish(self, name: str, count: int) -> None:
         """Requests that run are answered."""
         engine = self.engines[name]
-        engine.in_flight = max(0, engine.in_flight - count)
+        if not engine.frozen:
+            engine.in_flight = max(0, engine.in_flight - count)
 
     def cancel(self, name: str) -> None:
         """Clients that wait go away."""
@@ -216,6 +226,10 @@ class World:
                 self.exit(name, "stopped")
             case ev.Drain():
                 engine.gate_open = False
+                if engine.in_flight and order.preempt:
+                    engine.frozen, engine.order = True, None
+                    self.post(ev.Drained(self.now_s, name, order.epoch))
+                    return
                 if engine.in_flight and order.wait:
                     return
                 if not engine.in_flight:
@@ -239,8 +253,8 @@ class World:
             case ev.SwapIn():
                 engine.order = None
                 engine.held = list(engine.sizes)
-                engine.gate_open = True
-                engine.in_flight, engine.waiting = engine.waiting, 0
+                engine.gate_open, engine.frozen = True, False
+                engine.in_flight, engine.waiting = engine.in_flight + engine.waiting, 0
                 self._resident(name)
                 self.post(ev.SwappedIn(self.now_s, name, order.epoch))
 
@@ -294,7 +308,7 @@ class World:
                 self.exit(name, "refused")
             elif not engine.ready and not engine.asked and not engine.host_asked:
                 self.ready(name)
-            elif engine.in_flight:
+            elif engine.in_flight and not engine.frozen:
                 engine.in_flight = 0
             elif (engine.in_flight, engine.waiting) != self.records[name].reported:
                 self.report(name)
@@ -307,7 +321,7 @@ class World:
 
     def _wishes(self) -> list[str]:
         """Who waits for an answer."""
-        waiting = [name for name, engine in self.engines.items() if engine.waiting or not engine.ready]
+        waiting = [name for name, e in self.engines.items() if e.waiting or (e.frozen and e.in_flight) or not e.ready]
         return sorted({*waiting, *(name for name, record in self.records.items() if record.loading)})
 
     # --- orders -------------------------------------------------------------------------------------------------------
@@ -328,8 +342,10 @@ class World:
             case ev.Refuse():
                 assert action.message
                 self.records[name].loading = False
-                if engine and engine.waiting:
+                if engine and (engine.waiting or engine.frozen):
                     engine.waiting = 0
+                    engine.in_flight = 0 if engine.frozen else engine.in_flight
+                    engine.frozen = False
                     self._refused.append(name)
                 return
             case ev.StartEngine():
@@ -360,7 +376,8 @@ class World:
                 self._may_drain(action)
                 engine.order = action
             case ev.SwapOut():
-                assert engine.ready and not engine.gate_open and engine.order is None and not engine.in_flight
+                assert engine.ready and not engine.gate_open and engine.order is None
+                assert engine.frozen or not engine.in_flight
                 engine.order = action
             case ev.SwapIn():
                 assert engine.ready and not engine.gate_open and engine.order is None
@@ -370,6 +387,7 @@ class World:
                 assert engine.ready and not isinstance(engine.order, ev.StopEngine)
                 if not engine.exceeded:
                     assert not engine.gate_open and engine.order is None, "only parked ones end for others"
+                    assert not engine.frozen or not self.records[name].reported[0], "who stands still is not cut off"
                 if "--residue-budget" in action.reason:
                     assert self.residue_budget_bytes is not None and not self.records[name].settings.pinned
                     assert not self.records[name].loading and not self.records[name].reported[1], "it is wanted"
@@ -404,6 +422,8 @@ class World:
                 assert self.now_s >= over_s or idle_s >= LEAST_IDLE_S, "not before its minimum residency is over"
             case "turn":
                 assert busy and drain.wait and self.now_s >= over_s, "not before its minimum residency is over"
+            case "preemption":
+                assert self.preempt and drain.preempt and busy and not drain.wait and self.now_s >= over_s
             case "keep_alive":
                 assert not busy and not drain.wait
                 assert settings.keep_alive_s is not None and idle_s >= settings.keep_alive_s

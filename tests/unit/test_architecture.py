@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,9 @@ def test_the_policy_needs_nothing_but_python() -> None:
     script = "import sys, swap_agent.policy.coordinator as c; print(*{m.split('.')[0] for m in sys.modules})"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert not {"torch", "vllm", "cuda", "numpy", "msgspec"} & set(loaded.split())
+
+
+def test_every_package_is_in_the_wheel() -> None:
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    folders = {path.parent for top in ("swap_agent", "backend") for path in (ROOT / top).rglob("__init__.py")}
+    assert listed == {".".join(folder.relative_to(ROOT).parts).removeprefix("backend.") for folder in folders}

@@ -1080,3 +1080,64 @@ def test_next_tick_is_when_time_alone_changes_something() -> None:
     machine.report("a")
     machine.register("a", 100, keep_alive_s=5.0)
     assert machine.policy.next_tick_s == machine.now_s + 5.0
+
+
+def preempted() -> Machinery:
+    """`low`, one of whose requests stands still while `high` is there."""
+    machine = Machinery(Device("cpu:0", 100))
+    machine.policy = Coordinator([Device("cpu:0", 100)], preempt=True)
+    settings(machine, "low", 100)
+    settings(machine, "high", 100, priority=1)
+    machine.load("high", "low")
+    machine.report("low", in_flight=1)
+    machine.report("high", waiting=1)
+    (drain,) = machine.tick(TURN_S)
+    machine.open.clear()
+    machine.post(ev.Drained, "low", drain.epoch)  # type: ignore[attr-defined]
+    machine.settle()
+    assert (machine.state("low"), machine.state("high")) == (State.SWAPPED, State.RESIDENT)
+    assert machine.policy.waiting == ["low"]
+    return machine
+
+
+def test_requests_that_stand_still_are_refused_with_their_model() -> None:
+    machine = preempted()
+    actions = settings(machine, "high", 100, pinned=True) + machine.tick(1)
+    assert any(isinstance(action, ev.Refuse) and action.name == "low" for action in actions)
+    assert not machine.replica("low").activation_wanted and machine.policy.waiting == []
+
+
+def test_a_swap_in_that_failed_is_not_tried_again_for_requests_that_stood_still() -> None:
+    machine = preempted()
+    machine.report("high")
+    machine.tick(TURN_S)
+    while not any(isinstance(action, ev.SwapIn) for action in machine.open):
+        machine.obey(machine.open[0])
+    actions = machine.post(ev.SwapInFailed, "low", machine.replica("low").epoch, "no memory")
+    assert kinds(actions) == [("Refuse", "low")]
+
+
+def test_an_unload_lets_requests_that_stand_still_finish_first() -> None:
+    machine = preempted()
+    machine.post(ev.UnloadWanted, "low", True)
+    assert not any(isinstance(action, ev.StopEngine) for action in machine.open)
+    machine.report("high")
+    machine.busy["low"] = 1
+    machine.tick(TURN_S)
+    machine.settle()
+    drains = [action for action in machine.done if isinstance(action, ev.Drain) and action.name == "low"]
+    assert (drains[-1].reason, drains[-1].wait) == ("unload", True) and machine.state("low") is State.COLD
+
+
+def test_an_edited_priority_counts_for_who_waits_already() -> None:
+    machine = machinery(busy=100, b=100, c=100, d=100)
+    machine.load("b", "c", "d", "busy")
+    machine.report("busy", in_flight=1)
+    for name in "bcd":
+        machine.now_s += 0.1
+        machine.report(name, waiting=1)
+    assert machine.policy.waiting == ["b", "c", "d"]
+    settings(machine, "c", 100, priority=9)
+    assert machine.policy.waiting == ["c", "b", "d"]
+    settings(machine, "c", 100)
+    assert machine.policy.waiting == ["b", "c", "d"]

@@ -45,12 +45,17 @@ class Policy(RuleBasedStateMachine):
     @initialize(
         host_limit=st.sampled_from([None, None, 60, 100]),
         residue_budget=st.sampled_from([None, 0, 15, 30]),
+        preempt=st.booleans(),
         models=st.lists(st.tuples(budgets(), st.sampled_from([1, 1, 2, 3])), min_size=len(NAMES), max_size=len(NAMES)),
     )
     def begin(
-        self, host_limit: int | None, residue_budget: int | None, models: list[tuple[dict[str, object], int]]
+        self,
+        host_limit: int | None,
+        residue_budget: int | None,
+        preempt: bool,
+        models: list[tuple[dict[str, object], int]],
     ) -> None:
-        self.world = World(*DEVICES, host_limit_bytes=host_limit, residue_budget_bytes=residue_budget)
+        self.world = World(*DEVICES, host_limit_bytes=host_limit, residue_budget_bytes=residue_budget, preempt=preempt)
         self.mirrors = 0
         for name, (budget, ranks) in zip(NAMES, models, strict=True):
             self.world.register(ev.Registered(0.0, name, ranks=ranks, **budget))  # type: ignore[arg-type]
