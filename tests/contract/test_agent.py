@@ -25,6 +25,7 @@ from swap_agent.config import AgentConfig, RuntimeDir
 from swap_agent.daemon import Agent
 from swap_agent.errors import InvalidUsage, OutOfFrames, Unavailable
 from swap_agent.memory.space import RankSpace
+from swap_agent.policy import events as ev
 from swap_agent.policy.lifecycle import State
 from swap_agent.supervisor import group_exists
 from swap_agent.wire import messages as wire
@@ -240,6 +241,17 @@ async def test_detach_parks_and_attach_brings_the_same_engine_back(agent: Agent)
     assert next(iter(agent.pools.values())).device.resident_bytes() == 0
     later = await Stub.connect(agent, "a")
     assert await later.attach() == attached
+
+
+async def test_an_unload_returns_although_its_model_is_wanted_again(agent: Agent) -> None:
+    stub = await Stub.connect(agent, "a")
+    await stub.attach(frames=8)
+    unloading = asyncio.create_task(agent.unload(stub.replica, purge=False))
+    await asyncio.sleep(0)
+    assert agent.replica(stub.replica).state is State.DRAINING
+    agent.post(ev.LoadReported(time.monotonic(), stub.replica, 0, 1))  # a request at its gate
+    await asyncio.wait_for(unloading, 5)
+    await until(lambda: stub.report["state"] == "RESIDENT")
 
 
 async def test_a_second_stub_keeps_the_model_loaded(agent: Agent) -> None:
