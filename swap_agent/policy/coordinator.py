@@ -475,9 +475,13 @@ class Coordinator:
         if not replica.devices:
             fitting = [device for device in able if device not in blocked and inventory.free_frames(device) >= missing]
             valid = len(old_target) == replica.ranks and set(able).issuperset(old_target)
-            choices = [old_target] if valid else []  # room is being made there
-            if len(fitting) >= replica.ranks or not valid:
-                choices.insert(0, self._best_devices(replica, able, blocked, now_s))
+            if not valid:
+                choices = [self._best_devices(replica, able, blocked, now_s)]
+            elif len(fitting) >= replica.ranks:  # elsewhere there is room already
+                best = placement.preferred(replica, fitting, inventory, inventory.free_frames)
+                choices = [tuple(best[: replica.ranks])]
+            else:
+                choices = [old_target]  # room is being made there
         for choice in choices:
             if blocked.isdisjoint(choice) and all(inventory.free_frames(device) >= missing for device in choice):  # 6
                 self._queue.leave(replica)
