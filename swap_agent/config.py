@@ -97,7 +97,7 @@ class AgentConfig:
     engine_command: tuple[str, ...] = (sys.executable, "-m", "vllm_engine")
     """Starts an engine host; --runtime-dir, --replica and --token are added."""
     poison: bool = False
-    """Fill every returned frame with 0xFF, and have simulated copies complete late and in any order; for tests."""
+    """Fill every returned frame with 0xFF, and have a simulated device be as slow as its `LATE` says; for tests."""
     verify: bool = False
     """Check weights by checksums at every swap."""
     preempt: bool = False

@@ -111,7 +111,7 @@ class Coordinator:
         self._serve_queue(touched, now_s)
         self._touched = touched
         if self._host_memory.short or isinstance(event, _HOST_MEMORY):
-            self._fit_host_memory(now_s)
+            self._fit_host_memory()
         if self._mirrors_changed:
             self._drop_mirrors()
         if not isinstance(event, (ev.LoadReported, ev.Tick)):
@@ -471,25 +471,22 @@ class Coordinator:
             self._expire(replica, now_s)
             return
         missing = replica.missing_frames
-        choices = [replica.devices]
-        if not replica.devices:
+        target = replica.devices
+        if not target:
             fitting = [device for device in able if device not in blocked and inventory.free_frames(device) >= missing]
-            valid = len(old_target) == replica.ranks and set(able).issuperset(old_target)
-            if not valid:
-                choices = [self._best_devices(replica, able, blocked, now_s)]
+            if len(old_target) != replica.ranks or not set(able).issuperset(old_target):
+                target = self._best_devices(replica, able, blocked, now_s)
             elif len(fitting) >= replica.ranks:  # elsewhere there is room already
                 best = placement.preferred(replica, fitting, inventory, inventory.free_frames)
-                choices = [tuple(best[: replica.ranks])]
+                target = tuple(best[: replica.ranks])
             else:
-                choices = [old_target]  # room is being made there
-        for choice in choices:
-            if blocked.isdisjoint(choice) and all(inventory.free_frames(device) >= missing for device in choice):  # 6
-                self._queue.leave(replica)
-                touched.update(old_target, choice)
-                self._admit(replica, choice, now_s)
-                return
-        target = choices[-1]  # 7
-        touched.update(set(old_target).difference(target))
+                target = old_target  # room is being made there
+        if blocked.isdisjoint(target) and all(inventory.free_frames(device) >= missing for device in target):  # 6
+            self._queue.leave(replica)
+            touched.update(old_target, target)
+            self._admit(replica, target, now_s)
+            return
+        touched.update(set(old_target).difference(target))  # 7
         if not replica.devices:
             self._targets[replica.name] = target
         if blocked.isdisjoint(target):
@@ -599,7 +596,7 @@ class Coordinator:
 
     # --- 5. host memory -----------------------------------------------------------------------------------------------
 
-    def _fit_host_memory(self, now_s: float) -> None:
+    def _fit_host_memory(self) -> None:
         for name, message in self._host_memory.refused():
             self._actions.append(ev.RefuseHostMemory(name, message))
         for name in self._host_memory.granted(self.inventory):
