@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -88,8 +89,9 @@ class FakeCuda:
         """Device memory that any process holds by a handle, a descriptor or a mapping."""
         used = 0
         for path in self.state.glob(f"{device}-*"):
-            if _locked(path):
-                used += path.stat().st_size
+            with contextlib.suppress(FileNotFoundError):  # freed while we look
+                size = path.stat().st_size
+                used += size if _locked(path) else 0
         return used
 
     def close(self) -> None:
@@ -99,8 +101,11 @@ class FakeCuda:
 
 
 def _locked(path: Path) -> bool:
-    """Whether anybody holds the file's lock."""
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    """Whether anybody holds the file's lock; nobody that of one which its last holder has just removed."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return False
