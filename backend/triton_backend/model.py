@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -38,7 +39,7 @@ class TritonPythonModel:
             self._dispatcher = Dispatcher(attach, runtime_directory(), pb_utils.Logger.log_info)
             self._thread = threading.Thread(target=self._loop.run_forever, name="dispatcher", daemon=True)
             self._thread.start()
-            self._loop.call_soon_threadsafe(_exit_with_parent, self._loop)
+            threading.Thread(target=_exit_with_parent, name="watching tritonserver", daemon=True).start()
             asyncio.run_coroutine_threadsafe(self._dispatcher.start(), self._loop).result()
         except TritonSwapError as error:
             raise pb_utils.TritonModelException(str(error)) from error
@@ -63,6 +64,12 @@ class TritonPythonModel:
         self._loop.close()
 
 
-def _exit_with_parent(loop: asyncio.AbstractEventLoop) -> None:
-    """End this process as soon as tritonserver does: the stub of a server that was killed otherwise may live on."""
-    loop.add_reader(os.pidfd_open(os.getppid()), os._exit, 1)
+def _exit_with_parent() -> None:
+    """End this process as soon as tritonserver does: the stub of a server that was killed otherwise may live on.
+
+    On a thread of its own: the loop's may be waiting for tritonserver's answer, for ever (`is_cancelled`).
+    """
+    watched = select.poll()
+    watched.register(os.pidfd_open(os.getppid()), select.POLLIN)
+    watched.poll()
+    os._exit(1)

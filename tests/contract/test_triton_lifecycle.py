@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -251,6 +253,8 @@ def test_a_stub_ends_with_its_server(tmp_path: Path) -> None:
         call = triton.grpc()
         call.send("echo", text_input="hold on")
         wait_for(lambda: agent.seen.submitted)
+        os.kill(triton.process.pid, signal.SIGSTOP)
+        time.sleep(0.5)  # by now the stub has asked it whether the client is still there
         triton.kill()
         wait_for(lambda: not Path(f"/proc/{stub}").exists(), timeout_s=5)
         call.cancel()
