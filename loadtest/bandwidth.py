@@ -15,6 +15,8 @@ from loadtest.server import Server
 from swap_agent.memory.simulated import COPY_THREADS
 
 REPEATS = 7
+IDLE_S = 1.0
+"""Between two switches: by then an idle model may be asked to leave."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class SwapInSpeed:
     seconds: float
     """From taking frames to FILLED."""
     copy_seconds: float
-    """From the first copied or zeroed byte to the last."""
+    """From the first copied or zeroed byte to the last, without waiting for frames."""
     gb_per_s: float
     """`bytes` over `copy_seconds`."""
     plain_copy_gb_per_s: float
@@ -45,6 +47,28 @@ class SwapInSpeed:
             "share_of_plain_copy": self.share,
             "share_of_threaded_copy": self.gb_per_s / self.threaded_copy_gb_per_s,
         }
+
+
+@dataclass(frozen=True)
+class Switch:
+    """Medians of several activations of one model on a full device, whose other models were idle."""
+
+    model: str
+    bytes: int
+    """Copied to the device: what was missing."""
+    seconds: float
+    """From the order to load it to its answer: others close, pause and unmap, this one is filled and resumes."""
+    plain_copy_seconds: float
+    """Of the same number of bytes."""
+
+    @property
+    def ratio(self) -> float:
+        """To the plain copy alone."""
+        return self.seconds / self.plain_copy_seconds
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self) | {"over_plain_copy": self.ratio}
 
 
 def copy_gb_per_s(size_bytes: int, threads: int) -> float:
@@ -71,6 +95,26 @@ def swap_in_speeds(server: Server, step: Callable[[str], None]) -> list[SwapInSp
             server.load(model)
             swaps[model].append(server.model(model)["last_swap_in"])
     return [_speed(model, taken) for model, taken in swaps.items()]
+
+
+def switches(server: Server, step: Callable[[str], None]) -> list[Switch]:
+    """Load every model `REPEATS` times, in turn; each takes what it lacks from others. A `step` per turn."""
+    taken: dict[str, list[tuple[float, int]]] = {model: [] for model in server.models}
+    for number in range(REPEATS + 1):  # the first turn fills the device
+        step(f"turn {number}/{REPEATS}")
+        for model in server.models:
+            time.sleep(IDLE_S)
+            begin_s = time.perf_counter()
+            server.load(model)
+            seconds = time.perf_counter() - begin_s
+            if number:
+                taken[model].append((seconds, server.model(model)["last_swap_in"]["bytes"]))
+    result = []
+    for model, turns in taken.items():
+        size_bytes = int(statistics.median(size for _, size in turns))
+        plain_s = size_bytes / copy_gb_per_s(size_bytes, 1) / 1e9
+        result.append(Switch(model, size_bytes, statistics.median(seconds for seconds, _ in turns), plain_s))
+    return result
 
 
 def _speed(model: str, swaps: list[dict[str, Any]]) -> SwapInSpeed:

@@ -62,6 +62,9 @@ def _run(console: Console) -> dict[str, Any]:
         with Steps(console, "swap-in", bandwidth.REPEATS) as step:
             speeds = bandwidth.swap_in_speeds(server, step)
         _print_speeds(console, speeds)
+        with Steps(console, "switch", bandwidth.REPEATS + 1) as step:
+            switches = bandwidth.switches(server, step)
+        _print_switches(console, switches)
         rows, costs = asyncio.run(_ask(console, server))
         print_rows(console, rows)
         loaded = load.run(console, server, load.DURATION_S, load.USERS, load.OUT)
@@ -78,6 +81,7 @@ def _run(console: Console) -> dict[str, Any]:
     return {
         "machine": machine,
         "swap_in": [speed.as_json() for speed in speeds],
+        "switch": [each.as_json() for each in switches],
         "restore": [each.as_json() for each in restores],
         "ttft": [row.as_json() | {"cold_over_swapped": row.speed_up} for row in rows],
         "overhead": {
@@ -138,6 +142,19 @@ def _print_speeds(console: Console, speeds: list[bandwidth.SwapInSpeed]) -> None
             f"{speed.gb_per_s:.2f}",
             f"{speed.plain_copy_gb_per_s:.2f}",
             f"{speed.share:.0%}",
+        )
+    console.print(table)
+
+
+def _print_switches(console: Console, switches: list[bandwidth.Switch]) -> None:
+    table = Table("switch to", "missing MB", "in all", "plain copy", "ratio", box=None)
+    for each in switches:
+        table.add_row(
+            each.model,
+            f"{each.bytes / 1e6:.0f}",
+            f"{each.seconds:.3f} s",
+            f"{each.plain_copy_seconds:.3f} s",
+            f"{each.ratio:.2f}x",
         )
     console.print(table)
 

@@ -106,6 +106,8 @@ class _Node:
                 self.post(ev.Drained(now_s, name, order.epoch))
             case ev.SwapOut():
                 self.post(ev.SwappedOut(now_s, name, order.epoch))
+            case ev.SwapIn() if replica.promised_frames:
+                self.orders.append(order)
             case ev.SwapIn():
                 self.post(ev.SwappedIn(now_s, name, order.epoch))
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from swap_agent import ranks as together
+from swap_agent.allowance import Allowance
 from swap_agent.config import AgentConfig
 from swap_agent.control_plane import ControlPlane
 from swap_agent.declarations import Declarations
@@ -240,7 +241,10 @@ class Agent:
             case ev.SwapOut():
                 engine.order = self._spawn(self._swap_out(engine, action.epoch, action.keep_frames))
             case ev.SwapIn():
-                engine.order = self._spawn(self._swap_in(engine, action.epoch))
+                engine.allowance = Allowance(action.epoch, action.frames)
+                engine.order = self._spawn(self._swap_in(engine, action.epoch, engine.allowance))
+            case ev.MoreFrames() if engine.allowance:
+                engine.allowance.raise_to(action.epoch, action.frames)
 
     def _activation_of(self, replica: str) -> asyncio.Future[None]:
         """The future that the next Activated or Refuse of this replica resolves."""
@@ -254,24 +258,27 @@ class Agent:
             engine.host.send(message)
 
     async def _swap_out(self, engine: Engine, epoch: int, keep_frames: int) -> None:
+        def returned(held: int) -> None:
+            self.post(ev.FramesReturned(time.monotonic(), engine.spec.replica, epoch, held))
+
         async def order() -> None:
             acked = engine.expect(epoch, wire.SwappedOut)
-            keeps = [rank.space.plan_keep(keep_frames) for rank in engine.ranks]
-            self._send(engine, wire.SwapOut(epoch, keeps))
-            await together.swap_out(engine.ranks, epoch, keeps)
+            keeps = together.plan_keeps(engine.ranks, keep_frames)
+            self._send(engine, wire.SwapOut(epoch, [[dict(keep) for keep in steps] for steps in keeps]))
+            await together.swap_out(engine.ranks, epoch, keeps, returned)
             await asyncio.wait_for(acked, ACK_TIMEOUT_S)
             engine.swaps_out += 1
             self.post(ev.SwappedOut(time.monotonic(), engine.spec.replica, epoch))
 
         await self._or_kill(engine, order(), "swap-out")
 
-    async def _swap_in(self, engine: Engine, epoch: int) -> None:
+    async def _swap_in(self, engine: Engine, epoch: int, allowance: Allowance) -> None:
         async def order() -> None:
             acked = engine.expect(epoch, wire.SwappedIn)
             undone = engine.expect(epoch, wire.SwapInFailed)
             self._send(engine, wire.SwapIn(epoch))
             try:
-                engine.last_swap_in = await together.swap_in(engine.ranks, epoch)
+                engine.last_swap_in = await together.swap_in(engine.ranks, epoch, allowance)
             except TakenBack as error:
                 engine.forget(epoch, wire.SwappedIn)
                 log.error("%s", error)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from swap_agent.allowance import Allowance
 from swap_agent.errors import Unavailable
 from swap_agent.memory.frames import FramePool
 from swap_agent.memory.space import SwapIn
@@ -56,6 +57,8 @@ class Engine:
     """Ranks that said hello; all of them once the engine is ready."""
     mirrors_wanted_bytes: int = 0
     """Host memory that ranks asked for while it started."""
+    allowance: Allowance | None = None
+    """Of the last swap-in."""
     order: asyncio.Task[None] | None = None
     """The last swap, under way or done."""
     ready: bool = False
@@ -105,7 +108,9 @@ class Engine:
             future.set_result(None)
 
     def answer_nobody(self) -> None:
-        """It has ended: no answer will come."""
+        """It has ended: no answer will come, and no frames."""
+        if self.allowance:
+            self.allowance.close()
         for future in self._acks.values():
             if not future.done():
                 future.set_exception(Unavailable(self.failure))

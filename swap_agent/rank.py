@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from swap_agent.allowance import Allowance
 from swap_agent.errors import (
     Damaged,
     OutOfFrames,
@@ -171,24 +172,30 @@ class RankLink:
         self.space.lost()
 
     def unmapped(self, epoch: int) -> None:
-        """Return when the rank has unmapped what goes. Raises Unavailable when it does not answer, PeerGone."""
+        """Return when the rank has unmapped what goes in one step. Raises Unavailable (no answer), PeerGone."""
         self._await(epoch, wire.Unmapped)
 
-    def prepare(self, epoch: int) -> SwapIn:
+    def prepare(self, epoch: int, allowance: Allowance) -> SwapIn:
         """First half of a swap-in: take missing frames, send them, fill them while the rank maps, wait until it has.
 
-        Raises TakenBack when that is impossible: `refuse` and `undo` have to follow. Raises PeerGone, Unavailable (no
-        answer: the rank is in an unknown state).
+        As many at a time as `allowance` lets it hold. Raises TakenBack when that is impossible: `refuse` and `undo`
+        have to follow. Raises PeerGone, Unavailable (no answer: the rank is in an unknown state).
         """
         started_s = time.monotonic()
-        self._held = held = self.space.held
+        copy_s, copied = 0.0, 0
+        self._held = self.space.held
         try:
-            self.space.grant()
-            for region, first in held.items():
-                self._send_grants(epoch, region, self.space.frames[region], first)
-            figures = self.space.fill(held, started_s)
+            while self.space.missing_frames:
+                held = self.space.held
+                self.space.grant(allowance.beyond(sum(held.values())))
+                for region, first in held.items():
+                    self._send_grants(epoch, region, self.space.frames[region], first)
+                begun_s = time.monotonic()
+                copied += self.space.fill(held)
+                copy_s += time.monotonic() - begun_s
         except (OutOfFrames, OSError, MemoryError) as error:
             raise TakenBack(f"{self.space.holder} was not swapped in: {error or type(error).__name__}") from error
+        figures = SwapIn(time.monotonic() - started_s, copy_s, copied)
         ack = self._await(epoch, wire.Mapped, wire.MapFailed)
         if isinstance(ack, wire.MapFailed):
             message = f"its engine could not map the frames: {ack.message}"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
+from swap_agent.allowance import Allowance
 from swap_agent.errors import TakenBack
 from swap_agent.memory.space import SwapIn
 from swap_agent.rank import RankLink
@@ -15,23 +16,60 @@ from swap_agent.wire.messages import Region
 T = TypeVar("T")
 
 
-async def swap_out(ranks: Sequence[RankLink], epoch: int, keeps: Sequence[Mapping[Region, int]]) -> None:
-    """Once every rank has unmapped all but its part of `keeps`, take the frames back.
+Keep = Mapping[Region, int]
+"""Frames of each region that stay, the first ones."""
 
-    Raises Unavailable, PeerGone, Damaged: some frames are back then, and the engine is in an unknown state.
+_LEAST_STEP_BYTES = 64 * 1024 * 1024
+_MOST_STEPS = 8
+"""Of a swap-out: whoever waits for the frames has copies made to the first while the last are unmapped."""
+
+
+def plan_keeps(ranks: Sequence[RankLink], keep_frames: int) -> list[list[Keep]]:
+    """Per rank: what is to stay after each step of a swap-out, at last `keep_frames`.
+
+    One step where nothing may be given back before everything is unmapped: of several ranks, or when the weights are
+    checked.
     """
-    _raise_first(await _together([partial(rank.unmapped, epoch) for rank in ranks]))
-    parts = zip(ranks, keeps, strict=True)
-    _raise_first(await _together([partial(rank.space.take_back, keep) for rank, keep in parts]))
+    steps = 1
+    if len(ranks) == 1 and not ranks[0].space.verify:
+        (rank,) = ranks
+        held = sum(rank.space.held.values())
+        going_bytes = max(0, held - keep_frames) * rank.space.pool.device.frame_bytes
+        steps = max(1, min(_MOST_STEPS, going_bytes // _LEAST_STEP_BYTES))
+    return [[rank.space.plan_keep(kept) for kept in _descending(rank, keep_frames, steps)] for rank in ranks]
 
 
-async def swap_in(ranks: Sequence[RankLink], epoch: int) -> SwapIn:
+def _descending(rank: RankLink, keep_frames: int, steps: int) -> list[int]:
+    """Frames that the rank holds after each of equal steps."""
+    held = sum(rank.space.held.values())
+    going = max(0, held - keep_frames)
+    return [max(0, held - going * step // steps) for step in range(1, steps)] + [keep_frames]
+
+
+async def swap_out(
+    ranks: Sequence[RankLink], epoch: int, keeps: Sequence[Sequence[Keep]], returned: Callable[[int], None]
+) -> None:
+    """Step by step, once every rank has unmapped all but its part of `keeps`, take the frames back.
+
+    `returned` hears after each step but the last how many frames are held still. Raises Unavailable, PeerGone, Damaged:
+    some frames are back then, and the engine is in an unknown state.
+    """
+    steps = list(zip(*keeps, strict=True))
+    for number, step in enumerate(steps, 1):
+        _raise_first(await _together([partial(rank.unmapped, epoch) for rank in ranks]))
+        parts = zip(ranks, step, strict=True)
+        _raise_first(await _together([partial(rank.space.take_back, keep) for rank, keep in parts]))
+        if number < len(steps):
+            returned(max(sum(rank.space.held.values()) for rank in ranks))
+
+
+async def swap_in(ranks: Sequence[RankLink], epoch: int, allowance: Allowance) -> SwapIn:
     """Grant and fill every rank at once; FILLED to all when the last one is done, or all is taken back.
 
     Raises TakenBack: every rank holds what it held before. Raises Unavailable, PeerGone, Damaged: the engine is in an
     unknown state.
     """
-    outcomes = await _together([partial(rank.prepare, epoch) for rank in ranks])
+    outcomes = await _together([partial(rank.prepare, epoch, allowance) for rank in ranks])
     refusals = [outcome for outcome in outcomes if isinstance(outcome, TakenBack)]
     _raise_first([outcome for outcome in outcomes if not isinstance(outcome, TakenBack)])
     if refusals:

@@ -122,7 +122,7 @@ class Engine:
             text = json.dumps(result.outputs.data.tolist())
             yield Output(request, [Sequence(text, None, 0)], len(result.prompt_token_ids), result.finished)
 
-    async def swap_out(self, epoch: int, keep: list[dict[Region, int]], *, preempt: bool) -> SwapOutTimes:
+    async def swap_out(self, epoch: int, keep: list[list[dict[Region, int]]], *, preempt: bool) -> SwapOutTimes:
         """Pause, forget the KV cache, and have every rank unmap all but its part of `keep` (empty: all of it).
 
         Call it when nothing is in flight, or with `preempt`: then requests stand still until the swap-in, and their KV

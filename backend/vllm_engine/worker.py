@@ -123,14 +123,15 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
             self._graphs.log_figures()
         return times
 
-    def swap_out(self, epoch: int, keep: list[dict[Region, int]]) -> None:
-        """Take all frames but this rank's part of `keep` out of the address space and acknowledge.
+    def swap_out(self, epoch: int, keep: list[list[dict[Region, int]]]) -> None:
+        """Take all frames but this rank's part of `keep` out of the address space, acknowledging each of its steps.
 
         Nothing may run on it after this.
         """
         self._resident = False
-        self._space.unmap(keep[self.rank] if keep else {})
-        self._agent.unmapped(epoch)
+        for step in keep[self.rank] if keep else [{}]:
+            self._space.unmap(step)
+            self._agent.unmapped(epoch)
         if self._on_gpu:
             gpu.let_go_of_unused_memory()
 

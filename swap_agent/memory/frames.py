@@ -54,6 +54,11 @@ class FramePool:
         """Frames that could be granted now, created or not."""
         return self.device.total_frames - len(self._granted)
 
+    @property
+    def clean_frames(self) -> int:
+        """Free frames that are zero already."""
+        return len(self._clean)
+
     def held_by(self, holder: str) -> int:
         """Frames granted to `holder`."""
         return self._held[holder]

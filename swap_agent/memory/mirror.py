@@ -52,18 +52,19 @@ class Image:
     def restore(self, transfer: Transfer, frames: list[Frame], first: int = 0) -> int:
         """Copy to the frames of the region, from number `first` on, and set to zero what lies beyond the image.
 
-        Returns the bytes copied. Raises Damaged when the image is sealed and has changed.
+        `frames` may be the first ones only. Returns the bytes copied. Raises Damaged when the image is sealed and has
+        changed.
         """
-        used = self._frames()
+        used = min(self._frames(), len(frames))
         for index in range(first, used):
             if self._sums and zlib.crc32(self._part(index).data) != self._sums[index]:
                 raise Damaged(f"frame {index} of its weights changed in host memory")
             transfer.copy_in(frames[index], self._part(index), self.region)
-        if first < used and (tail := self.size_bytes % self._device.frame_bytes):
+        if first < used == self._frames() and (tail := self.size_bytes % self._device.frame_bytes):
             transfer.fill(frames[used - 1], 0, tail)
         for frame in frames[max(first, used) :]:
             transfer.fill(frame, 0)
-        return max(0, self.size_bytes - first * self._device.frame_bytes)
+        return max(0, min(self.size_bytes, used * self._device.frame_bytes) - first * self._device.frame_bytes)
 
     def resident_bytes(self) -> int:
         """Memory that the image occupies."""

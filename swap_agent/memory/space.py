@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -26,7 +26,7 @@ class SwapIn:
     seconds: float
     """From taking frames to FILLED."""
     copy_seconds: float
-    """From the first copied or zeroed byte to the last."""
+    """From the first copied or zeroed byte to the last, without waiting for frames."""
     bytes: int
     """Copied from host to device."""
 
@@ -167,23 +167,37 @@ class RankSpace:
         """Frames of each region that the rank holds."""
         return {region: len(self.frames.get(region, ())) for region in self.sizes_frames}
 
-    def grant(self) -> None:
-        """Swap-in: take the frames that are missing. Raises OutOfFrames; then nothing has changed."""
-        held = self.held
-        missing = {region: self.sizes_frames.get(region, 0) - held.get(region, 0) for region in REGIONS}
-        zeroed = sum(missing[region] for region in _DROPPED)
-        new, dirty = self.pool.grant(self.holder, sum(missing.values()), zeroed)
-        self._dirty = set(new[:dirty])
-        rest = iter(new)
-        for region in REGIONS:
-            self.frames.setdefault(region, []).extend(next(rest) for _ in range(missing[region]))
+    @property
+    def missing_frames(self) -> int:
+        """Frames that it lacks to be complete."""
+        return sum(self._missing.values())
 
-    def fill(self, held: Mapping[Region, int], started_s: float, clock: Callable[[], float] = time.monotonic) -> SwapIn:
-        """Swap-in: set what came with `grant`; `held` is what there was before.
+    @property
+    def _missing(self) -> dict[Region, int]:
+        return {region: size - len(self.frames.get(region, ())) for region, size in self.sizes_frames.items()}
+
+    def grant(self, most: int) -> None:
+        """Swap-in: take frames that are missing, up to `most`. Raises OutOfFrames; then nothing has changed.
+
+        Those that have to be zero come first where the pool has clean ones, else those that are overwritten anyway.
+        """
+        missing = self._missing
+        count = min(most, sum(missing.values()))
+        dropped = sum(missing.get(region, 0) for region in _DROPPED)
+        overwritten = sum(missing.values()) - dropped
+        zeroed = max(count - overwritten, min(count, dropped, self.pool.clean_frames))
+        new, dirty = self.pool.grant(self.holder, count, zeroed)
+        self._dirty = set(new[:dirty])
+        rest = {False: iter(new[: count - zeroed]), True: iter(new[count - zeroed :])}
+        for region in REGIONS:
+            its_part = itertools.islice(rest[region in _DROPPED], missing.get(region, 0))
+            self.frames.setdefault(region, []).extend(its_part)
+
+    def fill(self, held: Mapping[Region, int]) -> int:
+        """Swap-in: set what came with `grant`; `held` is what there was before. Returns the bytes copied.
 
         Scratch and KV to zero, weights from the mirror, state from the staging.
         """
-        first_copy_s = clock()
         copied = 0
         with self.pool.device.transfer("swap_in") as transfer:
             for image in (self.mirror, self.staging):
@@ -193,8 +207,7 @@ class RankSpace:
                 for frame in self.frames.get(region, [])[held.get(region, 0) :]:
                     if frame in self._dirty:
                         transfer.fill(frame, 0)
-        now_s = clock()
-        return SwapIn(seconds=now_s - started_s, copy_seconds=now_s - first_copy_s, bytes=copied)
+        return copied
 
     def lost(self) -> None:
         """The rank's process is gone: release its frames, mirror and staging. Its frames are not recycled."""

@@ -134,8 +134,9 @@ class Packing:
                 self._events.append(ev.Drained(now_s, name, action.epoch))
             case ev.SwapOut():
                 self._events.append(ev.SwappedOut(now_s, name, action.epoch))
-            case ev.SwapIn():
-                self._events.append(ev.SwappedIn(now_s, name, action.epoch))
+            case ev.SwapIn() | ev.MoreFrames():
+                if not self.coordinator.inventory.replicas[name].promised_frames:
+                    self._events.append(ev.SwappedIn(now_s, name, action.epoch))
             case _:
                 raise BooksDoNotBalance(f"a plan has no answer to {type(action).__name__}")
 

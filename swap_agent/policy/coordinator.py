@@ -12,7 +12,8 @@ for these. What time alone brings about happens in the first event at or after `
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from swap_agent.policy import events as ev
 from swap_agent.policy import eviction, placement, residues
@@ -61,6 +62,8 @@ class Coordinator:
         """The replica whose engine starts."""
         self._growth: dict[tuple[str, int], int] = {}
         """Frames that a rank of a starting replica waits for."""
+        self._promised: list[str] = []
+        """Replicas whose swap-in began before all of their frames were free, in that order."""
         self._owed: set[str] = set()
         """Resident replicas whose request was raised beyond what is set aside for them."""
         self._targets: dict[str, tuple[str, ...]] = {}
@@ -262,6 +265,10 @@ class Coordinator:
                 replica.load_wanted = False
                 self._actions.append(ev.Activated(replica.name))
 
+    def _frames_returned(self, replica: Replica, event: ev.FramesReturned) -> None:
+        if event.epoch == replica.epoch and replica.state is State.SWAPPING_OUT:
+            replica.reserved_frames = max(replica.keep_frames, min(replica.reserved_frames, event.frames))
+
     def _swapped_out(self, replica: Replica, event: ev.SwappedOut) -> None:
         if event.epoch == replica.epoch and replica.state is State.SWAPPING_OUT:
             replica.move(State.SWAPPED)
@@ -271,6 +278,7 @@ class Coordinator:
     def _swapped_in(self, replica: Replica, event: ev.SwappedIn) -> None:
         if event.epoch == replica.epoch and replica.state is State.SWAPPING_IN:
             replica.move(State.RESIDENT)
+            self._promise(replica, 0)  # what its request has beyond what it takes: it is owed that now
             replica.swap_in_s = event.now_s - replica.ordered_s
             self._settle(replica, event.now_s)
 
@@ -278,6 +286,7 @@ class Coordinator:
         if event.epoch == replica.epoch and replica.state is State.SWAPPING_IN:
             replica.move(State.SWAPPED)
             replica.reserved_frames = replica.keep_frames
+            self._promise(replica, 0)
             replica.load_wanted = replica.preempted = False
             replica.waiting = 0  # they are refused; who comes later has it tried again
             replica.left_s = event.now_s  # this was its turn
@@ -296,6 +305,7 @@ class Coordinator:
         self._owed.discard(replica.name)
         if self._starting == replica.name:
             self._starting = ""
+        self._promise(replica, 0)
         replica.left_s = event.now_s
         replica.footprints = {}
         replica.discardable_frames = 0
@@ -359,6 +369,7 @@ class Coordinator:
 
     def _stop(self, replica: Replica, reason: str) -> None:
         replica.stopping = True
+        self._promise(replica, 0)
         self._actions.append(ev.StopEngine(replica.name, reason))
 
     def _expire(self, replica: Replica, now_s: float) -> None:
@@ -397,18 +408,21 @@ class Coordinator:
     def _serve_queue(self, touched: set[str], now_s: float) -> None:
         """Decide for each replica that waits for one of the `touched` devices, in order.
 
+        0. Who was promised frames gets what has come of them: nobody else may have these.
         1. A starting engine that wants more frames goes first: nothing else can start before it is done.
         2. A resident model whose request was raised is next: it is owed them.
         3. A replica that leaves the device keeps its place until it is SWAPPED.
         4. Engines start one at a time, in order: a COLD or FAILED one waits for those before it. Meanwhile parked
            ones may pass.
         5. One that too few devices can ever hold is refused.
-        6. One that fits, on the devices of its engine or those that it would best start on, is activated.
-        7. Otherwise room is made there, and nobody behind it may take it. One on whose devices nothing changed goes on
-           waiting.
+        6. One that fits, on the devices of its engine or those that it would best start on, is activated. To swap in,
+           frames that are being unmapped do as well.
+        7. Otherwise room is made there, and nobody behind it may take it. Where that can be done, more is made for the
+           next one; where not, those behind it wait. One on whose devices nothing changed goes on waiting.
 
         Whoever lets go of devices that he kept others from adds them to `touched`.
         """
+        self._keep_promises()
         if not (self._growth or self._owed or self._queue):
             return
         blocked: set[str] = set()
@@ -432,6 +446,7 @@ class Coordinator:
         # Whoever is ahead of these on their other devices matters as well.
         others = {device for replica in concerned for device in replica.devices}
         concerned += self._waiting_on(others - touched)
+        claims: Counter[str] = Counter()
         for replica in self._queue.sorted([*concerned, starter] if starter else concerned):
             if replica.state in LEAVING or replica.stopping:  # 3
                 continue
@@ -441,11 +456,11 @@ class Coordinator:
                 for other in self._queue.ahead_of(replica):
                     if other.state is State.SWAPPED and not other.stopping:
                         blocked.update(other.devices)
-                self._activate(replica, blocked, touched, now_s)
+                self._activate(replica, blocked, claims, touched, now_s)
             elif touched.isdisjoint(replica.devices) or not blocked.isdisjoint(replica.devices):  # 7
                 blocked.update(replica.devices)
             else:
-                self._activate(replica, blocked, touched, now_s)
+                self._activate(replica, blocked, claims, touched, now_s)
 
     def _waits_on(self, starter: Replica, touched: set[str]) -> bool:
         """Whether room is being made for it already, and none of the `touched` devices has to do with it."""
@@ -457,7 +472,10 @@ class Coordinator:
     def _waiting_on(self, devices: Iterable[str]) -> list[Replica]:
         return [replica for device in devices for replica in self.inventory.on(device) if replica.name in self._queue]
 
-    def _activate(self, replica: Replica, blocked: set[str], touched: set[str], now_s: float) -> None:
+    def _activate(
+        self, replica: Replica, blocked: set[str], claims: Counter[str], touched: set[str], now_s: float
+    ) -> None:
+        """`claims`: frames of each device that are being freed for those ahead of it."""
         inventory = self.inventory
         old_target = self._targets.pop(replica.name, ())
         devices = placement.candidates(replica, inventory)
@@ -481,17 +499,20 @@ class Coordinator:
                 target = tuple(best[: replica.ranks])
             else:
                 target = old_target  # room is being made there
-        if blocked.isdisjoint(target) and all(inventory.free_frames(device) >= missing for device in target):  # 6
+        needs = {device: missing + claims[device] for device in target}
+        coming = blocked.isdisjoint(target) and self._make_room(needs, replica, now_s)  # 7, unless there is room
+        if coming and all(self._soon_free(device, replica) >= frames for device, frames in needs.items()):  # 6
             self._queue.leave(replica)
             touched.update(old_target, target)
             self._admit(replica, target, now_s)
             return
-        touched.update(set(old_target).difference(target))  # 7
+        touched.update(set(old_target).difference(target))
         if not replica.devices:
             self._targets[replica.name] = target
-        if blocked.isdisjoint(target):
-            self._make_room(target, replica, missing, now_s)
-        blocked.update(target)
+        if coming and replica.devices:
+            claims.update(dict.fromkeys(target, missing))
+        else:
+            blocked.update(target)
 
     def _best_devices(self, replica: Replica, able: list[str], blocked: set[str], now_s: float) -> tuple[str, ...]:
         """Where an engine would best start; nobody else's room, if that can be."""
@@ -500,15 +521,42 @@ class Coordinator:
         reach = lambda device: self._within_reach(device, replica, now_s)  # noqa: E731
         return tuple(placement.preferred(replica, choice, self.inventory, reach)[: replica.ranks])
 
+    def _soon_free(self, device: str, who: Replica) -> int:
+        """Frames that `who` may count on when it is activated."""
+        free = self.inventory.free_frames(device)
+        if who.state is State.SWAPPED:
+            free += eviction.returning_frames(self.inventory.on(device))
+        return free
+
+    def _promise(self, replica: Replica, frames: int) -> None:
+        """So many frames of each device it gets as they come back; zero: none any more."""
+        if bool(frames) != bool(replica.promised_frames):
+            change = self._promised.append if frames else self._promised.remove
+            change(replica.name)
+        replica.promised_frames = frames
+
+    def _keep_promises(self) -> None:
+        for name in list(self._promised):
+            replica = self.inventory.replicas[name]
+            back = min(self.inventory.unreserved_frames(device) for device in replica.devices)
+            if more := min(back, replica.promised_frames):
+                replica.reserved_frames += more
+                self._promise(replica, replica.promised_frames - more)
+                self._actions.append(ev.MoreFrames(name, replica.epoch, replica.reserved_frames))
+
     def _admit(self, replica: Replica, devices: Sequence[str], now_s: float) -> None:
-        replica.reserved_frames = replica.need_frames
         replica.unload_wanted &= replica.preempted
         if replica.state is State.SWAPPED:
             replica.move(State.SWAPPING_IN)
             replica.epoch += 1
             replica.ordered_s = now_s
-            self._actions.append(ev.SwapIn(replica.name, replica.epoch))
+            missing = replica.missing_frames
+            free = max(0, min(self.inventory.free_frames(device) for device in devices))
+            replica.reserved_frames += min(free, missing)
+            self._promise(replica, max(0, missing - free))
+            self._actions.append(ev.SwapIn(replica.name, replica.epoch, replica.reserved_frames))
         else:
+            replica.reserved_frames = replica.need_frames
             replica.move(State.STARTING)
             self._starting = replica.name
             self.inventory.place(replica, devices)
@@ -539,19 +587,19 @@ class Coordinator:
         if all(self.inventory.free_frames(device) >= frames for device in replica.devices):
             replica.reserved_frames += frames
             return True
-        self._make_room(replica.devices, replica, frames, now_s)
+        self._make_room(dict.fromkeys(replica.devices, frames), replica, now_s)
         blocked.update(replica.devices)
         return False
 
-    def _make_room(self, devices: Iterable[str], who: Replica, frames: int, now_s: float) -> None:
-        """Have others give back what `who` lacks, no more: until `frames` frames of each of `devices` will be free.
+    def _make_room(self, needs: Mapping[str, int], who: Replica, now_s: float) -> bool:
+        """Have others give back what `who` lacks, no more: until so many frames of each device will be free.
 
-        All or nothing: as long as not enough of them may leave, nobody is asked to.
+        All or nothing: as long as not enough of them may leave, nobody is asked to. Returns whether they are coming.
         """
         keeps: dict[str, int] = {}
         """What every victim is to keep on each of its devices."""
         enough = True
-        for device in devices:
+        for device, frames in needs.items():
             on_device = self.inventory.on(device)
             coming = self.inventory.free_frames(device) + eviction.coming_frames(on_device)
             coming += sum(r.reserved_frames - keeps[r.name] for r in on_device if r.name in keeps)
@@ -570,7 +618,7 @@ class Coordinator:
                 enough = False
                 self._look_again(device, min(later_s, now_s + _LOOK_AGAIN_S))
         if not enough:
-            return
+            return False
         for name, keep in keeps.items():
             victim = self.inventory.replicas[name]
             if victim.state is State.SWAPPED:
@@ -581,6 +629,7 @@ class Coordinator:
                 self._drain(victim, keep, wait=False, reason="preemption", preempt=True)
             else:
                 self._drain(victim, keep, wait=True, reason="turn")
+        return True
 
     def _look_again(self, device: str, at_s: float) -> None:
         if self._alarm_s.get(device, float("inf")) > at_s:
@@ -642,6 +691,7 @@ _HANDLERS: dict[type[ev.Event], Callable[..., None]] = {
     ev.EngineReady: Coordinator._engine_ready,
     ev.Drained: Coordinator._drained,
     ev.DrainRefused: Coordinator._drain_refused,
+    ev.FramesReturned: Coordinator._frames_returned,
     ev.SwappedOut: Coordinator._swapped_out,
     ev.SwappedIn: Coordinator._swapped_in,
     ev.SwapInFailed: Coordinator._swap_in_failed,

@@ -174,6 +174,15 @@ class DrainRefused(Event):
 
 
 @dataclass(frozen=True)
+class FramesReturned(Event):
+    """Of a swap-out under way a part is done: the replica holds `frames` of each of its devices still."""
+
+    name: str
+    epoch: int
+    frames: int
+
+
+@dataclass(frozen=True)
 class SwappedOut(Event):
     """Every rank unmapped what it was told to, and those frames are back."""
 
@@ -281,7 +290,7 @@ class Drain(Action):
 
 @dataclass(frozen=True)
 class SwapOut(Action):
-    """Unmap and take back all but `keep_frames` on every device; ends in SwappedOut."""
+    """Unmap and take back all but `keep_frames` on every device; FramesReturned, if any, then SwappedOut follow."""
 
     epoch: int
     keep_frames: int
@@ -289,9 +298,22 @@ class SwapOut(Action):
 
 @dataclass(frozen=True)
 class SwapIn(Action):
-    """Grant, fill and map what is missing; ends in SwappedIn or SwapInFailed."""
+    """Grant, fill and map what is missing; ends in SwappedIn or SwapInFailed.
+
+    It may hold `frames` of each device now. When that is not all that it needs, MoreFrames follow: others are giving
+    theirs back.
+    """
 
     epoch: int
+    frames: int
+
+
+@dataclass(frozen=True)
+class MoreFrames(Action):
+    """A replica that is being swapped in may hold `frames` of each device from now on."""
+
+    epoch: int
+    frames: int
 
 
 @dataclass(frozen=True)

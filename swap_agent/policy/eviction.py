@@ -77,7 +77,7 @@ def victims(
 
     1. What idle models hold, resident or not, by priority, then by regret, then least recently used first. One may come
        twice, with a part of its frames each.
-    2. Models that wait as well, the last in the queue first: they cannot run yet.
+    2. Models that wait further back in the queue, the last one first: they cannot run yet.
     3. Busy models whose turn is over, by priority, then the one resident longest first.
     Pinned models only while they are parked anyway.
     """
@@ -101,7 +101,8 @@ def victims(
         elif replica.state is not State.SWAPPED or replica.stopping:
             continue
         elif replica.activation_wanted:
-            waiting.append(replica)
+            if places.get(replica.name, 0) > places.get(who.name, -1):
+                waiting.append(replica)
             continue
         for each in regret(replica, now_s):
             idle.append((replica.priority, each.regret, replica.idle_since_s, replica, each.frames))
@@ -109,6 +110,12 @@ def victims(
     waiting.sort(key=lambda r: places.get(r.name, 0), reverse=True)
     busy.sort(key=lambda r: (r.priority, r.resident_since_s))
     return [(r, frames) for *_, r, frames in idle] + [(r, r.reserved_frames) for r in waiting + busy], later_s
+
+
+def returning_frames(replicas: Iterable[Replica]) -> int:
+    """Frames that come back in no longer than it takes to unmap them, whatever happens."""
+    leaving = [replica for replica in replicas if replica.state is State.SWAPPING_OUT]
+    return sum(replica.reserved_frames - replica.keep_frames for replica in leaving)
 
 
 def coming_frames(replicas: Iterable[Replica]) -> int:

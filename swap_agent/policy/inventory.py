@@ -42,6 +42,8 @@ class Replica:
     """Where its ranks are, set while an engine exists; an engine never changes its devices."""
     reserved_frames: int = 0
     """Frames of each device set aside for it; above zero only in HOLDS_FRAMES."""
+    promised_frames: int = 0
+    """Frames of each device that it is to get besides: its swap-in has begun while others give theirs back."""
     keep_frames: int = 0
     """Frames of each device that stay its own when it is SWAPPED, as last decided."""
     footprints: dict[int, int] = field(default_factory=dict)
@@ -163,6 +165,11 @@ class Inventory:
         return list(self._on.get(device, {}).values())
 
     def free_frames(self, device: str) -> int:
+        """Frames of `device` that nobody has reserved and nobody was promised; below zero: some have yet to return."""
+        on_device = self._on.get(device, {}).values()
+        return self.unreserved_frames(device) - sum(replica.promised_frames for replica in on_device)
+
+    def unreserved_frames(self, device: str) -> int:
         """Frames of `device` that no replica has reserved."""
         return self.devices[device].frames - sum(r.reserved_frames for r in self._on.get(device, {}).values())
 
@@ -204,7 +211,7 @@ class Inventory:
 
     def check_device(self, device: str) -> None:
         """The same of one device alone."""
-        if (free := self.free_frames(device)) < 0:
+        if (free := self.unreserved_frames(device)) < 0:
             raise BooksDoNotBalance(f"{device}: {-free} frames more reserved than it has")
         for replica in self._on.get(device, {}).values():
             _check_holder(replica)
@@ -214,6 +221,10 @@ def _check_holder(replica: Replica) -> None:
     if replica.reserved_frames and replica.state not in HOLDS_FRAMES:
         raise BooksDoNotBalance(
             f"{replica.name}: {replica.reserved_frames} frames reserved while {replica.state.value}"
+        )
+    if replica.promised_frames and replica.state is not State.SWAPPING_IN:
+        raise BooksDoNotBalance(
+            f"{replica.name}: {replica.promised_frames} frames promised while {replica.state.value}"
         )
 
 

@@ -155,8 +155,8 @@ class World:
                 self._drain(host, action)
             case ev.SwapOut():
                 self._at(self.now_s + self._cluster.swap_out, self._swapped_out, (host, action))
-            case ev.SwapIn():
-                self._swap_in(host, action.epoch)
+            case ev.SwapIn() | ev.MoreFrames():
+                self._swap_in(host, action)
             case ev.Refuse():
                 self._refuse(host, len(host.waiting), "refused by the policy")
             case ev.StartEngine():
@@ -195,10 +195,13 @@ class World:
         host.held = kept
         self._events.append(ev.SwappedOut(self.now_s, host.name, order.epoch))
 
-    def _swap_in(self, host: Host, epoch: int) -> None:
-        if host.resident or host.moving or not host.devices:
+    def _swap_in(self, host: Host, order: ev.SwapIn | ev.MoreFrames) -> None:
+        """Copying begins when the last frame has come: who leaves returns all of his at once here."""
+        if host.resident or not host.devices or host.moving != isinstance(order, ev.MoreFrames):
             raise BooksDoNotBalance(f"{host.name} cannot be swapped in now")
         host.moving = True
+        if order.frames < host.need:
+            return
         size_bytes = host.missing_bytes(self._cluster.frame)
         for device in host.devices:
             self._take(host, device, host.need - host.held)
@@ -206,7 +209,7 @@ class World:
         self._count_time(host, +1)
         host.resident = True
         self._count_time(host, -1)
-        host.swap_in = SwapIn(epoch, self.now_s, size_bytes * len(host.devices), len(host.devices))
+        host.swap_in = SwapIn(order.epoch, self.now_s, size_bytes * len(host.devices), len(host.devices))
         for device in host.devices:
             self._links[device].start(self.now_s, host.name, size_bytes)
             self._plan_link(device)

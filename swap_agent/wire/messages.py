@@ -150,8 +150,9 @@ class SwapOut(Message, frozen=True):
     """
 
     epoch: int
-    keep: list[dict[Region, int]] = []
-    """Per rank: frames of each region that stay mapped, the first ones; what KV they hold is void. Absent: none."""
+    keep: list[list[dict[Region, int]]] = []
+    """Per rank and step, of which each is acknowledged: frames of each region that stay mapped, the first ones; what KV
+    they hold is void. Absent: one step, and none."""
 
 
 class SwappedOut(Message, frozen=True):
@@ -332,7 +333,8 @@ class Filled(Message, frozen=True):
 
 
 class Unmapped(Message, frozen=True):
-    """The rank has synchronised and unmapped every frame but those to keep; it holds no reference to any other.
+    """The rank has synchronised and unmapped every frame but those to keep, of one step of a swap-out; it holds no
+    reference to any other.
 
     Also when `Refused` undoes a swap-in: what the rank had before it keeps.
     """

@@ -75,22 +75,20 @@ class Rank:
         self.number = number
         self.load(model, weights_bytes, model.get("state", 0), model.get("kv_frames", 0))
 
-    def take(self, region: wire.Region, epoch: int) -> None:
-        """Receive and map the grants of one region."""
-        got = self.held.get(region, 0)
-        while got < self.counts[region]:
+    def take(self, epoch: int) -> None:
+        """Receive and map grants until every region is complete."""
+        while self.held != self.counts:
             message, fds = self.channel.receive(10)
             if isinstance(message, wire.Refused):
                 raise Refused(message.message)
-            assert isinstance(message, wire.Grant) and message.epoch == epoch and message.region == region, message
-            assert message.first == got and message.count == len(fds)
-            start = self.addresses[region] + got * self.frame_bytes
+            assert isinstance(message, wire.Grant) and message.epoch == epoch, message
+            assert message.first == self.held[message.region] and message.count == len(fds)
+            start = self.addresses[message.region] + message.first * self.frame_bytes
             time.sleep(self.map_s * len(fds))
             self.device.map(start, fds, self.frame_bytes, touch=False)
             for fd in fds:
                 os.close(fd)
-            got += len(fds)
-        self.held[region] = got
+            self.held[message.region] += len(fds)
 
     def reserve(self, region: wire.Region, frames: int) -> None:
         self.counts[region] = frames
@@ -98,7 +96,7 @@ class Rank:
         self.held[region] = 0
         if frames:
             self.channel.send(wire.Reserve(region, frames))
-            self.take(region, 0)
+            self.take(0)
 
     def view(self, region: wire.Region) -> np.ndarray:
         return mapping.bytes_at(self.addresses[region], self.counts[region] * self.frame_bytes)
@@ -171,7 +169,7 @@ class Rank:
         assert not self.view("kv")[kept:].any(), "KV is not zeroed"
         assert (self.view("kv")[:kept] == 0xAB).all(), "kept KV was touched"
 
-    def swap_out(self, epoch: int, keep: dict[wire.Region, int]) -> None:
+    def swap_out(self, epoch: int, steps: list[dict[wire.Region, int]]) -> None:
         if "no_unmap_ack" in self.faults:
             threading.Event().wait()
         if "dies_in_swap_out" in self.faults:
@@ -180,9 +178,10 @@ class Rank:
             self.swaps += 1
             self.view("state")[:8].view(np.uint64)[0] = self.swaps
             self.view("kv").fill(0xAB)
-        self.unmap(keep)
-        self.kept = dict(self.held)
-        self.channel.send(wire.Unmapped(epoch))
+        for step in steps:
+            self.unmap(step)
+            self.kept = dict(self.held)
+            self.channel.send(wire.Unmapped(epoch))
         if "dies_when_unmapped" in self.faults:
             os._exit(1)
 
@@ -219,9 +218,7 @@ class Rank:
                     os.close(fd)
             assert isinstance(received[0], wire.Refused), received
             raise Refused(received[0].message)
-        for region, count in self.counts.items():
-            if count > self.held.get(region, 0):
-                self.take(region, epoch)
+        self.take(epoch)
         if "no_map_ack" in self.faults:
             threading.Event().wait()
         self.channel.send(wire.Mapped(epoch))
@@ -346,8 +343,8 @@ async def main() -> None:
                 busy = model.get("busy", False) and not message.wait
                 agent.send(wire.DrainRefused(message.epoch) if busy else wire.Drained(message.epoch))
             case wire.SwapOut():
-                keeps = message.keep or [{} for _ in ranks]
-                await in_all(ranks, "swap_out", [(message.epoch, keep) for keep in keeps])
+                keeps = message.keep or [[{}] for _ in ranks]
+                await in_all(ranks, "swap_out", [(message.epoch, steps) for steps in keeps])
                 agent.send(wire.SwappedOut(message.epoch))
             case wire.SwapIn():
                 epoch = message.epoch

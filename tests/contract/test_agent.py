@@ -491,6 +491,57 @@ async def test_an_engine_lost_in_a_swap_out_leaves_its_frames_to_who_needs_them(
     assert pool.granted_frames == 10 and good.report["state"] == "RESIDENT"
 
 
+async def test_a_swap_in_fills_frames_while_others_are_being_unmapped(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swap_agent.ranks._LEAST_STEP_BYTES", 2 * FRAME_BYTES)
+    a, b = await Stub.connect(agent, "a"), await Stub.connect(agent, "b")
+    await b.attach(frames=10)
+    await a.attach(frames=10, map_s=0.005)
+    await agent.unload(b.replica, purge=False)
+    (pool,) = agent.pools.values()
+    grants: list[tuple[int, int]] = []
+    real = pool.grant
+
+    def spy(holder: str, count: int, zeroed: int | None = None) -> object:
+        grants.append((count, pool.held_by("a/1#0")))
+        return real(holder, count, zeroed)
+
+    monkeypatch.setattr(pool, "grant", spy)
+    await agent.load(b.replica)  # the scripted engine checks weights, state and KV
+    assert grants == [(6, 10), (2, 8), (2, 6)], "first what is free, then each step of what comes back"
+    assert a.report["device_bytes"] == 6 * FRAME_BYTES
+
+
+async def test_a_swap_in_that_has_begun_gets_the_frames_of_an_engine_that_hangs(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swap_agent.rank.ACK_TIMEOUT_S", 0.5)
+    good, bad = await Stub.connect(agent, "good"), await Stub.connect(agent, "bad")
+    await good.attach(frames=10)
+    await bad.attach(frames=10, faults=["no_unmap_ack"])
+    loading = asyncio.create_task(agent.load(good.replica))
+    await until(lambda: good.report["state"] == "SWAPPING_IN")
+    assert bad.report["state"] == "SWAPPING_OUT"
+    await asyncio.wait_for(loading, 10)
+    assert bad.report["state"] == "FAILED" and good.report["state"] == "RESIDENT"
+
+
+async def test_an_engine_that_is_killed_while_it_waits_for_frames_leaves_nothing(agent: Agent) -> None:
+    a, slow = await Stub.connect(agent, "a"), await Stub.connect(agent, "slow")
+    attached = await a.attach(frames=10)
+    assert isinstance(attached, wire.Attached)
+    await slow.attach(frames=10, map_s=0.3)
+    loading = asyncio.create_task(agent.load(a.replica))
+    await until(lambda: a.report["state"] == "SWAPPING_IN")
+    os.killpg(attached.engine_pid, signal.SIGKILL)
+    with pytest.raises(Unavailable, match="a/1#0: its engine died"):
+        await asyncio.wait_for(loading, 10)
+    assert slow.report["state"] == "SWAPPING_OUT", "it did not wait for the frames"
+    await until(lambda: slow.report["state"] == "SWAPPED")
+    assert next(iter(agent.pools.values())).granted_frames == 6
+
+
 @pytest.mark.parametrize("fault", ["dies_in_swap_in", "garbage"])
 async def test_an_engine_that_fails_a_swap_is_ended_and_costs_nobody_else(agent: Agent, fault: str) -> None:
     bad, good = await Stub.connect(agent, "bad"), await Stub.connect(agent, "good")

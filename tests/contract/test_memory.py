@@ -216,8 +216,8 @@ def test_spaces_come_back_right_while_free_frames_are_zeroed() -> None:
     for turn in range(60):
         space = spaces[turn % 2]
         time.sleep(random.uniform(0, 0.002))
-        space.grant()
-        space.fill(dict.fromkeys(space.sizes_frames, 0), 0.0)
+        space.grant(space.missing_frames)
+        space.fill(dict.fromkeys(space.sizes_frames, 0))
         weights = np.concatenate([contents(frame) for frame in space.frames["weights"]])
         assert (weights[:-10] == turn % 2 + 1).all() and not weights[-10:].any()
         assert not any(contents(frame).any() for frame in space.frames["kv"])
@@ -403,10 +403,9 @@ def test_a_space_comes_back_as_it_went_with_zeroed_kv(pool: FramePool) -> None:
         space.take_back({})
         assert space.device_bytes == 0 and pool.free_frames == FRAMES
         held = space.held
-        space.grant()
-        figures = space.fill(held, 0.0, clock=iter((1.0, 3.0)).__next__)
+        space.grant(space.missing_frames)
+        assert space.fill(held) == pool.device.frame_bytes + 110
         regions = space.frames
-        assert (figures.seconds, figures.copy_seconds, figures.bytes) == (3.0, 2.0, pool.device.frame_bytes + 110)
         assert (contents(regions["weights"][0]) == 5).all()
         assert (contents(regions["weights"][1])[:10] == 5).all()
         assert not contents(regions["weights"][1])[10:].any()
@@ -441,13 +440,13 @@ def test_a_space_keeps_what_nobody_needs_and_gets_back_only_what_went(pool: Fram
     pool.give_back("b", other)
     for weights in (3, 2, 0):
         held = space.held
-        space.grant()
-        figures = space.fill(held, 0.0)
+        space.grant(space.missing_frames)
+        filled_bytes = space.fill(held)
         missing = size - weights * pool.device.frame_bytes if weights < 3 else size
         if weights == 3:  # the first round brings back everything
             missing += 100
         copied += missing
-        assert figures.bytes == missing
+        assert filled_bytes == missing
         for region, valid in (("weights", size), ("state", 100)):
             content = np.concatenate([contents(frame) for frame in space.frames[region]])  # type: ignore[index]
             assert (content[:valid] == 5).all() and not content[valid:].any()
@@ -471,7 +470,7 @@ def test_state_of_several_frames_goes_and_comes_in_parts(pool: FramePool) -> Non
     for keep in (2, 1, 0):
         space.take_back({"state": keep})
     held = space.held
-    space.grant()
-    space.fill(held, 0.0)
+    space.grant(space.missing_frames)
+    space.fill(held)
     assert [int(contents(frame)[-1]) for frame in space.frames["state"]] == [1, 2, 3]
     space.lost()

@@ -13,6 +13,7 @@ import pytest
 from devices import FRAME_BYTES, contents, make_device, put
 
 from swap_agent import ranks as together
+from swap_agent.allowance import Allowance
 from swap_agent.errors import PeerGone, TakenBack, Unavailable
 from swap_agent.memory.frames import FramePool
 from swap_agent.memory.space import RankSpace
@@ -91,13 +92,13 @@ def test_acks_of_older_epochs_are_ignored(rank: Rank) -> None:
 def test_frames_are_filled_and_mapped_before_the_rank_is_told(rank: Rank) -> None:
     rank.swap_out(1)
     with pytest.raises(Unavailable, match="no Mapped from rank"):
-        rank.link.prepare(2)
+        rank.link.prepare(2, Allowance(2, 4))
     rank.peer.send(wire.Unmapped(2))
     rank.link.refuse(2, "it did not answer")
     rank.link.undo()
     assert rank.receive_grants() == 4
     rank.peer.send(wire.Mapped(3))
-    rank.link.prepare(3)
+    rank.link.prepare(3, Allowance(3, 4))
     first, second = (contents(frame) for frame in rank.space.frames["weights"])
     assert (first == 7).all() and (second[:-10] == 7).all() and not second[-10:].any()
     rank.link.commit(3)
@@ -108,7 +109,7 @@ def test_a_rank_that_cannot_map_says_why_and_is_taken_back(rank: Rank) -> None:
     rank.swap_out(1)
     rank.peer.send(wire.MapFailed(2, "no addresses"))
     with pytest.raises(TakenBack, match="m/1#0 was not swapped in: its engine could not map the frames: no addresses"):
-        rank.link.prepare(2)
+        rank.link.prepare(2, Allowance(2, 4))
     assert rank.pool.free_frames == FRAMES - 4, "the rank may map them still"
     rank.peer.send(wire.Unmapped(2))
     rank.link.refuse(2, "no addresses")
@@ -134,7 +135,7 @@ def test_no_rank_is_told_before_every_rank_is_filled_and_mapped(both: tuple[Rank
 
 
 async def _both_or_none(first: Rank, second: Rank) -> None:
-    swapping = asyncio.create_task(together.swap_in([first.link, second.link], 2))
+    swapping = asyncio.create_task(together.swap_in([first.link, second.link], 2, Allowance(2, 4)))
     first.peer.send(wire.Mapped(2))
     with pytest.raises(TimeoutError):
         await asyncio.to_thread(first.receive_grants, 0.5)
@@ -150,7 +151,7 @@ def test_one_rank_that_cannot_takes_all_back(both: tuple[Rank, Rank]) -> None:
 
 async def _all_back(first: Rank, second: Rank) -> None:
     both = first, second
-    swapping = asyncio.create_task(together.swap_in([first.link, second.link], 2))
+    swapping = asyncio.create_task(together.swap_in([first.link, second.link], 2, Allowance(2, 4)))
     first.peer.send(wire.Mapped(2))
     second.peer.send(wire.MapFailed(2, "no addresses"))
     for each in both:
@@ -181,11 +182,11 @@ def test_many_cycles_leak_no_descriptor_and_no_frame() -> None:
         keep = {"state": 1} if cycle % 2 else {}
         space.take_back(keep)  # type: ignore[arg-type]
         held = space.held
-        space.grant()
+        space.grant(space.missing_frames)
         for frames in space.frames.values():
             for frame in frames:
                 os.close(frame.export())
-        space.fill(held, 0.0)
+        space.fill(held)
     assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
     assert pool.granted_frames == pool.held_by("m/1#0") == 3 and pool.device.resident_bytes() == 3 * FRAME_BYTES
     copied = pool.device.host_to_device

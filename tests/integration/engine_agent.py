@@ -95,7 +95,7 @@ class FakeAgent:
         keep = keep or {}
         self.host.send(wire.Drain(epoch, wait=not preempt, preempt=preempt))
         assert self.receive(wire.Drained) == wire.Drained(epoch)
-        self.host.send(wire.SwapOut(epoch, [keep]))
+        self.host.send(wire.SwapOut(epoch, [[keep]]))
         assert self._ack() == wire.Unmapped(epoch)
         assert self.receive(wire.SwappedOut) == wire.SwappedOut(epoch)
         self.mirror["state"] = [_read(frame) for frame in self.frames["state"]]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from swap_agent.policy import events as ev
 from swap_agent.policy.coordinator import Coordinator
-from swap_agent.policy.eviction import LEAST_IDLE_S
+from swap_agent.policy.eviction import LEAST_IDLE_S, coming_frames
 from swap_agent.policy.inventory import Device, Replica
 from swap_agent.policy.lifecycle import MOVES, State
 
@@ -43,6 +43,8 @@ class FakeEngine:
     order: ev.Drain | ev.SwapOut | ev.SwapIn | ev.StopEngine | None = None
     residue: dict[str, int] = field(default_factory=dict)
     """Outside of frames, by device, as last told."""
+    may_hold: int = 0
+    """Frames of each rank, as last ordered while it is swapped in."""
     frozen: bool = False
     """It was preempted: what is in flight stands still."""
     exceeded: str = ""
@@ -217,8 +219,8 @@ class World:
             failed = self.replica(name)
             assert (failed.state, failed.failure) == (State.FAILED, engine.exceeded)
 
-    def obey(self, name: str, *, fail: bool = False) -> None:
-        """One step of what its engine was ordered; with `fail` a swap-in is undone."""
+    def obey(self, name: str, *, fail: bool = False, part: int = 0) -> None:
+        """One step of what its engine was ordered; with `fail` a swap-in is undone; a swap-out returns `part` first."""
         engine = self.engines[name]
         order = engine.order
         match order:
@@ -243,6 +245,10 @@ class World:
                     self.post(ev.DrainRefused(self.now_s, name, order.epoch))
                 else:
                     self.post(ev.Drained(self.now_s, name, order.epoch))
+            case ev.SwapOut() if 0 < part < max(engine.held) - order.keep_frames:
+                still = max(engine.held) - part
+                engine.held = [min(held, still) for held in engine.held]
+                self.post(ev.FramesReturned(self.now_s, name, order.epoch, still))
             case ev.SwapOut():
                 engine.order = None
                 engine.held = [min(held, order.keep_frames) for held in engine.held]
@@ -250,6 +256,8 @@ class World:
             case ev.SwapIn() if fail:
                 engine.order = None
                 self.post(ev.SwapInFailed(self.now_s, name, order.epoch, "no memory"))
+            case ev.SwapIn() if engine.may_hold < max(engine.sizes):
+                pass  # the rest of its frames is on its way
             case ev.SwapIn():
                 engine.order = None
                 engine.held = list(engine.sizes)
@@ -262,7 +270,8 @@ class World:
         """An answer that comes after its order was overtaken changes nothing."""
         replica = self.replica(name)
         state = (replica.state, replica.reserved_frames)
-        event = kind(self.now_s, name, replica.epoch - 1, *(["late"] if kind is ev.SwapInFailed else []))
+        more: dict[type[ev.Event], list[object]] = {ev.SwapInFailed: ["late"], ev.FramesReturned: [0]}
+        event = kind(self.now_s, name, replica.epoch - 1, *more.get(kind, []))
         assert self.post(event) == [] and (replica.state, replica.reserved_frames) == state
 
     def pass_time(self, seconds: float) -> None:
@@ -312,7 +321,7 @@ class World:
                 engine.in_flight = 0
             elif (engine.in_flight, engine.waiting) != self.records[name].reported:
                 self.report(name)
-            elif engine.order:
+            elif engine.order and not (isinstance(engine.order, ev.SwapIn) and engine.may_hold < max(engine.sizes)):
                 self.obey(name)
             else:
                 continue
@@ -382,7 +391,11 @@ class World:
             case ev.SwapIn():
                 assert engine.ready and not engine.gate_open and engine.order is None
                 assert all(held <= size for held, size in zip(engine.held, engine.sizes, strict=True))
-                engine.order = action
+                engine.order, engine.may_hold = action, action.frames
+            case ev.MoreFrames():
+                assert isinstance(engine.order, ev.SwapIn) and engine.order.epoch == action.epoch
+                assert engine.may_hold < action.frames <= max(*engine.sizes, self.replica(name).need_frames)
+                engine.may_hold = action.frames
             case ev.StopEngine():
                 assert engine.ready and not isinstance(engine.order, ev.StopEngine)
                 if not engine.exceeded:
@@ -473,7 +486,10 @@ class World:
         for device in self.devices.values():
             reserved = sum(r.reserved_frames for r in inventory.replicas.values() if device.name in r.devices)
             assert reserved <= device.frames, f"{device.name}: {reserved} reserved"
-            assert inventory.free_frames(device.name) == device.frames - reserved
+            assert inventory.unreserved_frames(device.name) == device.frames - reserved
+            there = [r for r in inventory.replicas.values() if device.name in r.devices]
+            promised = sum(r.promised_frames for r in there)
+            assert promised <= device.frames - reserved + coming_frames(there), f"{device.name}: {promised} promised"
             held = sum(
                 held
                 for engine in self.engines.values()
@@ -526,6 +542,9 @@ class World:
             assert isinstance(engine.order, ev.StopEngine)
             return
         orders = {State.DRAINING: ev.Drain, State.SWAPPING_OUT: ev.SwapOut, State.SWAPPING_IN: ev.SwapIn}
+        if replica.promised_frames:
+            left = min(self.policy.inventory.unreserved_frames(device) for device in replica.devices)
+            assert left == 0, "it gets at once what has come"
         if replica.state in orders:
             assert isinstance(engine.order, orders[replica.state])
         else:

@@ -76,6 +76,8 @@ class Machinery:
                     self.post(ev.DrainRefused, name, action.epoch)
             case ev.SwapOut():
                 self.post(ev.SwappedOut, name, action.epoch)
+            case ev.SwapIn() if self.replica(name).promised_frames:
+                self.open.append(action)  # others have yet to return its frames
             case ev.SwapIn():
                 self.post(ev.SwappedIn, name, action.epoch)
                 self.report(name, in_flight=self.waiting.get(name, 0))
@@ -262,7 +264,8 @@ def test_a_victim_loses_only_what_is_needed_and_gets_back_only_that() -> None:
     assert machine.state("b") is State.RESIDENT
     machine.load("a")
     assert held() == {"a": 100, "b": 0, "c": 60}
-    assert [type(action) for action in machine.done if action.name == "a"][-2:] == [ev.SwapIn, ev.Activated]
+    kinds_a = [type(action) for action in machine.done if action.name == "a"]
+    assert kinds_a[-3:] == [ev.SwapIn, ev.MoreFrames, ev.Activated]
     machine.load("b")
     assert held() == {"a": 80, "b": 80, "c": 0}
     assert machine.state("a") is machine.state("c") is State.SWAPPED
@@ -822,6 +825,70 @@ def test_a_higher_priority_passes_who_came_since_its_last_turn_and_nobody_twice(
     assert machine.state("low") is State.RESIDENT and machine.policy.waiting == ["high"]
 
 
+def unmapping() -> tuple[Machinery, int]:
+    """`a` has been told to give back 20 of its 100 frames for `b`, which had 60 free ones; and in what epoch."""
+    machine = machinery(a=100, b=80, c=10)
+    machine.load("c", "b", "a")
+    machine.post(ev.UnloadWanted, "c", False)
+    machine.settle()
+    machine.now_s += LEAST_IDLE_S
+    assert kinds(machine.post(ev.LoadWanted, "b")) == [("Drain", "a")]
+    epoch = machine.replica("a").epoch
+    held = machine.replica("b").reserved_frames
+    assert held == 60, "it keeps what nobody has needed"
+    assert machine.post(ev.Drained, "a", epoch) == [
+        ev.SwapOut("a", epoch, 80),
+        ev.SwapIn("b", machine.replica("b").epoch, 60),
+    ]
+    machine.open.clear()
+    return machine, epoch
+
+
+def test_a_swap_in_begins_while_its_frames_are_being_unmapped() -> None:
+    machine, epoch = unmapping()
+    b = machine.replica("b")
+    assert machine.post(ev.FramesReturned, "a", epoch, 95) == [ev.MoreFrames("b", b.epoch, 65)]
+    assert machine.post(ev.FramesReturned, "a", epoch, 90) == [ev.MoreFrames("b", b.epoch, 70)]
+    assert machine.post(ev.SwappedOut, "a", epoch) == [ev.MoreFrames("b", b.epoch, 80)]
+    assert kinds(machine.post(ev.SwappedIn, "b", b.epoch)) == [("Activated", "b")]
+    assert (b.reserved_frames, machine.replica("a").reserved_frames) == (80, 80)
+
+
+def test_nobody_else_gets_frames_that_were_promised() -> None:
+    machine, epoch = unmapping()
+    machine.register("d", 15)
+    assert machine.post(ev.LoadWanted, "d") == [], "an engine does not start in the room that comes back"
+    assert kinds(machine.post(ev.FramesReturned, "a", epoch, 85)) == [("MoreFrames", "b")]
+    assert kinds(machine.post(ev.SwappedOut, "a", epoch)) == [("MoreFrames", "b"), ("SwapOut", "a")]
+
+
+def test_frames_of_an_engine_that_died_while_it_unmapped_them_come_as_well() -> None:
+    machine, _ = unmapping()
+    assert kinds(machine.post(ev.EngineExited, "a", "killed")) == [("Refuse", "a"), ("MoreFrames", "b")]
+
+
+def test_a_swap_in_that_failed_is_promised_nothing() -> None:
+    machine, epoch = unmapping()
+    b = machine.replica("b")
+    assert kinds(machine.post(ev.SwapInFailed, "b", b.epoch, "no memory")) == [("Refuse", "b")]
+    assert (b.reserved_frames, b.promised_frames) == (60, 0)
+    assert machine.post(ev.SwappedOut, "a", epoch) == []
+    assert machine.policy.inventory.free_frames("cpu:0") == 20
+
+
+def test_room_is_made_for_the_next_one_as_well_but_not_from_the_one_ahead_of_it() -> None:
+    machine = machinery(a=80, b=80, c=80, d=80)
+    machine.load("c", "d", "a", "b")
+    for name in "ab":
+        machine.report(name, in_flight=1)
+    machine.report("c", waiting=1)
+    machine.report("d", waiting=1)
+    assert kinds(machine.tick(TURN_S)) == [("Drain", "a"), ("Drain", "b")]
+    assert [action.name for action in machine.open] == ["a", "b"]
+    machine.settle()
+    assert machine.state("c") is machine.state("d") is State.RESIDENT
+
+
 def test_a_failed_swap_in_was_a_turn() -> None:
     machine = machinery(busy=100, low=100, high=100)
     settings(machine, "high", 100, priority=1)
@@ -830,14 +897,14 @@ def test_a_failed_swap_in_was_a_turn() -> None:
     machine.post(ev.LoadWanted, "high")
     machine.obey(machine.open[0])
     machine.obey(machine.open[0])
-    assert kinds(machine.open) == [("SwapIn", "high")]
+    assert kinds(machine.open) == [("SwapIn", "high"), ("MoreFrames", "high")]
     machine.now_s += 1
     machine.report("low", waiting=1)
     machine.now_s += 1
     actions = machine.post(ev.SwapInFailed, "high", machine.replica("high").epoch, "no memory")
-    assert kinds(actions) == [("Refuse", "high"), ("SwapOut", "busy")]
+    assert kinds(actions) == [("Refuse", "high"), ("SwapOut", "busy"), ("SwapIn", "low")]
     machine.post(ev.LoadWanted, "high")
-    assert machine.policy.waiting == ["low", "high"]
+    assert machine.policy.waiting == ["high"]
 
 
 def test_idle_models_leave_by_the_rate_at_which_they_are_asked_for_and_not_by_age() -> None:

@@ -21,6 +21,7 @@ names = st.sampled_from(NAMES)
 counts = st.integers(1, 3)
 seconds = st.sampled_from([0.05, 0.1, 0.5, 1.0, 2.0, 5.0])
 sizes = st.sampled_from([10, 20, 30, 40, 60, 90])
+ANSWERS = [ev.Drained, ev.DrainRefused, ev.FramesReturned, ev.SwappedOut, ev.SwappedIn, ev.SwapInFailed]
 
 
 @st.composite
@@ -116,9 +117,9 @@ class Policy(RuleBasedStateMachine):
     # --- engines ------------------------------------------------------------------------------------------------------
 
     @precondition(lambda self: any(engine.order for engine in self.world.engines.values()))
-    @rule(data=st.data(), fail=st.sampled_from([False, False, True]))
-    def obey(self, data: st.DataObject, fail: bool) -> None:
-        self.world.obey(data.draw(st.sampled_from(self.engines(order=True))), fail=fail)
+    @rule(data=st.data(), fail=st.sampled_from([False, False, True]), part=st.sampled_from([0, 5, 10, 25]))
+    def obey(self, data: st.DataObject, fail: bool, part: int) -> None:
+        self.world.obey(data.draw(st.sampled_from(self.engines(order=True))), fail=fail, part=part)
 
     @precondition(lambda self: self.engines(ready=False, doomed=False))
     @rule(data=st.data(), frames=sizes)
@@ -197,7 +198,7 @@ class Policy(RuleBasedStateMachine):
         if sure or doomed:
             self.world.exit(data.draw(st.sampled_from(doomed or list(self.world.engines))))
 
-    @rule(name=names, kind=st.sampled_from([ev.Drained, ev.DrainRefused, ev.SwappedOut, ev.SwappedIn, ev.SwapInFailed]))
+    @rule(name=names, kind=st.sampled_from(ANSWERS))
     def stale(self, name: str, kind: type[ev.Event]) -> None:
         if self.world.replica(name).state is not State.STARTING:
             self.world.tell_stale(name, kind)

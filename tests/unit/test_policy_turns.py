@@ -137,9 +137,11 @@ class Driver:
                 self.at(self.now_s, lambda: self._close(name, action))
             case ev.SwapOut(epoch=epoch):
                 self.at(self.now_s + timings.swap_out_s, lambda: self.post(ev.SwappedOut(self.now_s, name, epoch)))
-            case ev.SwapIn(epoch=epoch):
-                self.swap_ins.append((self.now_s, name))
-                self.at(self.now_s + timings.swap_in_s, lambda: self._swapped_in(name, epoch))
+            case ev.SwapIn(epoch=epoch) | ev.MoreFrames(epoch=epoch):
+                if isinstance(action, ev.SwapIn):
+                    self.swap_ins.append((self.now_s, name))
+                if action.frames == self.policy.inventory.replicas[name].need_frames:
+                    self.at(self.now_s + timings.swap_in_s, lambda: self._swapped_in(name, epoch))
             case ev.Activated():
                 assert model.open or self.state(name) is State.RESIDENT
             case ev.GrantFrames():
