@@ -29,6 +29,8 @@ _QUEUES = frozenset({State.COLD, State.FAILED, State.SWAPPED, *LEAVING})
 _HOST_MEMORY = (ev.HostMemoryWanted, ev.HostMemoryMeasured, ev.MirrorKept, ev.MirrorDropped, ev.EngineExited)
 """What is said about host memory; nothing else makes it short."""
 
+_UNLOADED = "{} was unloaded while its load waited"
+
 _LOOK_AGAIN_S = 1.0
 """Whoever waits for room on a device looks at least this often whether there is some."""
 
@@ -170,7 +172,7 @@ class Coordinator:
 
     def _unload_wanted(self, replica: Replica, event: ev.UnloadWanted) -> None:
         if replica.load_wanted and (replica.stopping or replica.state not in (State.STARTING, State.SWAPPING_IN)):
-            self._actions.append(ev.Refuse(replica.name, f"{replica.name} was unloaded while its load waited"))
+            self._actions.append(ev.Refuse(replica.name, _UNLOADED.format(replica.name)))
         replica.load_wanted = False
         replica.unload_wanted = True
         replica.purge_wanted |= event.purge
@@ -293,6 +295,8 @@ class Coordinator:
             self._actions.append(ev.Refuse(replica.name, event.reason))
 
     def _engine_exited(self, replica: Replica, event: ev.EngineExited) -> None:
+        if replica.stopping and replica.unload_wanted and replica.state is State.SWAPPING_IN:
+            self._actions.append(ev.Refuse(replica.name, _UNLOADED.format(replica.name)))
         replica.move(State.FAILED)
         # A load that came while the old engine was being stopped is still wanted; one that a failure answers is not.
         replica.load_wanted = replica.load_wanted and replica.stopping

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 
 from swap_agent.policy.eviction import LEAVING
@@ -16,13 +17,15 @@ class Queue:
     """
 
     def __init__(self) -> None:
-        self._since_s: dict[str, float] = {}
+        self._since: dict[str, tuple[float, int]] = {}
+        """When each began to wait; a number tells apart who came at the same time."""
+        self._numbers = itertools.count()
         self._order: list[Replica] = []
         self._places: dict[str, int] = {}
         self._engineless: dict[str, Replica] = {}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._since_s
+        return name in self._since
 
     def __len__(self) -> int:
         return len(self._order)
@@ -51,7 +54,7 @@ class Queue:
 
     def sorted(self, replicas: Iterable[Replica]) -> list[Replica]:
         """Those of `replicas` that wait, in order, each once."""
-        waiting = {replica.name: replica for replica in replicas if replica.name in self._since_s}
+        waiting = {replica.name: replica for replica in replicas if replica.name in self._since}
         return sorted(waiting.values(), key=lambda replica: self._places[replica.name])
 
     def enter(self, replica: Replica, now_s: float) -> None:
@@ -60,13 +63,31 @@ class Queue:
             self._engineless.pop(replica.name, None)
         else:
             self._engineless[replica.name] = replica
-        if replica.name in self._since_s:
-            return
+        if replica.name not in self._since:
+            self._enter(replica, (now_s, next(self._numbers)))
+
+    def reorder(self, replica: Replica) -> None:
+        """Its priority changed: if it waits, it takes the place that it would have had."""
+        if (since := self._since.get(replica.name)) is not None:
+            engineless = replica.name in self._engineless
+            self.leave(replica)
+            self._enter(replica, since)
+            if engineless:
+                self._engineless[replica.name] = replica
+
+    def leave(self, replica: Replica) -> None:
+        """Wait no more, if it did."""
+        if self._since.pop(replica.name, None) is not None:
+            self._order.remove(replica)
+            del self._places[replica.name]
+            self._engineless.pop(replica.name, None)
+
+    def _enter(self, replica: Replica, since: tuple[float, int]) -> None:
         place = len(self._order)
         if replica.state not in LEAVING:  # else its turn is just ending
-            while place and self._passes(replica, self._order[place - 1], now_s):
+            while place and self._passes(replica, self._order[place - 1], since):
                 place -= 1
-        self._since_s[replica.name] = now_s
+        self._since[replica.name] = since
         self._places[replica.name] = self._places[self._order[-1].name] + 1 if self._order else 0
         if place < len(self._order):
             self._order.insert(place, replica)
@@ -74,21 +95,8 @@ class Queue:
         else:
             self._order.append(replica)
 
-    def reorder(self, replica: Replica) -> None:
-        """Its priority changed: if it waits, it takes the place that it would have had."""
-        if (since_s := self._since_s.get(replica.name)) is not None:
-            self.leave(replica)
-            self.enter(replica, since_s)
-
-    def leave(self, replica: Replica) -> None:
-        """Wait no more, if it did."""
-        if self._since_s.pop(replica.name, None) is not None:
-            self._order.remove(replica)
-            del self._places[replica.name]
-            self._engineless.pop(replica.name, None)
-
-    def _passes(self, replica: Replica, other: Replica, since_s: float) -> bool:
-        came_s = self._since_s[other.name]
-        if came_s > since_s:  # as one whose priority was edited while it waited
+    def _passes(self, replica: Replica, other: Replica, since: tuple[float, int]) -> bool:
+        came = self._since[other.name]
+        if came > since:  # as one whose priority was edited while it waited
             return replica.priority >= other.priority
-        return replica.priority > other.priority and replica.left_s < came_s
+        return replica.priority > other.priority and replica.left_s < came[0]

@@ -1196,15 +1196,29 @@ def test_an_unload_lets_requests_that_stand_still_finish_first() -> None:
     assert (drains[-1].reason, drains[-1].wait) == ("unload", True) and machine.state("low") is State.COLD
 
 
-def test_an_edited_priority_counts_for_who_waits_already() -> None:
+@pytest.mark.parametrize("apart_s", [0.1, 0.0])
+def test_an_edited_priority_counts_for_who_waits_already(apart_s: float) -> None:
     machine = machinery(busy=100, b=100, c=100, d=100)
     machine.load("b", "c", "d", "busy")
     machine.report("busy", in_flight=1)
+    machine.now_s += 0.1
     for name in "bcd":
-        machine.now_s += 0.1
+        machine.now_s += apart_s
         machine.report(name, waiting=1)
     assert machine.policy.waiting == ["b", "c", "d"]
     settings(machine, "c", 100, priority=9)
     assert machine.policy.waiting == ["c", "b", "d"]
     settings(machine, "c", 100)
     assert machine.policy.waiting == ["b", "c", "d"]
+
+
+def test_a_load_that_was_unloaded_hears_so_when_the_engine_that_came_for_it_is_stopped() -> None:
+    machine = machinery(a=100)
+    machine.load("a")
+    machine.post(ev.UnloadWanted, "a", False)
+    machine.settle()
+    machine.post(ev.LoadWanted, "a")
+    assert machine.post(ev.UnloadWanted, "a", False) == [], "it is on its way"
+    machine.post(ev.OutsideExceeded, "a", "took too much")
+    actions = machine.post(ev.EngineExited, "a", "stopped")
+    assert actions == [ev.Refuse("a", "a was unloaded while its load waited")]

@@ -47,6 +47,7 @@ class Policy(RuleBasedStateMachine):
         host_limit=st.sampled_from([None, None, 60, 100]),
         residue_budget=st.sampled_from([None, 0, 15, 30]),
         preempt=st.booleans(),
+        crowded=st.sampled_from([None, 30, 60]),
         models=st.lists(st.tuples(budgets(), st.sampled_from([1, 1, 2, 3])), min_size=len(NAMES), max_size=len(NAMES)),
     )
     def begin(
@@ -54,12 +55,19 @@ class Policy(RuleBasedStateMachine):
         host_limit: int | None,
         residue_budget: int | None,
         preempt: bool,
+        crowded: int | None,
         models: list[tuple[dict[str, object], int]],
     ) -> None:
         self.world = World(*DEVICES, host_limit_bytes=host_limit, residue_budget_bytes=residue_budget, preempt=preempt)
         self.mirrors = 0
         for name, (budget, ranks) in zip(NAMES, models, strict=True):
+            if crowded:  # they have all been served before, and take turns
+                budget |= {"request_frames": crowded, "limit_frames": None}
             self.world.register(ev.Registered(0.0, name, ranks=ranks, **budget))  # type: ignore[arg-type]
+        for name in NAMES if crowded else ():
+            self.world.load(name)
+            self.world.catch_up()
+            self.world.pass_time(2.0)
 
     def engines(self, **wanted: object) -> list[str]:
         """Names of engines with these attributes."""
@@ -206,6 +214,18 @@ class Policy(RuleBasedStateMachine):
     @rule(passed=seconds)
     def time(self, passed: float) -> None:
         self.world.pass_time(passed)
+
+    @precondition(lambda self: self.engines(ready=True))
+    @rule(passed=seconds, rounds=st.integers(1, 6))
+    def busy_time(self, passed: float, rounds: int) -> None:
+        """Everybody is asked all the time, and engines obey at once."""
+        for _ in range(rounds):
+            for name in self.engines(ready=True):
+                self.world.arrive(name, 1)
+            self.world.catch_up()
+            self.world.pass_time(passed)
+            for name in self.engines(in_flight=True):
+                self.world.finish(name, 1)
 
     def teardown(self) -> None:
         if hasattr(self, "world"):
