@@ -7,13 +7,18 @@ Tried on vLLM 0.32.0; the hooks are in 0.26.0 as well: `register_model_loader`, 
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from vllm.model_executor.model_loader import base_loader, register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+with suppress(ImportError):  # 0.26.0 has no such module
+    # vLLM's loaders import it while they load (compressed-tensors and with it 130 modules): here it is done before.
+    importlib.import_module("vllm.model_executor.layers.quantization.online.base")
 
 LOAD_FORMAT = "triton_swap_placeholders"
 """vLLM's name of `PlaceholderLoader`."""
