@@ -31,6 +31,9 @@ _HOST_MEMORY = (ev.HostMemoryWanted, ev.HostMemoryMeasured, ev.MirrorKept, ev.Mi
 
 _UNLOADED = "{} was unloaded while its load waited"
 
+CALL_BACK_S = 1.0
+"""How long requests may go on in memory that is called back."""
+
 _LOOK_AGAIN_S = 1.0
 """Whoever waits for room on a device looks at least this often whether there is some."""
 
@@ -64,10 +67,14 @@ class Coordinator:
         """The replica whose engine starts."""
         self._growth: dict[tuple[str, int], int] = {}
         """Frames that a rank of a starting replica waits for."""
+        self._coming: set[str] = set()
+        """Those of the queue for whom enough was on its way when their devices were last looked at."""
         self._promised: list[str] = []
         """Replicas whose swap-in began before all of their frames were free, in that order."""
         self._owed: set[str] = set()
         """Resident replicas whose request was raised beyond what is set aside for them."""
+        self._bursting: set[str] = set()
+        """Resident replicas that have frames on loan, or want some."""
         self._targets: dict[str, tuple[str, ...]] = {}
         """Where room is being made for a replica that has no engine yet."""
         self._expiries: list[tuple[float, str]] = []
@@ -149,6 +156,7 @@ class Coordinator:
                 self._queue.enter(replica, event.now_s)
             return replica.devices or before or self._targets.get(name, ())
         self._queue.leave(replica)
+        self._coming.discard(name)
         return (*(replica.devices or before), *self._targets.pop(name, ()))
 
     def _registered(self, replica: Replica, event: ev.Registered) -> None:
@@ -194,6 +202,23 @@ class Coordinator:
         if event.discardable:
             replica.discardable_frames = max(replica.discardable_frames, event.frames)
         self._growth[replica.name, rank] = event.frames
+
+    def _burst_wanted(self, replica: Replica, event: ev.BurstWanted) -> None:
+        if replica.state is State.RESIDENT:
+            replica.burst_wanted_frames, replica.burst_step = event.frames, event.step
+            self._bursting.add(replica.name)
+
+    def _resized(self, replica: Replica, event: ev.Resized) -> None:
+        if event.epoch == replica.epoch and replica.resize_to is not None:
+            replica.resize_to = None
+            replica.burst_frames = event.frames
+            self._guarantee(replica)
+
+    def _end_burst(self, replica: Replica) -> None:
+        """It is not resident any more: nothing of the loan is left."""
+        replica.burst_frames = replica.burst_wanted_frames = 0
+        replica.resize_to = None
+        self._bursting.discard(replica.name)
 
     def _host_memory_wanted(self, replica: Replica, event: ev.HostMemoryWanted) -> None:
         self._host_memory.wanted[replica.name] = event.total_bytes
@@ -273,6 +298,7 @@ class Coordinator:
 
     def _swapped_out(self, replica: Replica, event: ev.SwappedOut) -> None:
         if event.epoch == replica.epoch and replica.state is State.SWAPPING_OUT:
+            self._end_burst(replica)
             replica.move(State.SWAPPED)
             replica.reserved_frames = replica.keep_frames
             replica.left_s = event.now_s
@@ -310,6 +336,7 @@ class Coordinator:
         if self._starting == replica.name:
             self._starting = ""
         self._promise(replica, 0)
+        self._end_burst(replica)
         replica.left_s = event.now_s
         replica.footprints = {}
         replica.discardable_frames = 0
@@ -329,7 +356,7 @@ class Coordinator:
 
     def _guarantee(self, replica: Replica) -> None:
         """Its request is set aside while it is resident: of less the rest is given back at once, more follows soon."""
-        replica.reserved_frames = min(replica.reserved_frames, replica.need_frames)
+        replica.reserved_frames = min(replica.reserved_frames, replica.due_frames)
         if replica.missing_frames:
             self._owed.add(replica.name)
 
@@ -348,6 +375,8 @@ class Coordinator:
             return
         if replica.preempted and replica.in_flight and replica.state is State.SWAPPED:
             return  # its requests finish first, once it is back
+        if replica.resize_to is not None and not replica.stopping:
+            return  # once that is done
         if replica.unload_wanted and replica.state is State.RESIDENT:
             self._drain(replica, 0, wait=True, reason="unload")
         elif replica.unload_wanted and replica.state is State.SWAPPED and replica.reserved_frames:
@@ -381,7 +410,7 @@ class Coordinator:
         holds = replica.state is State.RESIDENT or (replica.state is State.SWAPPED and replica.reserved_frames)
         if replica.keep_alive_s is None or replica.pinned or not replica.idle or not holds:
             return
-        if replica.load_wanted or replica.stopping:
+        if replica.load_wanted or replica.stopping or replica.resize_to is not None:
             return
         over_s = replica.idle_since_s + replica.keep_alive_s
         if now_s < over_s:
@@ -424,11 +453,18 @@ class Coordinator:
         7. Otherwise room is made there, and nobody behind it may take it. Where that can be done, more is made for the
            next one; where not, those behind it wait. One on whose devices nothing changed goes on waiting.
 
+        8. What then is free, and nobody waits for, is lent to those whose engines would use more.
+
         Whoever lets go of devices that he kept others from adds them to `touched`.
         """
         self._keep_promises()
-        if not (self._growth or self._owed or self._queue):
-            return
+        if self._growth or self._owed or self._queue:
+            self._serve_waiting(touched, now_s)
+        if self._bursting:
+            self._serve_bursts(touched, now_s)
+
+    def _serve_waiting(self, touched: set[str], now_s: float) -> None:
+        """Steps 1 to 7."""
         blocked: set[str] = set()
         for (name, rank), frames in list(self._growth.items()):  # 1
             touched.update(self.inventory.replicas[name].devices)
@@ -461,8 +497,13 @@ class Coordinator:
                     if other.state is State.SWAPPED and not other.stopping:
                         blocked.update(other.devices)
                 self._activate(replica, blocked, claims, touched, now_s)
-            elif touched.isdisjoint(replica.devices) or not blocked.isdisjoint(replica.devices):  # 7
+            elif not blocked.isdisjoint(replica.devices):  # 7
                 blocked.update(replica.devices)
+            elif touched.isdisjoint(replica.devices):
+                if replica.name in self._coming:
+                    claims.update(dict.fromkeys(replica.devices, replica.missing_frames))
+                else:
+                    blocked.update(replica.devices)
             else:
                 self._activate(replica, blocked, claims, touched, now_s)
 
@@ -481,6 +522,7 @@ class Coordinator:
     ) -> None:
         """`claims`: frames of each device that are being freed for those ahead of it."""
         inventory = self.inventory
+        self._coming.discard(replica.name)
         old_target = self._targets.pop(replica.name, ())
         devices = placement.candidates(replica, inventory)
         able = placement.able(replica, devices, inventory)
@@ -514,7 +556,9 @@ class Coordinator:
         if not replica.devices:
             self._targets[replica.name] = target
         if coming and replica.devices:
+            self._coming.add(replica.name)
             claims.update(dict.fromkeys(target, missing))
+            touched.update(target)  # those behind it are not blocked any more
         else:
             blocked.update(target)
 
@@ -555,7 +599,7 @@ class Coordinator:
             replica.epoch += 1
             replica.ordered_s = now_s
             missing = replica.missing_frames
-            free = max(0, min(self.inventory.free_frames(device) for device in devices))
+            free = min(self.inventory.unreserved_frames(device) for device in devices)
             replica.reserved_frames += min(free, missing)
             self._promise(replica, max(0, missing - free))
             self._actions.append(ev.SwapIn(replica.name, replica.epoch, replica.reserved_frames))
@@ -602,18 +646,26 @@ class Coordinator:
         """
         keeps: dict[str, int] = {}
         """What every victim is to keep on each of its devices."""
+        loans: dict[str, int] = {}
+        """The same of those that are to give back what they have on loan: that comes first."""
         enough = True
         for device, frames in needs.items():
             on_device = self.inventory.on(device)
             coming = self.inventory.free_frames(device) + eviction.coming_frames(on_device)
             coming += sum(r.reserved_frames - keeps[r.name] for r in on_device if r.name in keeps)
+            coming += sum(r.reserved_frames - loans[r.name] for r in on_device if r.name in loans.keys() - keeps.keys())
+            for debtor in on_device if coming < frames else ():
+                left = loans.get(debtor.name, debtor.reserved_frames)
+                if debtor is not who and eviction.lends(debtor) and left > debtor.need_frames and coming < frames:
+                    loans[debtor.name] = max(debtor.need_frames, left - (frames - coming))
+                    coming += left - loans[debtor.name]
             if coming >= frames:
                 continue
             victims, later_s = eviction.victims(on_device, who, self._queue.places, now_s, self._regret)
             for victim, its_frames in victims:
                 if coming >= frames:
                     break
-                left = keeps.get(victim.name, victim.reserved_frames)
+                left = keeps.get(victim.name, loans.get(victim.name, victim.reserved_frames))
                 # What is reserved beyond the footprint is no memory that could be kept.
                 keep = max(0, left - min(its_frames, frames - coming))
                 keeps[victim.name] = min(victim.footprint_frames, keep)
@@ -623,6 +675,9 @@ class Coordinator:
                 self._look_again(device, min(later_s, now_s + _LOOK_AGAIN_S))
         if not enough:
             return False
+        for name in [name for name in loans if name not in keeps]:
+            debtor = self.inventory.replicas[name]
+            self._resize(debtor, max(0, loans[name] - debtor.footprint_frames))
         for name, keep in keeps.items():
             victim = self.inventory.replicas[name]
             if victim.state is State.SWAPPED:
@@ -635,6 +690,56 @@ class Coordinator:
                 self._drain(victim, keep, wait=True, reason="turn")
         return True
 
+    def _resize(self, replica: Replica, frames: int) -> None:
+        """Have it have so many frames on loan."""
+        replica.epoch += 1
+        replica.resize_to = frames
+        if frames > replica.burst_frames:
+            replica.burst_frames = frames
+            replica.reserved_frames = max(replica.reserved_frames, replica.footprint_frames + frames)
+        self._actions.append(ev.Resize(replica.name, replica.epoch, frames, CALL_BACK_S))
+
+    def _serve_bursts(self, touched: set[str], now_s: float) -> None:
+        """Lend free frames of the `touched` devices to who wants some, the same to each; take back what is too much.
+
+        What parked models have kept goes for that as well, unless somebody waits for them.
+        """
+        names = sorted(name for name in self._bursting if not touched.isdisjoint(self.inventory.replicas[name].devices))
+        wanting = []
+        for replica in [self.inventory.replicas[name] for name in names]:
+            if replica.state is not State.RESIDENT or replica.resize_to is not None or replica.stopping:
+                continue
+            most = replica.most_frames if replica.most_frames is not None else replica.need_frames
+            wanted = max(0, min(replica.burst_wanted_frames, most - replica.footprint_frames))
+            if wanted < replica.burst_frames:
+                self._resize(replica, wanted)
+            elif wanted > replica.burst_frames:
+                wanting.append((replica, wanted))
+            elif not wanted:
+                self._bursting.discard(replica.name)
+        claimed = {device for devices in self._targets.values() for device in devices}
+        for name in {name for name, _ in self._growth} | self._owed:
+            claimed.update(self.inventory.replicas[name].devices)
+        wanting.sort(key=lambda one: (-one[0].priority, one[1]))
+        for number, (replica, wanted) in enumerate(wanting):
+            if not claimed.isdisjoint(replica.devices) or self._waiting_on(replica.devices):
+                continue
+            free = min(self.inventory.free_frames(device) for device in replica.devices)
+            spare = max(0, replica.reserved_frames - replica.footprint_frames - replica.burst_frames)
+            more = min(wanted - replica.burst_frames, spare + max(0, free) // (len(wanting) - number))
+            more -= more % replica.burst_step
+            lacking = wanted - replica.burst_frames - max(0, more)
+            if more > 0:
+                self._resize(replica, replica.burst_frames + more)
+            for device in replica.devices if lacking >= replica.burst_step else ():
+                on_device = self.inventory.on(device)
+                short = lacking - eviction.returning_frames(on_device)
+                for parked, frames in eviction.parked(on_device, now_s, self._regret):
+                    if short > 0 and parked.state is State.SWAPPED and not self._waiting_on(parked.devices):
+                        taken = min(short, frames)
+                        short -= taken
+                        self._release(parked, parked.reserved_frames - taken)
+
     def _look_again(self, device: str, at_s: float) -> None:
         if self._alarm_s.get(device, float("inf")) > at_s:
             self._alarm_s[device] = at_s
@@ -645,6 +750,8 @@ class Coordinator:
         on_device = self.inventory.on(device)
         victims, _ = eviction.victims(on_device, who, {}, now_s, self._regret)
         held = sum(frames for _, frames in victims)
+        asked = {id(victim) for victim, _ in victims}
+        held += sum(r.loaned_frames for r in on_device if r is not who and eviction.lends(r) and id(r) not in asked)
         return self.inventory.free_frames(device) + eviction.coming_frames(on_device) + held
 
     # --- 5. host memory -----------------------------------------------------------------------------------------------
@@ -684,6 +791,8 @@ _HANDLERS: dict[type[ev.Event], Callable[..., None]] = {
     ev.UnloadWanted: Coordinator._unload_wanted,
     ev.LoadReported: Coordinator._load_reported,
     ev.FramesWanted: Coordinator._frames_wanted,
+    ev.BurstWanted: Coordinator._burst_wanted,
+    ev.Resized: Coordinator._resized,
     ev.HostMemoryWanted: Coordinator._host_memory_wanted,
     ev.HostMemoryMeasured: Coordinator._host_memory_measured,
     ev.OutsideExceeded: Coordinator._outside_exceeded,

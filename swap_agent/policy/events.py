@@ -82,6 +82,25 @@ class FramesWanted(Event):
 
 
 @dataclass(frozen=True)
+class BurstWanted(Event):
+    """A resident replica would use `frames` more of each device than its engine takes at least, from now on."""
+
+    name: str
+    frames: int
+    step: int = 1
+    """Fewer at a time are of no use to it."""
+
+
+@dataclass(frozen=True)
+class Resized(Event):
+    """After Resize: the engine has `frames` more of each device than it takes at least; what it was to give is back."""
+
+    name: str
+    epoch: int
+    frames: int
+
+
+@dataclass(frozen=True)
 class HostMemoryWanted(Event):
     """A rank of a starting engine is about to have its mirror made.
 
@@ -314,6 +333,16 @@ class MoreFrames(Action):
 
     epoch: int
     frames: int
+
+
+@dataclass(frozen=True)
+class Resize(Action):
+    """Have the engine hold `frames` more of each device than it takes at least, on loan; ends in Resized."""
+
+    epoch: int
+    frames: int
+    within_s: float
+    """When frames are called back: after this time it does without them, whatever they are used for."""
 
 
 @dataclass(frozen=True)

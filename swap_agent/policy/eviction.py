@@ -91,6 +91,8 @@ def victims(
         if replica.state is State.RESIDENT:
             if replica.pinned:
                 continue
+            if replica.resize_to is not None:
+                continue  # it will have been carried out soon
             leaves_s = may_leave_s(replica)
             if leaves_s > now_s:
                 later_s = min(later_s, leaves_s)
@@ -112,6 +114,24 @@ def victims(
     return [(r, frames) for *_, r, frames in idle] + [(r, r.reserved_frames) for r in waiting + busy], later_s
 
 
+def lends(replica: Replica) -> bool:
+    """Whether it can be asked for frames that it has on loan."""
+    return replica.state is State.RESIDENT and replica.resize_to is None and not replica.stopping
+
+
+def parked(replicas: Iterable[Replica], now_s: float, regret: Regret) -> list[tuple[Replica, int]]:
+    """Parked models that nobody waits for and all that each holds, those first whose loss is regretted least."""
+    holders = [
+        replica
+        for replica in replicas
+        if replica.state is State.SWAPPED
+        and replica.reserved_frames
+        and not (replica.stopping or replica.activation_wanted)
+    ]
+    holders.sort(key=lambda r: (r.priority, max((each.regret for each in regret(r, now_s)), default=0.0)))
+    return [(replica, replica.reserved_frames) for replica in holders]
+
+
 def returning_frames(replicas: Iterable[Replica]) -> int:
     """Frames that come back in no longer than it takes to unmap them, whatever happens."""
     leaving = [replica for replica in replicas if replica.state is State.SWAPPING_OUT]
@@ -126,4 +146,6 @@ def coming_frames(replicas: Iterable[Replica]) -> int:
             coming += replica.reserved_frames
         elif replica.state in LEAVING:
             coming += replica.reserved_frames - replica.keep_frames
+        else:
+            coming += replica.returning_frames
     return coming

@@ -72,7 +72,7 @@ class HostMemory:
                 missing -= mirror.bytes
                 yield mirror
         parked = [r for r in replicas if r.state is State.SWAPPED and not r.activation_wanted]
-        idle = [r for r in replicas if r.state is State.RESIDENT and r.idle and not r.pinned]
+        idle = [r for r in replicas if r.state is State.RESIDENT and r.idle and not r.pinned and r.resize_to is None]
         for group in (parked, idle):
             for replica in sorted(group, key=lambda r: r.idle_since_s):
                 if missing > 0 and replica.host_bytes and replica not in leaving:

@@ -44,6 +44,14 @@ class Replica:
     """Frames of each device set aside for it; above zero only in HOLDS_FRAMES."""
     promised_frames: int = 0
     """Frames of each device that it is to get besides: its swap-in has begun while others give theirs back."""
+    burst_frames: int = 0
+    """Frames of each device that its engine has, or is about to have, beyond `footprint_frames`: on loan."""
+    burst_wanted_frames: int = 0
+    """As many of these as it would use."""
+    burst_step: int = 1
+    """It has use for multiples of these."""
+    resize_to: int | None = None
+    """The number of them that an order under way will leave it with."""
     keep_frames: int = 0
     """Frames of each device that stay its own when it is SWAPPED, as last decided."""
     footprints: dict[int, int] = field(default_factory=dict)
@@ -104,6 +112,23 @@ class Replica:
     def most_frames(self) -> int | None:
         """Frames of each device that it may have at most; None: no limit."""
         return self.limit_frames if self.limit_frames is not None else self.request_frames
+
+    @property
+    def due_frames(self) -> int:
+        """Frames of each device that are to be set aside for it while it is resident: its need and its loan."""
+        return max(self.need_frames, self.footprint_frames + self.burst_frames)
+
+    @property
+    def loaned_frames(self) -> int:
+        """Frames of each device that it may be asked to give back although it is resident."""
+        return max(0, self.reserved_frames - self.need_frames)
+
+    @property
+    def returning_frames(self) -> int:
+        """Frames of each device that it gives back by an order under way."""
+        if self.resize_to is None:
+            return 0
+        return max(0, self.reserved_frames - max(self.need_frames, self.footprint_frames + self.resize_to))
 
     @property
     def missing_frames(self) -> int:
@@ -181,8 +206,11 @@ class Inventory:
         footprints = [replica.footprints.get(rank, 0) for rank in range(len(held_frames))]
         reserved = replica.reserved_frames
         match replica.state:
+            case State.RESIDENT if replica.resize_to is not None:
+                return ""
             case State.RESIDENT:
-                balanced = list(held_frames) == footprints and replica.footprint_frames <= reserved
+                holds = [footprint + replica.burst_frames for footprint in footprints]
+                balanced = list(held_frames) == holds and max(holds, default=0) <= reserved
             case State.SWAPPED:
                 parts = [min(reserved, footprint) for footprint in footprints]
                 balanced = list(held_frames) == parts and reserved <= replica.footprint_frames

@@ -42,7 +42,9 @@ class FakeEngine:
     gate_open: bool = False
     in_flight: int = 0
     waiting: int = 0
-    order: ev.Drain | ev.SwapOut | ev.SwapIn | ev.StopEngine | None = None
+    order: ev.Drain | ev.SwapOut | ev.SwapIn | ev.Resize | ev.StopEngine | None = None
+    extra: int = 0
+    """Frames of each rank beyond its size."""
     residue: dict[str, int] = field(default_factory=dict)
     """Outside of frames, by device, as last told."""
     may_hold: int = 0
@@ -171,6 +173,10 @@ class World:
             engine.asked[rank] = frames
         self.post(ev.FramesWanted(self.now_s, name, frames, rank))
 
+    def want(self, name: str, frames: int) -> None:
+        """Its engine would use so many frames more."""
+        self.post(ev.BurstWanted(self.now_s, name, frames))
+
     def ask_host(self, name: str, total_bytes: int) -> None:
         self.engines[name].host_asked = True
         self.post(ev.HostMemoryWanted(self.now_s, name, total_bytes))
@@ -255,8 +261,13 @@ class World:
                 still = max(engine.held) - part
                 engine.held = [min(held, still) for held in engine.held]
                 self.post(ev.FramesReturned(self.now_s, name, order.epoch, still))
-            case ev.SwapOut():
+            case ev.Resize():
                 engine.order = None
+                engine.extra = min(engine.extra, order.frames) if fail else order.frames
+                engine.held = [size + engine.extra for size in engine.sizes]
+                self.post(ev.Resized(self.now_s, name, order.epoch, engine.extra))
+            case ev.SwapOut():
+                engine.order, engine.extra = None, 0
                 engine.held = [min(held, order.keep_frames) for held in engine.held]
                 self.post(ev.SwappedOut(self.now_s, name, order.epoch))
             case ev.SwapIn() if fail:
@@ -276,7 +287,7 @@ class World:
         """An answer that comes after its order was overtaken changes nothing."""
         replica = self.replica(name)
         state = (replica.state, replica.reserved_frames)
-        more: dict[type[ev.Event], list[object]] = {ev.SwapInFailed: ["late"], ev.FramesReturned: [0]}
+        more: dict[type[ev.Event], list[object]] = {ev.SwapInFailed: ["late"], ev.FramesReturned: [0], ev.Resized: [0]}
         event = kind(self.now_s, name, replica.epoch - 1, *more.get(kind, []))
         assert self.post(event) == [] and (replica.state, replica.reserved_frames) == state
 
@@ -411,6 +422,13 @@ class World:
             case ev.SwapOut():
                 assert engine.ready and not engine.gate_open and engine.order is None
                 assert engine.frozen or not engine.in_flight
+                engine.order = action
+            case ev.Resize():
+                assert engine.ready and engine.gate_open and engine.order is None
+                assert action.frames != engine.extra, "it is so large already"
+                most = self.replica(name).most_frames
+                sizes = [size + action.frames for size in engine.sizes]
+                assert action.frames < engine.extra or (most is not None and max(sizes) <= most), "beyond its limit"
                 engine.order = action
             case ev.SwapIn():
                 assert engine.ready and not engine.gate_open and engine.order is None
@@ -581,6 +599,8 @@ class World:
             assert left == 0, "it gets at once what has come"
         if replica.state in orders:
             assert isinstance(engine.order, orders[replica.state])
+        elif replica.state is State.RESIDENT and replica.resize_to is not None:
+            assert isinstance(engine.order, ev.Resize)
         else:
             assert engine.order is None or (isinstance(engine.order, ev.StopEngine) and replica.stopping)
 

@@ -21,7 +21,7 @@ names = st.sampled_from(NAMES)
 counts = st.integers(1, 3)
 seconds = st.sampled_from([0.05, 0.1, 0.5, 1.0, 2.0, 5.0])
 sizes = st.sampled_from([10, 20, 30, 40, 60, 90])
-ANSWERS = [ev.Drained, ev.DrainRefused, ev.FramesReturned, ev.SwappedOut, ev.SwappedIn, ev.SwapInFailed]
+ANSWERS = [ev.Drained, ev.DrainRefused, ev.FramesReturned, ev.SwappedOut, ev.SwappedIn, ev.SwapInFailed, ev.Resized]
 
 
 @st.composite
@@ -48,6 +48,7 @@ class Policy(RuleBasedStateMachine):
         residue_budget=st.sampled_from([None, 0, 15, 30]),
         preempt=st.booleans(),
         crowded=st.sampled_from([None, 30, 60]),
+        bursting=st.booleans(),
         models=st.lists(st.tuples(budgets(), st.sampled_from([1, 1, 2, 3])), min_size=len(NAMES), max_size=len(NAMES)),
     )
     def begin(
@@ -56,13 +57,14 @@ class Policy(RuleBasedStateMachine):
         residue_budget: int | None,
         preempt: bool,
         crowded: int | None,
+        bursting: bool,
         models: list[tuple[dict[str, object], int]],
     ) -> None:
         self.world = World(*DEVICES, host_limit_bytes=host_limit, residue_budget_bytes=residue_budget, preempt=preempt)
         self.mirrors = 0
         for name, (budget, ranks) in zip(NAMES, models, strict=True):
             if crowded:  # they have all been served before, and take turns
-                budget |= {"request_frames": crowded, "limit_frames": None}
+                budget |= {"request_frames": crowded, "limit_frames": 100 if bursting else None}
             self.world.register(ev.Registered(0.0, name, ranks=ranks, **budget))  # type: ignore[arg-type]
         for name in NAMES if crowded else ():
             self.world.load(name)
@@ -143,6 +145,11 @@ class Policy(RuleBasedStateMachine):
     def ask_when_it_is_too_late(self, data: st.DataObject) -> None:
         self.world.ask(data.draw(st.sampled_from(self.engines(ready=True))), 0, 10)
 
+    @precondition(lambda self: self.engines(ready=True))
+    @rule(data=st.data(), frames=st.sampled_from([0, 5, 20, 50]))
+    def want(self, data: st.DataObject, frames: int) -> None:
+        self.world.want(data.draw(st.sampled_from(self.engines(ready=True))), frames)
+
     @precondition(lambda self: self.engines(ready=False, doomed=False, host_asked=False))
     @rule(total=st.sampled_from([10, 30, 50, 70]))
     def ask_host(self, total: int) -> None:
@@ -216,12 +223,14 @@ class Policy(RuleBasedStateMachine):
         self.world.pass_time(passed)
 
     @precondition(lambda self: self.engines(ready=True))
-    @rule(passed=seconds, rounds=st.integers(1, 6))
-    def busy_time(self, passed: float, rounds: int) -> None:
+    @rule(passed=seconds, rounds=st.integers(1, 6), bursting=st.booleans())
+    def busy_time(self, passed: float, rounds: int, bursting: bool) -> None:
         """Everybody is asked all the time, and engines obey at once."""
         for _ in range(rounds):
             for name in self.engines(ready=True):
                 self.world.arrive(name, 1)
+                if bursting:
+                    self.world.want(name, 20)
             self.world.catch_up()
             self.world.pass_time(passed)
             for name in self.engines(in_flight=True):
