@@ -288,7 +288,7 @@ def test_what_cannot_be_read_is_named_and_stops_nobody(models: Models, plan: Any
 def test_a_device_that_cannot_be_planned_for_gets_one_line(
     models: Models, capsys: pytest.CaptureFixture[str], device: str, words: str
 ) -> None:
-    assert main(["plan", "--model-repository", str(models.path), "--device", device]) == 1
+    assert main(["plan", "--model-repository", str(models.path), "--device", device]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"triton-swap: {words}")
 
