@@ -288,12 +288,10 @@ class Coordinator:
     def _engine_exited(self, replica: Replica, event: ev.EngineExited) -> None:
         if replica.stopping and replica.unload_wanted and replica.state is State.SWAPPING_IN:
             self._actions.append(ev.Refuse(replica.name, _UNLOADED.format(replica.name)))
-        replica.move(State.FAILED)
+        replica.move(State.COLD if replica.stopping and not replica.failure else State.FAILED)
         # A load that came while the old engine was being stopped is still wanted; one that a failure answers is not.
         replica.load_wanted = replica.load_wanted and replica.stopping
-        if replica.stopping and not replica.failure:
-            replica.move(State.COLD)
-        elif not replica.stopping:
+        if not replica.stopping:
             replica.failure = event.reason
             self._actions.append(ev.Refuse(replica.name, event.reason))
         self.inventory.place(replica, ())

@@ -1155,3 +1155,14 @@ def test_a_load_that_was_unloaded_hears_so_when_the_engine_that_came_for_it_is_s
     machine.post(ev.OutsideExceeded, "a", "took too much")
     actions = machine.post(ev.EngineExited, "a", "stopped")
     assert actions == [ev.Refuse("a", "a was unloaded while its load waited")]
+
+
+def test_an_engine_that_is_ended_on_purpose_goes_from_swapped_to_cold(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = machinery(a=100)
+    machine.load("a")
+    moves: list[State] = []
+    move = Replica.move
+    monkeypatch.setattr(Replica, "move", lambda replica, to: (moves.append(to), move(replica, to)))
+    machine.post(ev.UnloadWanted, "a", True)
+    machine.settle()
+    assert moves == [State.DRAINING, State.SWAPPING_OUT, State.SWAPPED, State.COLD]
