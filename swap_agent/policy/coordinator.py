@@ -529,8 +529,9 @@ class Coordinator:
             self._actions.append(ev.GrantFrames(replica.name, frames, rank))
 
     def _settle_debt(self, replica: Replica, blocked: set[str], now_s: float) -> None:
-        able = placement.able(replica, replica.devices, self.inventory)
-        if replica.state is State.RESIDENT and len(able) == len(replica.devices):
+        if replica.state is State.RESIDENT and replica.missing_frames:
+            if placement.beyond_pins(replica, self.inventory):
+                return  # it stays owed; meanwhile nobody has to leave for it
             free = blocked.isdisjoint(replica.devices)
             if not free or not self._take(replica, replica.missing_frames, blocked, now_s):
                 return

@@ -35,6 +35,12 @@ def able(replica: Replica, devices: Sequence[str], inventory: Inventory) -> list
     return [device for device in devices if frames[device] - pinned_frames(device, replica, inventory) >= need]
 
 
+def beyond_pins(replica: Replica, inventory: Inventory) -> list[str]:
+    """Its devices on which pinned models leave it less than it needs."""
+    able_devices = able(replica, replica.devices, inventory)
+    return [device for device in replica.devices if device not in able_devices]
+
+
 def why_no_more(replica: Replica, footprint: int, inventory: Inventory) -> str:
     """Why a rank of a starting engine can never have `footprint` frames, one line for a person; empty when it can."""
     if replica.most_frames is not None and footprint > replica.most_frames:

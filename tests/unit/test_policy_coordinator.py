@@ -14,6 +14,7 @@ from swap_agent.policy.events import MIN_RESIDENCY_S as TURN_S
 from swap_agent.policy.eviction import LEAST_IDLE_S, least_recently_used
 from swap_agent.policy.inventory import Device, Replica
 from swap_agent.policy.lifecycle import HOLDS_FRAMES, MOVES, State
+from swap_agent.policy.placement import beyond_pins
 
 
 class Machinery:
@@ -991,6 +992,20 @@ def test_a_request_that_is_raised_while_its_model_is_resident_makes_room() -> No
     assert machine.replica("a").reserved_frames == 80 and machine.replica("b").reserved_frames == 80
     settings(machine, "a", 60)
     assert machine.replica("a").reserved_frames == 60, "less is given back at once"
+
+
+def test_a_raised_request_that_pins_make_impossible_is_met_when_they_are_gone() -> None:
+    machine = machinery(a=60, b=100)
+    settings(machine, "b", 100, pinned=True)
+    machine.load("a", "b")
+    assert settings(machine, "a", 80) == [] and machine.tick(1000) == []
+    replica, inventory = machine.replica("a"), machine.policy.inventory
+    assert (replica.reserved_frames, beyond_pins(replica, inventory)) == (60, ["cpu:0"])
+    (drain,) = settings(machine, "b", 100)
+    assert (drain.name, drain.reason) == ("b", "eviction")  # type: ignore[attr-defined]
+    machine.open.append(drain)
+    machine.settle()
+    assert (replica.reserved_frames, beyond_pins(replica, inventory)) == (80, [])
 
 
 def test_a_request_that_is_raised_while_its_engine_starts_is_set_aside_when_it_is_ready() -> None:
