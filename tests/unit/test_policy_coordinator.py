@@ -446,7 +446,7 @@ def test_a_dead_engine_frees_its_frames_and_the_next_load_starts_it_again() -> N
 def test_a_model_that_no_device_can_hold_is_refused() -> None:
     machine = machinery(a=161)
     (refusal,) = machine.post(ev.LoadWanted, "a")
-    assert refusal == ev.Refuse("a", "a needs 161 frames; the largest device has 160")
+    assert refusal == ev.Refuse("a", "a needs 161 frames; the largest device has 160 frames")
     assert machine.tick(1) == []
 
 
@@ -473,7 +473,7 @@ def test_an_undeclared_model_larger_than_the_device_is_refused_with_the_sum() ->
     machine.post(ev.LoadWanted, "b")
     machine.post(ev.FramesWanted, "b", 100)
     (refusal,) = machine.post(ev.FramesWanted, "b", 61)
-    assert refusal == ev.RefuseFrames("b", "it needs at least 161 frames of cpu:0, which has 160")
+    assert refusal == ev.RefuseFrames("b", "it needs at least 161 frames of cpu:0, which has 160 frames")
 
 
 def test_no_engine_gets_more_than_its_request() -> None:
@@ -593,7 +593,7 @@ def test_an_undeclared_model_of_two_ranks_grows_on_both_devices() -> None:
     machine.settle()
     assert machine.replica("pair").reserved_frames == 35 and machine.replica("one").reserved_frames == 45
     (refusal,) = machine.post(ev.FramesWanted, "pair", 60, 1)
-    assert refusal == ev.RefuseFrames("pair", "it needs at least 90 frames of cpu:1, which has 80", 1)
+    assert refusal == ev.RefuseFrames("pair", "it needs at least 90 frames of cpu:1, which has 80 frames", 1)
 
 
 def test_the_books_of_two_ranks_are_compared_rank_by_rank() -> None:
@@ -884,7 +884,7 @@ def test_a_pinned_model_stays_and_whoever_it_leaves_no_room_is_refused_by_its_na
     machine.load("a")
     machine.tick(1000)
     (refusal,) = machine.post(ev.LoadWanted, "b")
-    assert refusal == ev.Refuse("b", "b needs 100 frames, and pinned models leave it fewer: unpin one of a")
+    assert refusal == ev.Refuse("b", "b needs 100 frames, and pinned models leave it less: unpin one of a")
     machine.post(ev.UnloadWanted, "a", False)
     machine.settle()
     assert machine.state("a") is State.SWAPPED, "who unloads it means it"
@@ -943,7 +943,7 @@ def test_an_engine_starts_where_its_settings_allow() -> None:
     machine.post(ev.UnloadWanted, "b", True)
     machine.settle()
     (refusal,) = machine.post(ev.LoadWanted, "b")
-    assert refusal == ev.Refuse("b", "b needs 101 frames; the largest that GPU_DEVICE_IDS allows has 100")
+    assert refusal == ev.Refuse("b", "b needs 101 frames; the largest that GPU_DEVICE_IDS allows has 100 frames")
 
 
 def test_no_engine_gets_more_than_its_limit_and_the_field_is_named() -> None:
@@ -976,7 +976,9 @@ def test_a_start_is_told_when_pinned_models_leave_it_no_more() -> None:
     machine.load("a")
     machine.post(ev.LoadWanted, "b")
     (refusal,) = machine.post(ev.FramesWanted, "b", 61)
-    assert refusal == ev.RefuseFrames("b", "it needs at least 61 frames of cpu:0, and pinned models have 100 of 160")
+    assert refusal == ev.RefuseFrames(
+        "b", "it needs at least 61 frames of cpu:0, and pinned models have 100 frames of 160 frames"
+    )
 
 
 def test_a_request_that_is_raised_while_its_model_is_resident_makes_room() -> None:
