@@ -1,4 +1,4 @@
-"""The command `triton-swap`. Exit codes: 0 done, 1 refused or failed with one clear line, 2 wrong usage."""
+"""The command `triton-swap`. Exit codes: 0 done, 1 refused or failed, 2 wrong usage; 1 and 2 with one clear line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from swap_agent import __version__
 from swap_agent.config import AgentConfig, RuntimeDir
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(options))
     except TritonSwapError as error:
         print(f"triton-swap: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, InvalidUsage) else 1
     except BrokenPipeError:  # whoever read the output has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -35,8 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"triton-swap: {message}; see `{self.prog} --help`\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="triton-swap", description="Many LLMs share few GPUs behind Triton.")
+    parser = _Parser(prog="triton-swap", description="Many LLMs share few GPUs behind Triton.")
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
@@ -136,10 +143,9 @@ def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], int], text:
 
 
 def _port(text: str) -> int:
-    port = int(text)
-    if not 0 < port < 65536:
-        raise ValueError
-    return port
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 1 to 65535")
+    return int(text)
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -212,7 +218,7 @@ def _poll_interval(text: str) -> float:
 def _check_device(text: str | None) -> str:
     """The device to use. Raises InvalidUsage when it cannot be read or run."""
     try:
-        kind = parse_device(text or _DEFAULT_DEVICE).kind
+        kind = parse_device(_DEFAULT_DEVICE if text is None else text).kind
     except ValueError as error:
         raise InvalidUsage(f"--device {error}") from error
     if kind == "cuda":

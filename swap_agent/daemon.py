@@ -117,7 +117,7 @@ class Agent:
         for device in await asyncio.to_thread(open_devices, self.config.device, latencies):
             self.pools[device.name] = FramePool(device, poison=self.config.poison)
             self.pools[device.name].start_cleaning()
-        devices = [Device(name, pool.device.total_frames) for name, pool in self.pools.items()]
+        devices = [Device(n, pool.device.total_frames, pool.device.frame_bytes) for n, pool in self.pools.items()]
         self.coordinator = Coordinator(
             devices,
             self.config.host_memory_bytes,

@@ -19,6 +19,7 @@ from swap_agent.errors import InvalidModel
 from swap_agent.fit import Fit, fit
 from swap_agent.policy import events as ev
 from swap_agent.policy.lifecycle import State
+from swap_agent.policy.placement import beyond_pins
 from swap_agent.policy.units import format_bytes
 from swap_agent.repository import CONFIG, SETTLE_S, ModelFile, Repository
 from swap_agent.settings import ModelSettings, read_ranks, read_settings
@@ -149,12 +150,20 @@ class Declarations:
         return self._fit(spec).allowed
 
     def note(self, spec: ModelSpec) -> str:
-        """What of its settings waits for the next start of its engine, one line for a person; empty: nothing."""
-        devices, allowed = self._agent.replica(spec.replica).devices, self.allowed(spec)
-        if not allowed or set(devices) <= set(allowed):
-            return ""
-        here, there = " and ".join(devices), " and ".join(allowed)
-        return f"{spec.replica}: its engine stays on {here}; its next one will be on {there}, as {CONFIG} says"
+        """What of its settings is not in force yet, one line for a person; empty: nothing."""
+        replica, allowed = self._agent.replica(spec.replica), self.allowed(spec)
+        devices = replica.devices
+        if allowed and not set(devices) <= set(allowed):
+            here, there = " and ".join(devices), " and ".join(allowed)
+            return f"{spec.replica}: its engine stays on {here}; its next one will be on {there}, as {CONFIG} says"
+        full = beyond_pins(replica, self._agent.coordinator.inventory)
+        if full and replica.state is State.RESIDENT and replica.missing_frames:
+            has, needs = (format_bytes(n * self._frame_bytes) for n in (replica.reserved_frames, replica.need_frames))
+            return (
+                f"{spec.replica}: {has} of its {needs} are set aside, since pinned models leave no more on "
+                f"{' and '.join(full)}; it gets the rest when one of them is unpinned or parked"
+            )
+        return ""
 
     # --- checks and effects -------------------------------------------------------------------------------------------
 

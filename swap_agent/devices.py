@@ -38,7 +38,7 @@ def describe_devices(spec: DeviceSpec) -> tuple[list[Device], int]:
             f"write the sizes, such as {spec.kind}:2x40GiB"
         )
     frame_bytes = simulated.FRAME_BYTES if spec.kind == "cpu" else cuda.FRAME_BYTES
-    devices = [Device(f"{spec.kind}:{i}", size // frame_bytes) for i, size in enumerate(spec.sizes_bytes)]
+    devices = [Device(f"{spec.kind}:{i}", size // frame_bytes, frame_bytes) for i, size in enumerate(spec.sizes_bytes)]
     for device in devices:
         if device.frames == 0:
             raise InvalidUsage(f"--device: {device.name} has no room for one frame of {format_bytes(frame_bytes)}")

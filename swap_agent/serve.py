@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import os
 import re
 import signal
@@ -267,7 +268,7 @@ def load_failure(error: str) -> str:
 
 
 def _check(options: ServeOptions) -> None:
-    """Raises InvalidUsage for a repository that is none, and for a port that is taken."""
+    """Raises InvalidUsage for a repository or an address that is none, and for a port that is taken."""
     if not options.model_repository.is_dir():
         raise InvalidUsage(f"--model-repository {options.model_repository} is no directory")
     flags: dict[int, str] = {}
@@ -284,6 +285,8 @@ def _check(options: ServeOptions) -> None:
         try:
             socket.create_server((options.host, port), family=family).close()
         except OSError as error:
+            if (error.errno or 0) < 0 or error.errno == errno.EADDRNOTAVAIL:  # below 0: a name that nobody knows
+                raise InvalidUsage(f"--host {options.host} is no address of this machine") from error
             reason = os.strerror(error.errno or 0)
             raise InvalidUsage(f"{flag} {port} on {options.host}: {reason}; choose another port") from error
 

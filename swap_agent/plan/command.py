@@ -102,8 +102,6 @@ def show(answer: dict[str, Any]) -> None:
     for title, reasons in (("refused", answer["refused"]), ("refused", answer["errors"])):
         for reason in reasons.values():
             out.print(f"{title}: {reason}", style="red", soft_wrap=True, markup=False)
-    if answer["refused"]:
-        out.print(f"(a frame is {format_bytes(answer['frame_bytes'])})", style="dim")
     for reason in (*answer["unknown"].values(), *answer["notes"]):
         out.print(reason, style="yellow", soft_wrap=True, markup=False)
     for name, backend in answer["other_backends"].items():

@@ -323,12 +323,10 @@ class Coordinator:
     def _engine_exited(self, replica: Replica, event: ev.EngineExited) -> None:
         if replica.stopping and replica.unload_wanted and replica.state is State.SWAPPING_IN:
             self._actions.append(ev.Refuse(replica.name, _UNLOADED.format(replica.name)))
-        replica.move(State.FAILED)
+        replica.move(State.COLD if replica.stopping and not replica.failure else State.FAILED)
         # A load that came while the old engine was being stopped is still wanted; one that a failure answers is not.
         replica.load_wanted = replica.load_wanted and replica.stopping
-        if replica.stopping and not replica.failure:
-            replica.move(State.COLD)
-        elif not replica.stopping:
+        if not replica.stopping:
             replica.failure = event.reason
             self._actions.append(ev.Refuse(replica.name, event.reason))
         self.inventory.place(replica, ())
@@ -623,8 +621,9 @@ class Coordinator:
             self._actions.append(ev.GrantFrames(replica.name, frames, rank))
 
     def _settle_debt(self, replica: Replica, blocked: set[str], now_s: float) -> None:
-        able = placement.able(replica, replica.devices, self.inventory)
-        if replica.state is State.RESIDENT and len(able) == len(replica.devices):
+        if replica.state is State.RESIDENT and replica.missing_frames:
+            if placement.beyond_pins(replica, self.inventory):
+                return  # it stays owed; meanwhile nobody has to leave for it
             free = blocked.isdisjoint(replica.devices)
             if not free or not self._take(replica, replica.missing_frames, blocked, now_s):
                 return

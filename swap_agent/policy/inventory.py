@@ -9,6 +9,7 @@ from swap_agent.errors import BooksDoNotBalance
 from swap_agent.policy.demand import Demand
 from swap_agent.policy.events import MIN_RESIDENCY_S
 from swap_agent.policy.lifecycle import HOLDS_FRAMES, MOVES, State
+from swap_agent.policy.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,12 @@ class Device:
 
     name: str
     frames: int
+    frame_bytes: int = 0
+    """Bytes of a frame; 0: people are told frames."""
+
+    def size(self, frames: int) -> str:
+        """So many frames, for a person."""
+        return format_bytes(frames * self.frame_bytes) if self.frame_bytes else f"{frames} frames"
 
 
 @dataclass(eq=False)

@@ -35,17 +35,25 @@ def able(replica: Replica, devices: Sequence[str], inventory: Inventory) -> list
     return [device for device in devices if frames[device] - pinned_frames(device, replica, inventory) >= need]
 
 
+def beyond_pins(replica: Replica, inventory: Inventory) -> list[str]:
+    """Its devices on which pinned models leave it less than it needs."""
+    able_devices = able(replica, replica.devices, inventory)
+    return [device for device in replica.devices if device not in able_devices]
+
+
 def why_no_more(replica: Replica, footprint: int, inventory: Inventory) -> str:
     """Why a rank of a starting engine can never have `footprint` frames, one line for a person; empty when it can."""
     if replica.most_frames is not None and footprint > replica.most_frames:
         declared = "GPU_MEMORY_REQUEST" if replica.limit_frames is None else "GPU_MEMORY_LIMIT"
-        return f"{footprint - replica.most_frames} frames more than {declared} allows"
+        beyond = inventory.devices[replica.devices[0]].size(footprint - replica.most_frames)
+        return f"{beyond} more than {declared} allows"
     for device in sorted(replica.devices, key=lambda device: inventory.devices[device].frames):
-        total = inventory.devices[device].frames
+        total, size = inventory.devices[device].frames, inventory.devices[device].size
         if footprint > total:
-            return f"it needs at least {footprint} frames of {device}, which has {total}"
+            return f"it needs at least {size(footprint)} of {device}, which has {size(total)}"
         if footprint > total - (pinned := pinned_frames(device, replica, inventory)):
-            return f"it needs at least {footprint} frames of {device}, and pinned models have {pinned} of {total}"
+            needs = f"it needs at least {size(footprint)} of {device}"
+            return f"{needs}, and pinned models have {size(pinned)} of {size(total)}"
     return ""
 
 
@@ -82,6 +90,7 @@ def preferred(replica: Replica, devices: Sequence[str], inventory: Inventory, re
 def why_never(replica: Replica, devices: Sequence[str], able_devices: Sequence[str], inventory: Inventory) -> str:
     """One line for a person: too few of `devices`, its candidates, could hold a rank of this replica."""
     need, name = replica.need_frames, replica.name
+    size = inventory.devices[devices[0]].size
     whose = "GPU_DEVICE_IDS allows" if replica.allowed_devices else "this node has"
     if replica.ranks > len(devices):
         return f"{name} has {replica.ranks} ranks and needs a device for each, {whose} {len(devices)}"
@@ -90,12 +99,12 @@ def why_never(replica: Replica, devices: Sequence[str], able_devices: Sequence[s
         pinned = sorted(
             {r.name for d in large for r in inventory.on(d) if r.pinned and r is not replica and r.state in _STAYS}
         )
-        return f"{name} needs {need} frames, and pinned models leave it fewer: unpin one of {', '.join(pinned)}"
+        return f"{name} needs {size(need)}, and pinned models leave it less: unpin one of {', '.join(pinned)}"
     if replica.ranks > 1:
         return (
-            f"{name} needs {need} frames on each of {replica.ranks} devices; "
+            f"{name} needs {size(need)} on each of {replica.ranks} devices; "
             f"{len(able_devices)} of {len(devices)} devices have as many"
         )
     largest = max(inventory.devices[device].frames for device in devices)
     which = "the largest device" if not replica.allowed_devices else "the largest that GPU_DEVICE_IDS allows"
-    return f"{name} needs {need} frames; {which} has {largest}"
+    return f"{name} needs {size(need)}; {which} has {size(largest)}"

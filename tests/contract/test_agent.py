@@ -27,6 +27,7 @@ from swap_agent.errors import InvalidUsage, OutOfFrames, Unavailable
 from swap_agent.memory.space import RankSpace
 from swap_agent.policy import events as ev
 from swap_agent.policy.lifecycle import State
+from swap_agent.policy.units import format_bytes
 from swap_agent.supervisor import group_exists
 from swap_agent.wire import messages as wire
 from swap_agent.wire.framing import AsyncChannel
@@ -288,7 +289,11 @@ async def test_idle_timer_parks(agent: Agent) -> None:
         ({"keep_alive": "soon"}, "model a: KEEP_ALIVE in config.pbtxt: 'soon' is not a duration"),
         ({"faults": ["refuses"]}, "model a/1#0: refused for a test"),
         ({"faults": ["dies_starting"]}, "a/1#0: its engine ended while starting; see "),
-        ({"request": "", "frames": 40}, f"model a/1#0: it needs at least 37 frames of {NAME}, which has 16"),
+        (
+            {"request": "", "frames": 40},
+            f"model a/1#0: it needs at least {format_bytes(37 * FRAME_BYTES)} of {NAME}, "
+            f"which has {format_bytes(16 * FRAME_BYTES)}",
+        ),
     ],
 )
 async def test_what_cannot_work_is_refused_in_one_line(agent: Agent, options: dict[str, object], words: str) -> None:

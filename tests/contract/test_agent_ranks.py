@@ -22,6 +22,7 @@ from swap_agent.config import AgentConfig, RuntimeDir
 from swap_agent.daemon import Agent
 from swap_agent.errors import Unavailable
 from swap_agent.memory.frames import FramePool
+from swap_agent.policy.units import format_bytes
 from swap_agent.supervisor import group_exists
 from swap_agent.wire import messages as wire
 
@@ -262,7 +263,7 @@ async def test_an_engine_that_ends_during_a_copy_is_cleared_away_after_it(
         ({"tensor_parallel_size": 2, "faults": ["alone"]}, "a/1#0: its engine ended while starting; see "),
         (
             {"tensor_parallel_size": 2, "request": "", "frames": 20},
-            f"frames of {NAME[:-1]}1, which has 14",  # at least 17 says the one rank, 16 the other
+            f" of {NAME[:-1]}1, which has {format_bytes(14 * FRAME_BYTES)}",
         ),
     ],
 )

@@ -17,6 +17,7 @@ from test_agent import stubs as stubs  # a fixture: closes what tests leave open
 from swap_agent.config import AgentConfig, RuntimeDir
 from swap_agent.daemon import Agent
 from swap_agent.policy import events as ev
+from swap_agent.policy.units import format_bytes
 from swap_agent.wire import messages as wire
 
 POLL_S = 0.5
@@ -228,6 +229,20 @@ async def test_an_engine_never_moves_and_says_where_its_next_one_will_be(tmp_pat
         assert (await world.stub("a"))[1] == attached
         world.write("a", GPU_DEVICE_IDS="2")
         await until(lambda: "names device 2, but this node's devices are 0 to 1" in str(stub.report["config_error"]))
+
+
+async def test_a_raised_request_that_a_pin_makes_impossible_is_said_until_it_is_met(world: World) -> None:
+    world.write("a", GPU_MEMORY_REQUEST=frames(8))
+    world.write("b", GPU_MEMORY_REQUEST=frames(8), PINNED="yes")
+    (stub, _), _ = await world.stub("a"), await world.stub("b")
+    world.write("a", GPU_MEMORY_REQUEST=frames(12))
+    await until(lambda: stub.report["config_note"])
+    assert stub.report["config_note"] == (
+        f"a/1#0: {format_bytes(8 * FRAME_BYTES)} of its {format_bytes(12 * FRAME_BYTES)} are set aside, since pinned "
+        f"models leave no more on {NAME}; it gets the rest when one of them is unpinned or parked"
+    )
+    world.write("b", GPU_MEMORY_REQUEST=frames(8))
+    await until(lambda: not stub.report["config_note"] and world.agent.replica("a/1#0").reserved_frames == 12)
 
 
 async def test_the_gpu_of_an_instance_counts_when_no_devices_are_named(world: World) -> None:

@@ -89,6 +89,6 @@ def test_a_port_in_use(server: Server, tmp_path: Path, port: str) -> None:
     command = [sys.executable, "-m", "swap_agent", "serve", f"--model-repository={server.repository}"]
     command += [f"--runtime-dir={tmp_path}/run", *(f"--{name}-port={number}" for name, number in ports.items())]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 1
+    assert ended.returncode == 2
     (line,) = ended.stderr.splitlines()
     assert f"--{port}-port" in line and str(ports[port]) in line

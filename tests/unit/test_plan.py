@@ -119,10 +119,10 @@ def test_the_policy_s_refusals_are_the_plan_s(models: Models, plan: Any) -> None
     assert on(answer) == [["pin-a"]]
     refused = answer["refused"]
     assert refused.keys() == {"early/1#0", "limited/1#0", "measured/1#0", "pin-b/1#0"}
-    assert refused["pin-b/1#0"] == "pin-b/1#0 needs 35 frames, and pinned models leave it fewer: unpin one of pin-a/1#0"
+    assert refused["pin-b/1#0"] == "pin-b/1#0 needs 70 MiB, and pinned models leave it less: unpin one of pin-a/1#0"
     assert "unpin one of pin-a/1#0" in refused["early/1#0"], "it was there first, and can never come back"
-    assert refused["limited/1#0"] == "model limited/1#0: 1 frames more than GPU_MEMORY_LIMIT allows"
-    assert "it needs at least 104 frames of cpu:0, which has 50" in refused["measured/1#0"]
+    assert refused["limited/1#0"] == "model limited/1#0: 2 MiB more than GPU_MEMORY_LIMIT allows"
+    assert "it needs at least 208 MiB of cpu:0, which has 100 MiB" in refused["measured/1#0"]
     assert answer["errors"].keys() == {"large", "where"}
     assert "GPU_MEMORY_REQUEST in config.pbtxt is 125829120 bytes, but the largest" in answer["errors"]["large"]
     assert "GPU_DEVICE_IDS in config.pbtxt names device 1" in answer["errors"]["where"]
@@ -288,7 +288,7 @@ def test_what_cannot_be_read_is_named_and_stops_nobody(models: Models, plan: Any
 def test_a_device_that_cannot_be_planned_for_gets_one_line(
     models: Models, capsys: pytest.CaptureFixture[str], device: str, words: str
 ) -> None:
-    assert main(["plan", "--model-repository", str(models.path), "--device", device]) == 1
+    assert main(["plan", "--model-repository", str(models.path), "--device", device]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"triton-swap: {words}")
 

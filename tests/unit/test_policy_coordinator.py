@@ -14,6 +14,7 @@ from swap_agent.policy.events import MIN_RESIDENCY_S as TURN_S
 from swap_agent.policy.eviction import LEAST_IDLE_S, least_recently_used
 from swap_agent.policy.inventory import Device, Replica
 from swap_agent.policy.lifecycle import HOLDS_FRAMES, MOVES, State
+from swap_agent.policy.placement import beyond_pins
 
 
 class Machinery:
@@ -448,7 +449,7 @@ def test_a_dead_engine_frees_its_frames_and_the_next_load_starts_it_again() -> N
 def test_a_model_that_no_device_can_hold_is_refused() -> None:
     machine = machinery(a=161)
     (refusal,) = machine.post(ev.LoadWanted, "a")
-    assert refusal == ev.Refuse("a", "a needs 161 frames; the largest device has 160")
+    assert refusal == ev.Refuse("a", "a needs 161 frames; the largest device has 160 frames")
     assert machine.tick(1) == []
 
 
@@ -475,7 +476,7 @@ def test_an_undeclared_model_larger_than_the_device_is_refused_with_the_sum() ->
     machine.post(ev.LoadWanted, "b")
     machine.post(ev.FramesWanted, "b", 100)
     (refusal,) = machine.post(ev.FramesWanted, "b", 61)
-    assert refusal == ev.RefuseFrames("b", "it needs at least 161 frames of cpu:0, which has 160")
+    assert refusal == ev.RefuseFrames("b", "it needs at least 161 frames of cpu:0, which has 160 frames")
 
 
 def test_no_engine_gets_more_than_its_request() -> None:
@@ -595,7 +596,7 @@ def test_an_undeclared_model_of_two_ranks_grows_on_both_devices() -> None:
     machine.settle()
     assert machine.replica("pair").reserved_frames == 35 and machine.replica("one").reserved_frames == 45
     (refusal,) = machine.post(ev.FramesWanted, "pair", 60, 1)
-    assert refusal == ev.RefuseFrames("pair", "it needs at least 90 frames of cpu:1, which has 80", 1)
+    assert refusal == ev.RefuseFrames("pair", "it needs at least 90 frames of cpu:1, which has 80 frames", 1)
 
 
 def test_the_books_of_two_ranks_are_compared_rank_by_rank() -> None:
@@ -950,7 +951,7 @@ def test_a_pinned_model_stays_and_whoever_it_leaves_no_room_is_refused_by_its_na
     machine.load("a")
     machine.tick(1000)
     (refusal,) = machine.post(ev.LoadWanted, "b")
-    assert refusal == ev.Refuse("b", "b needs 100 frames, and pinned models leave it fewer: unpin one of a")
+    assert refusal == ev.Refuse("b", "b needs 100 frames, and pinned models leave it less: unpin one of a")
     machine.post(ev.UnloadWanted, "a", False)
     machine.settle()
     assert machine.state("a") is State.SWAPPED, "who unloads it means it"
@@ -1009,7 +1010,7 @@ def test_an_engine_starts_where_its_settings_allow() -> None:
     machine.post(ev.UnloadWanted, "b", True)
     machine.settle()
     (refusal,) = machine.post(ev.LoadWanted, "b")
-    assert refusal == ev.Refuse("b", "b needs 101 frames; the largest that GPU_DEVICE_IDS allows has 100")
+    assert refusal == ev.Refuse("b", "b needs 101 frames; the largest that GPU_DEVICE_IDS allows has 100 frames")
 
 
 def test_no_engine_gets_more_than_its_limit_and_the_field_is_named() -> None:
@@ -1042,7 +1043,9 @@ def test_a_start_is_told_when_pinned_models_leave_it_no_more() -> None:
     machine.load("a")
     machine.post(ev.LoadWanted, "b")
     (refusal,) = machine.post(ev.FramesWanted, "b", 61)
-    assert refusal == ev.RefuseFrames("b", "it needs at least 61 frames of cpu:0, and pinned models have 100 of 160")
+    assert refusal == ev.RefuseFrames(
+        "b", "it needs at least 61 frames of cpu:0, and pinned models have 100 frames of 160 frames"
+    )
 
 
 def test_a_request_that_is_raised_while_its_model_is_resident_makes_room() -> None:
@@ -1058,6 +1061,20 @@ def test_a_request_that_is_raised_while_its_model_is_resident_makes_room() -> No
     assert machine.replica("a").reserved_frames == 80 and machine.replica("b").reserved_frames == 80
     settings(machine, "a", 60)
     assert machine.replica("a").reserved_frames == 60, "less is given back at once"
+
+
+def test_a_raised_request_that_pins_make_impossible_is_met_when_they_are_gone() -> None:
+    machine = machinery(a=60, b=100)
+    settings(machine, "b", 100, pinned=True)
+    machine.load("a", "b")
+    assert settings(machine, "a", 80) == [] and machine.tick(1000) == []
+    replica, inventory = machine.replica("a"), machine.policy.inventory
+    assert (replica.reserved_frames, beyond_pins(replica, inventory)) == (60, ["cpu:0"])
+    (drain,) = settings(machine, "b", 100)
+    assert (drain.name, drain.reason) == ("b", "eviction")  # type: ignore[attr-defined]
+    machine.open.append(drain)
+    machine.settle()
+    assert (replica.reserved_frames, beyond_pins(replica, inventory)) == (80, [])
 
 
 def test_a_request_that_is_raised_while_its_engine_starts_is_set_aside_when_it_is_ready() -> None:
@@ -1222,3 +1239,14 @@ def test_a_load_that_was_unloaded_hears_so_when_the_engine_that_came_for_it_is_s
     machine.post(ev.OutsideExceeded, "a", "took too much")
     actions = machine.post(ev.EngineExited, "a", "stopped")
     assert actions == [ev.Refuse("a", "a was unloaded while its load waited")]
+
+
+def test_an_engine_that_is_ended_on_purpose_goes_from_swapped_to_cold(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = machinery(a=100)
+    machine.load("a")
+    moves: list[State] = []
+    move = Replica.move
+    monkeypatch.setattr(Replica, "move", lambda replica, to: (moves.append(to), move(replica, to)))
+    machine.post(ev.UnloadWanted, "a", True)
+    machine.settle()
+    assert moves == [State.DRAINING, State.SWAPPING_OUT, State.SWAPPED, State.COLD]

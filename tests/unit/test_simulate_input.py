@@ -236,7 +236,7 @@ def test_plots_are_drawn(tmp_path: Path, flags: list[str], name: str) -> None:
     ],
 )
 def test_bad_flags_get_one_line(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["simulate", *flags]) == 1
+    assert main(["simulate", *flags]) == 2
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1

@@ -150,5 +150,5 @@ def test_a_device_is_compared_with_what_was_in_use_when_its_engines_last_changed
     ],
 )
 def test_options_are_checked(verb: list[str], option: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*verb, "--device=cpu:1GiB", option]) == 1
+    assert main([*verb, "--device=cpu:1GiB", option]) == 2
     assert capsys.readouterr().err == f"triton-swap: {words}\n"
