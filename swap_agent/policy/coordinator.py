@@ -67,8 +67,8 @@ class Coordinator:
         """The replica whose engine starts."""
         self._growth: dict[tuple[str, int], int] = {}
         """Frames that a rank of a starting replica waits for."""
-        self._coming: set[str] = set()
-        """Those of the queue for whom enough was on its way when their devices were last looked at."""
+        self._coming: dict[str, int] = {}
+        """What those of the queue lack for whom it was on its way when their devices were last looked at."""
         self._promised: list[str] = []
         """Replicas whose swap-in began before all of their frames were free, in that order."""
         self._owed: set[str] = set()
@@ -156,7 +156,7 @@ class Coordinator:
                 self._queue.enter(replica, event.now_s)
             return replica.devices or before or self._targets.get(name, ())
         self._queue.leave(replica)
-        self._coming.discard(name)
+        self._coming.pop(name, None)
         return (*(replica.devices or before), *self._targets.pop(name, ()))
 
     def _registered(self, replica: Replica, event: ev.Registered) -> None:
@@ -498,10 +498,10 @@ class Coordinator:
             elif not blocked.isdisjoint(replica.devices):  # 7
                 blocked.update(replica.devices)
             elif touched.isdisjoint(replica.devices):
-                if replica.name in self._coming:
-                    claims.update(dict.fromkeys(replica.devices, replica.missing_frames))
-                else:
+                if (missing := self._coming.get(replica.name)) is None:
                     blocked.update(replica.devices)
+                else:
+                    claims.update(dict.fromkeys(replica.devices, missing))
             else:
                 self._activate(replica, blocked, claims, touched, now_s)
 
@@ -520,7 +520,7 @@ class Coordinator:
     ) -> None:
         """`claims`: frames of each device that are being freed for those ahead of it."""
         inventory = self.inventory
-        self._coming.discard(replica.name)
+        was_coming = self._coming.pop(replica.name, None)
         old_target = self._targets.pop(replica.name, ())
         devices = placement.candidates(replica, inventory)
         able = placement.able(replica, devices, inventory)
@@ -554,9 +554,10 @@ class Coordinator:
         if not replica.devices:
             self._targets[replica.name] = target
         if coming and replica.devices:
-            self._coming.add(replica.name)
+            self._coming[replica.name] = missing
             claims.update(dict.fromkeys(target, missing))
-            touched.update(target)  # those behind it are not blocked any more
+            if was_coming != missing:  # those behind it may go on, or have to wait for more
+                touched.update(target)
         else:
             blocked.update(target)
 

@@ -128,7 +128,7 @@ class Replica:
     @property
     def loaned_frames(self) -> int:
         """Frames of each device that it may be asked to give back although it is resident."""
-        return max(0, self.reserved_frames - self.need_frames)
+        return max(0, self.reserved_frames - self.need_frames) if self.burst_frames else 0
 
     @property
     def returning_frames(self) -> int:
@@ -198,8 +198,10 @@ class Inventory:
 
     def free_frames(self, device: str) -> int:
         """Frames of `device` that nobody has reserved and nobody was promised; below zero: some have yet to return."""
-        on_device = self._on.get(device, {}).values()
-        return self.unreserved_frames(device) - sum(replica.promised_frames for replica in on_device)
+        free = self.devices[device].frames
+        for replica in self._on.get(device, {}).values():
+            free -= replica.reserved_frames + replica.promised_frames
+        return free
 
     def unreserved_frames(self, device: str) -> int:
         """Frames of `device` that no replica has reserved."""

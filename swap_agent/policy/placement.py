@@ -22,7 +22,7 @@ def candidates(replica: Replica, inventory: Inventory) -> list[str]:
 def pinned_frames(device: str, but: Replica, inventory: Inventory) -> int:
     """Frames of `device` that pinned models other than `but` have and nobody can make them give up."""
     return sum(
-        max(r.need_frames, r.reserved_frames)
+        max(r.need_frames, r.reserved_frames - r.loaned_frames)
         for r in inventory.on(device)
         if r.pinned and r is not but and r.state in _STAYS
     )

@@ -75,6 +75,8 @@ class Machinery:
                     self.post(ev.Drained, name, action.epoch)
                 else:
                     self.post(ev.DrainRefused, name, action.epoch)
+            case ev.Resize():
+                self.post(ev.Resized, name, action.epoch, action.frames)
             case ev.SwapOut():
                 self.post(ev.SwappedOut, name, action.epoch)
             case ev.SwapIn() if self.replica(name).promised_frames:

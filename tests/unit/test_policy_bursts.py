@@ -1,0 +1,155 @@
+"""Frames on loan: lent when nobody else wants them, called back first when somebody does."""
+
+from __future__ import annotations
+
+import pytest
+from test_policy_coordinator import Machinery, kinds, machinery
+
+from swap_agent.policy import events as ev
+from swap_agent.policy.coordinator import CALL_BACK_S
+from swap_agent.policy.eviction import LEAST_IDLE_S
+from swap_agent.policy.lifecycle import State
+
+
+def declare(machine: Machinery, name: str, request: int, limit: int | None, **more: object) -> list[ev.Action]:
+    return machine.post(ev.Registered, name, request, None, 1, limit, *more.values())
+
+
+def bursting(frames: int = 100, **models: tuple[int, int | None]) -> Machinery:
+    """Models with request and limit, all resident."""
+    machine = machinery(frames)
+    for name, (request, limit) in models.items():
+        declare(machine, name, request, limit)
+        machine.load(name)
+    assert all(machine.state(name) is State.RESIDENT for name in models)
+    return machine
+
+
+def held(machine: Machinery) -> dict[str, int]:
+    return {name: replica.reserved_frames for name, replica in machine.policy.inventory.replicas.items()}
+
+
+def want(machine: Machinery, name: str, frames: int, step: int = 1) -> list[ev.Action]:
+    return machine.post(ev.BurstWanted, name, frames, step)
+
+
+def test_two_models_reach_their_limits_in_turn() -> None:
+    machine = bursting(a=(30, 70), b=(30, 70))
+    for name, other in ("ab", "ba", "ab"):
+        want(machine, name, 100)
+        machine.settle()
+        assert held(machine) == {name: 70, other: 30}, "no more than its limit, and the other one has its request"
+        want(machine, name, 0)
+        machine.settle()
+        assert held(machine) == {name: 30, other: 30}
+
+
+def test_those_who_want_some_at_the_same_time_share_what_is_free() -> None:
+    machine = bursting(a=(20, 90), b=(20, 90), c=(20, 25))
+    machine.policy.inventory.replicas["a"].resize_to = 0  # orders under way: their wishes come together
+    machine.policy.inventory.replicas["b"].resize_to = 0
+    machine.policy.inventory.replicas["c"].resize_to = 0
+    for name in "abc":
+        want(machine, name, 50)
+    for name in "abc":
+        machine.policy.inventory.replicas[name].resize_to = None
+    assert [(action.name, action.frames) for action in machine.tick(0.0)] == []
+    assert {action.name: action.frames for action in want(machine, "c", 50)} == {"a": 17, "b": 18, "c": 5}
+    machine.settle()
+    assert sum(held(machine).values()) == 100
+
+
+def test_no_less_than_a_step_is_lent() -> None:
+    machine = bursting(a=(60, 100))
+    assert [action.frames for action in want(machine, "a", 39, step=16)] == [32]
+    machine.settle()
+    assert want(machine, "a", 39, step=16) == []
+
+
+def test_a_model_without_a_limit_beyond_its_request_is_lent_nothing() -> None:
+    machine = bursting(a=(30, None))
+    assert want(machine, "a", 10) == []
+
+
+def test_what_is_on_loan_is_called_back_first_and_only_as_much_as_is_needed() -> None:
+    machine = bursting(a=(30, 90), b=(10, None))
+    machine.register("c", 20)
+    want(machine, "a", 60)
+    machine.settle()
+    assert held(machine) == {"a": 90, "b": 10, "c": 0}
+    machine.now_s += LEAST_IDLE_S
+    epoch = machine.replica("a").epoch + 1
+    assert machine.post(ev.LoadWanted, "c") == [ev.Resize("a", epoch, 40, CALL_BACK_S)]
+    assert want(machine, "a", 60) == [], "nobody is lent anything while somebody waits"
+    assert kinds(machine.post(ev.Resized, "a", epoch, 40)) == [("StartEngine", "c")]
+    assert held(machine) == {"a": 70, "b": 10, "c": 20}
+
+
+def test_an_idle_model_that_has_to_leave_anyway_is_not_asked_twice() -> None:
+    machine = bursting(a=(30, 90))
+    machine.register("c", 100)
+    want(machine, "a", 60)
+    machine.settle()
+    machine.now_s += LEAST_IDLE_S
+    assert kinds(machine.post(ev.LoadWanted, "c")) == [("Drain", "a")]
+    machine.settle()
+    assert held(machine) == {"a": 0, "c": 100} and machine.replica("a").burst_frames == 0
+
+
+def test_a_pinned_model_gives_back_its_loan_and_keeps_its_request() -> None:
+    machine = machinery(100, c=60)
+    machine.post(ev.Registered, "a", 30, None, 1, 90, 0, True)
+    machine.load("a")
+    want(machine, "a", 60)
+    machine.settle()
+    machine.load("c")
+    assert held(machine) == {"a": 40, "c": 60} and machine.state("c") is State.RESIDENT
+
+
+def test_what_parked_models_kept_is_lent_unless_somebody_waits_for_them() -> None:
+    machine = machinery(100, parked=80)
+    machine.load("parked")
+    declare(machine, "a", 30, 100)
+    machine.now_s += LEAST_IDLE_S
+    machine.load("a")
+    assert held(machine) == {"a": 30, "parked": 70}
+    want(machine, "a", 50)
+    machine.settle()
+    assert held(machine) == {"a": 80, "parked": 20} and machine.state("parked") is State.SWAPPED
+    want(machine, "a", 0)
+    machine.settle()
+    machine.report("a", in_flight=1)
+    machine.report("parked", waiting=1)
+    assert want(machine, "a", 50) == []
+
+
+def test_a_lower_limit_is_followed_at_once() -> None:
+    machine = bursting(a=(30, 90))
+    want(machine, "a", 60)
+    machine.settle()
+    (order,) = declare(machine, "a", 30, 50)
+    assert isinstance(order, ev.Resize) and order.frames == 20
+    machine.settle()
+    assert held(machine) == {"a": 50}
+
+
+def test_growth_that_failed_is_not_counted() -> None:
+    machine = bursting(a=(30, 90))
+    want(machine, "a", 60)
+    assert held(machine) == {"a": 90}, "from the order on"
+    machine.open.clear()
+    machine.post(ev.BurstWanted, "a", 0)
+    machine.post(ev.Resized, "a", machine.replica("a").epoch, 0)
+    assert held(machine) == {"a": 30}
+
+
+@pytest.mark.parametrize("wish", ["unload", "keep_alive"])
+def test_an_order_under_way_is_finished_before_the_model_leaves(wish: str) -> None:
+    machine = machinery(100)
+    machine.post(ev.Registered, "a", 30, 5.0, 1, 90)
+    machine.load("a")
+    want(machine, "a", 60)
+    actions = machine.post(ev.UnloadWanted, "a", False) if wish == "unload" else machine.tick(6.0)
+    assert actions == []
+    machine.settle()
+    assert machine.state("a") is State.SWAPPED and held(machine) == {"a": 0}
