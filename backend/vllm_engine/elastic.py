@@ -66,7 +66,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]  # vLLM has no types he
     @classmethod
     def take_over(cls, pool: Any) -> ElasticBlockPool:
         """Make `pool` elastic, in place: others hold it. Raises Unsupported when it is not plainly vLLM's."""
-        if type(pool) is not BlockPool or pool._reuse_watchers:
+        if type(pool) is not BlockPool or getattr(pool, "_reuse_watchers", None):
             raise Unsupported(f"this vLLM has another block pool ({type(pool).__name__}): use a supported version")
         pool.__class__ = cls
         pool.lingering = set()
