@@ -94,6 +94,9 @@ class ControlPlane:
             match message:
                 case wire.HostReady():
                     engine.ready = True
+                    engine.kv = message.kv
+                    if message.kv:
+                        engine.kv_wanted_frames, engine.kv_blocks = message.kv.frames, message.kv.blocks
                     self._agent.post(ev.EngineReady(now_s, replica))
                 case wire.HostFailed():
                     engine.fail(message.message)
@@ -103,7 +106,17 @@ class ControlPlane:
                     self._agent.post(ev.Drained(now_s, replica, message.epoch))
                 case wire.DrainRefused():
                     self._agent.post(ev.DrainRefused(now_s, replica, message.epoch))
-                case wire.SwappedOut() | wire.SwappedIn() | wire.SwapInFailed():
+                case wire.KvWanted():
+                    engine.kv_wanted_frames = message.frames
+                    if engine.kv:
+                        more = message.frames - engine.kv.frames
+                        self._agent.post(ev.BurstWanted(now_s, replica, more, engine.kv.ranges))
+                case wire.KvGrown() | wire.KvShrunk():
+                    engine.kv_blocks = message.blocks
+                    engine.acknowledged(message.epoch, type(message))
+                case wire.SwappedOut() | wire.SwappedIn() | wire.SwapInFailed() | wire.KvGrowFailed():
+                    if engine.kv and isinstance(message, wire.SwappedOut):  # it begins anew
+                        engine.kv_wanted_frames, engine.kv_blocks = engine.kv.frames, engine.kv.blocks
                     engine.acknowledged(message.epoch, type(message))
                 case wire.OrderFailed():
                     engine.fail(message.message)

@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from swap_agent import kv_orders
 from swap_agent import ranks as together
 from swap_agent.allowance import Allowance
 from swap_agent.config import AgentConfig
@@ -243,6 +244,8 @@ class Agent:
             case ev.SwapIn():
                 engine.allowance = Allowance(action.epoch, action.frames)
                 engine.order = self._spawn(self._swap_in(engine, action.epoch, engine.allowance))
+            case ev.Resize():
+                engine.order = self._spawn(self._resize(engine, action))
             case ev.MoreFrames() if engine.allowance:
                 engine.allowance.raise_to(action.epoch, action.frames)
 
@@ -291,6 +294,13 @@ class Agent:
             self.post(ev.SwappedIn(time.monotonic(), engine.spec.replica, epoch))
 
         await self._or_kill(engine, order(), "swap-in")
+
+    async def _resize(self, engine: Engine, action: ev.Resize) -> None:
+        async def order() -> None:
+            frames = await kv_orders.resize(engine, action.epoch, action.frames, action.within_s)
+            self.post(ev.Resized(time.monotonic(), engine.spec.replica, action.epoch, frames))
+
+        await self._or_kill(engine, order(), "change of its KV cache")
 
     async def _or_kill(self, engine: Engine, order: Coroutine[Any, Any, None], what: str) -> None:
         """An order that fails leaves an undefined engine: end it; its frames return when its processes are gone."""

@@ -70,6 +70,12 @@ class Engine:
     swaps_in: int = 0
     swaps_out: int = 0
     last_swap_in: SwapIn | None = None
+    kv: wire.KvCache | None = None
+    """What its KV cache can be; None: it keeps its size."""
+    kv_wanted_frames: int = 0
+    """On each rank, of a KV cache that grows."""
+    kv_blocks: int = 0
+    """That its scheduler uses now."""
     _acks: dict[tuple[int, type[wire.Message]], asyncio.Future[None]] = field(default_factory=dict)
 
     @property

@@ -66,6 +66,8 @@ class RankLink:
         self._mirrors = mirrors
         self._recalled: Mirror | None = None
         self._acks: queue.SimpleQueue[Ack | None] = queue.SimpleQueue()
+        self.most_kv_frames = 0
+        """To how many region `kv` may grow; 0: it keeps its size."""
 
     def serve(self) -> None:
         """Read until the rank is gone.
@@ -105,6 +107,8 @@ class RankLink:
         try:
             self._want_frames(message.frames, message.region)
             frames = self.space.reserve(message.region, message.frames)
+            if message.region == "kv":
+                self.most_kv_frames = message.most
             self._send_grants(0, message.region, frames)
         except PeerGone:
             raise
@@ -217,6 +221,32 @@ class RankLink:
     def undo(self) -> None:
         """After `refuse`: return the frames that `prepare` took."""
         self.space.undo(self._held)
+
+    def take_kv(self, frames: int) -> None:
+        """Before a growth: have zeroed frames at hand, so that region `kv` has `frames` in all, and tell nobody.
+
+        Raises TakenBack; then nothing has changed. `undo` gives them back.
+        """
+        self._held = self.space.held
+        try:
+            self.space.extend("kv", min(frames, self.most_kv_frames))
+        except (OutOfFrames, OSError, MemoryError) as error:
+            raise TakenBack(
+                f"{self.space.holder} was given no more KV cache: {error or type(error).__name__}"
+            ) from error
+
+    def grow_kv(self, epoch: int) -> None:
+        """After `take_kv`: send the frames, and return when the rank has mapped them. `commit` has to follow.
+
+        Raises TakenBack: `refuse` and `undo` have to follow. Raises PeerGone, Unavailable (no answer).
+        """
+        try:
+            self._send_grants(epoch, "kv", self.space.frames["kv"], self._held["kv"])
+        except OSError as error:
+            raise TakenBack(f"{self.space.holder} was given no more KV cache: {error}") from error
+        ack = self._await(epoch, wire.Mapped, wire.MapFailed)
+        if isinstance(ack, wire.MapFailed):
+            raise TakenBack(f"{self.space.holder}: its engine could not map more KV cache: {ack.message}")
 
     def _send_grants(self, epoch: int, region: wire.Region, frames: list[Frame], first: int = 0) -> None:
         """Send the frames of a region from number `first` on."""

@@ -87,6 +87,38 @@ async def swap_in(ranks: Sequence[RankLink], epoch: int, allowance: Allowance) -
     )
 
 
+async def grow_kv(ranks: Sequence[RankLink], epoch: int, frames: int, announce: Callable[[], None]) -> None:
+    """Give every rank frames, zeroed, so that its region `kv` has `frames`; `announce` it when all are at hand.
+
+    Raises TakenBack: every rank has what it had. When that was `announced`, the host says so as well. Raises
+    Unavailable, PeerGone: the engine is in an unknown state.
+    """
+    outcomes = await _together([partial(rank.take_kv, frames) for rank in ranks])
+    refusals = [outcome for outcome in outcomes if isinstance(outcome, TakenBack)]
+    _raise_first([outcome for outcome in outcomes if not isinstance(outcome, TakenBack)])
+    if not refusals:
+        announce()
+        outcomes = await _together([partial(rank.grow_kv, epoch) for rank in ranks])
+        refusals = [outcome for outcome in outcomes if isinstance(outcome, TakenBack)]
+        _raise_first([outcome for outcome in outcomes if not isinstance(outcome, TakenBack)])
+        if refusals:
+            _raise_first(await _together([partial(rank.refuse, epoch, str(refusals[0])) for rank in ranks]))
+    if refusals:
+        _raise_first(await _together([rank.undo for rank in ranks]))
+        raise refusals[0]
+    for rank in ranks:
+        rank.commit(epoch)
+
+
+async def shrink_kv(ranks: Sequence[RankLink], epoch: int, frames: int) -> None:
+    """Once every rank has unmapped all but `frames` of its region `kv`, take the others back.
+
+    Raises Unavailable, PeerGone: the engine is in an unknown state.
+    """
+    _raise_first(await _together([partial(rank.unmapped, epoch) for rank in ranks]))
+    _raise_first(await _together([partial(rank.space.cut, "kv", frames) for rank in ranks]))
+
+
 async def _together(calls: Sequence[Callable[[], T]]) -> list[T | BaseException]:
     """Run blocking calls side by side to the end of the last one; what they returned or raised, in order."""
     return await asyncio.gather(*(asyncio.to_thread(call) for call in calls), return_exceptions=True)

@@ -24,11 +24,7 @@ def plan_kv_cache(
     limit, without both the device.
     """
     frame_bytes = welcome.frame_bytes
-    bound, bound_name, remedy = welcome.device_bytes, f"device {welcome.device}", "use a larger device"
-    if welcome.request_bytes is not None:
-        bound, bound_name, remedy = welcome.request_bytes, "GPU_MEMORY_REQUEST", "raise it"
-    elif welcome.limit_bytes is not None:
-        bound, bound_name, remedy = welcome.limit_bytes, "GPU_MEMORY_LIMIT", "raise it"
+    bound, bound_name, remedy = bound_of(welcome)
     kv_bytes = -(-kv_bytes // frame_bytes) * frame_bytes
     total = sum(fixed_bytes.values()) + kv_bytes
     if total > bound:
@@ -41,6 +37,23 @@ def plan_kv_cache(
     if grows and welcome.request_bytes is not None:
         return (bound - sum(fixed_bytes.values())) // frame_bytes * frame_bytes
     return kv_bytes
+
+
+def bound_of(welcome: wire.RankWelcome) -> tuple[int, str, str]:
+    """Bytes that the rank may have at its start, whose bound that is, and what to do about it."""
+    if welcome.request_bytes is not None:
+        return welcome.request_bytes, "GPU_MEMORY_REQUEST", "raise it"
+    if welcome.limit_bytes is not None:
+        return welcome.limit_bytes, "GPU_MEMORY_LIMIT", "raise it"
+    return welcome.device_bytes, f"device {welcome.device}", "use a larger device"
+
+
+def most_kv_cache(welcome: wire.RankWelcome, fixed_bytes: Mapping[wire.Region, int]) -> int:
+    """Bytes that the KV cache may grow to, whole frames: what GPU_MEMORY_LIMIT leaves; 0 without one."""
+    if welcome.limit_bytes is None:
+        return 0
+    bound = min(welcome.limit_bytes, welcome.device_bytes)
+    return (bound - sum(fixed_bytes.values())) // welcome.frame_bytes * welcome.frame_bytes
 
 
 def _mib(size: int) -> str:

@@ -1,7 +1,7 @@
 """The only place that drives vLLM's AsyncLLM: start, generate, pause and resume around a swap, stop.
 
-Tried on vLLM 0.32.0 and 0.26.0. Beyond the public `AsyncLLM` it uses `engine_core.pause_scheduler_async(mode,
-clear_cache)` and `engine_core.resume_scheduler_async()`.
+Tried on vLLM 0.32.0 and 0.26.0 (growing KV caches on 0.32.0 only). Beyond the public `AsyncLLM` it uses
+`engine_core.pause_scheduler_async(mode, clear_cache)` and `engine_core.resume_scheduler_async()`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from swap_agent.errors import TakenBack, TritonSwapError, Unavailable, Unsupported
-from swap_agent.wire.messages import Output, Region, Sequence
+from swap_agent.wire.messages import KvCache, Output, Region, Sequence
 from vllm_engine.executor import compute_threads
 from vllm_engine.sampling import CLIENT_ERRORS, InvalidRequest
 
@@ -35,6 +35,14 @@ class SwapOutTimes(NamedTuple):
 
     pause_s: float
     ranks_s: float
+
+
+class KvLoad(NamedTuple):
+    """See `vllm_engine.elastic.Load`, which is in the other process."""
+
+    blocks: int
+    used: int
+    waiting: int
 
 
 class SwapInTimes(NamedTuple):
@@ -151,6 +159,47 @@ class Engine:
         await self._llm.engine_core.resume_scheduler_async()
         map_s, fill_s = max(ranks, key=sum)
         return SwapInTimes(mapped - begin, map_s, fill_s, time.monotonic() - mapped)
+
+    async def kv_size(self) -> KvCache | None:
+        """What the KV cache can be; None when it keeps its size."""
+        sizes = [KvCache(*size) for size in await self._order("kv_size") if size]
+        return min(sizes, key=lambda size: size.blocks) if sizes else None
+
+    async def kv_load(self) -> KvLoad:
+        """How its requests fill a KV cache that grows."""
+        (load,) = await self._order("kv_load")
+        return KvLoad(*load)
+
+    async def kv_frames(self, blocks: int) -> int:
+        """How many frames of region `kv` back so many blocks, on each rank."""
+        return int(max(await self._order("kv_frames", blocks)))
+
+    async def grow_kv(self, epoch: int, frames: int) -> int:
+        """Have every rank map its grants and wait until all have, then use them. Returns the number of blocks.
+
+        Raises TakenBack: no rank has mapped anything then that it had not before.
+        """
+        (answer,) = await self._order("grow_kv", epoch, frames)
+        if isinstance(answer, str):
+            raise TakenBack(answer)
+        return int(answer)
+
+    async def park_kv(self, frames: int) -> int:
+        """Use no block any more that more than `frames` frames back. Returns how many of them requests hold yet."""
+        (left,) = await self._order("park_kv", frames)
+        return int(left)
+
+    async def shrink_kv(self, epoch: int, frames: int) -> tuple[int, int]:
+        """Have every rank unmap all but `frames`; who uses them is computed again.
+
+        Returns the number of blocks and of preempted requests.
+        """
+        ((blocks, preempted),) = await self._order("shrink_kv", epoch, frames)
+        return blocks, preempted
+
+    async def _order(self, name: str, *args: int) -> list[Any]:
+        answers: list[Any] = await self._llm.collective_rpc(name, RPC_TIMEOUT_S, args)
+        return answers
 
     def shutdown(self) -> None:
         """End EngineCore; blocking. It has nothing to save, so it is killed if it lingers."""

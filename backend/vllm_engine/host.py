@@ -4,13 +4,15 @@ One decision per message, in `Host._take`:
 1. Drain, wait: close the gate, answer Drained when nobody is inside.  Drain, no wait: refuse if somebody is inside;
    with preempt: answer Drained at once, and whoever is inside stands still while the engine is swapped out.
 2. SwapOut, SwapIn: carried out one at a time; the gate is closed before and open after.
-3. RefuseWaiting: fail who waits at the gate, and who stands still inside.  QueueLimits: for who comes from now on.
-4. Shutdown, SIGTERM, or the agent gone: refuse the rest, finish what runs (bounded), exit.
+3. GrowKv, ShrinkKv: as 2, with the gate open. A shrink that gives requests time ends that when a Drain comes.
+4. RefuseWaiting: fail who waits at the gate, and who stands still inside.  QueueLimits: for who comes from now on.
+5. Shutdown, SIGTERM, or the agent gone: refuse the rest, finish what runs (bounded), exit.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -20,6 +22,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -38,6 +41,7 @@ from vllm_engine.gate import Gate
 from vllm_engine.generate import DataPlane
 from vllm_engine.headers import read_past_cache
 from vllm_engine.parameters import parameters
+from vllm_engine.pressure import Pressure
 from vllm_engine.rank import Endpoint
 from vllm_engine.versions import check_vllm_version
 from vllm_engine.zygote import Zygote
@@ -46,6 +50,10 @@ REPORT_INTERVAL_S = 0.05
 """Reports that do not enter or leave zero are at least this far apart."""
 LINGER_S = 0.1
 """How long a host that stops still reads, to refuse in words what stubs had sent already."""
+PRESSURE_INTERVAL_S = 0.2
+"""How often to look how full the KV cache is, while there is something in it."""
+PARKED_INTERVAL_S = 0.05
+"""How often to look whether requests have left blocks that are to go."""
 HEALTH_INTERVAL_S = 0.5
 """How often to look whether the engine's processes live."""
 _LONGEST_SOCKET_FOLDER = 107 - len("/123e4567-e89b-12d3-a456-426614174000")
@@ -136,6 +144,10 @@ class Host:
         self._gate = Gate(replica, welcome.max_queue, welcome.queue_timeout_s, self._load_changed)
         self._plane = DataPlane(engine, self._gate, partial(parameters, replica, engine.embeds))
         self._order: asyncio.Task[None] | None = None
+        self._hurry: asyncio.Event | None = None
+        """Of an order under way that gives requests time: to be set when the next one waits for it."""
+        self._kv: wire.KvCache | None = None
+        self._pressure = Pressure(0, 0)
         self._preempted = False
         """What is in flight may stand still while the engine is swapped out."""
         self._reported = wire.Report(0, 0, 0)
@@ -148,13 +160,17 @@ class Host:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         await self._plane.start(Path(self._welcome.engine_socket))
+        self._kv = await self._engine.kv_size()
         self._gate.open()
-        self._channel.send(wire.HostReady(self._engine.max_model_len))
+        self._channel.send(wire.HostReady(self._engine.max_model_len, self._kv))
         log.info("%s is ready", self._replica)
 
         orders = asyncio.create_task(self._obey())
         death = asyncio.create_task(self._engine_died())
         signalled = asyncio.create_task(stop.wait())
+        watch = asyncio.create_task(self._watch_kv(self._kv)) if self._kv else None
+        if watch:
+            watch.add_done_callback(_log_failure)
         await asyncio.wait([orders, death, signalled], return_when=asyncio.FIRST_COMPLETED)
         error: TritonSwapError
         if death.done():
@@ -163,8 +179,9 @@ class Host:
             status, error = orders.result()
         else:
             status, error = 0, Unavailable(f"the engine host of {self._replica} was told to stop")
-        for task in (orders, death, signalled):
-            task.cancel()
+        for task in (orders, death, signalled, watch):
+            if task:
+                task.cancel()
         log.info("%s stops: %s", self._replica, error)
         await self._finish(error, wait=not death.done())
         return status
@@ -193,6 +210,11 @@ class Host:
                 self._start(message.epoch, self._swap_out(message))
             case wire.SwapIn():
                 self._start(message.epoch, self._swap_in(message.epoch))
+            case wire.GrowKv():
+                self._start(message.epoch, self._grow_kv(message))
+            case wire.ShrinkKv():
+                hurry = asyncio.Event()
+                self._start(message.epoch, self._shrink_kv(message, hurry), hurry)
             case wire.RefuseWaiting():
                 refusal = Refusal(message.code, message.message)
                 self._gate.refuse_waiting(refusal)
@@ -203,14 +225,20 @@ class Host:
             case _:
                 raise ProtocolError(f"{type(message).__name__} is out of place")
 
-    def _start(self, epoch: int, order: Coroutine[Any, Any, None]) -> None:
-        if self._order is not None and not self._order.done():
+    def _start(self, epoch: int, order: Coroutine[Any, Any, None], hurry: asyncio.Event | None = None) -> None:
+        before = None if self._order is None or self._order.done() else self._order
+        if before and self._hurry is None:
             order.close()
             self._channel.send(wire.OrderFailed(epoch, f"{self._replica} carries out another order"))
             return
-        self._order = asyncio.create_task(self._carry_out(epoch, order))
+        if before and self._hurry:
+            self._hurry.set()
+        self._hurry = hurry
+        self._order = asyncio.create_task(self._carry_out(epoch, order, before))
 
-    async def _carry_out(self, epoch: int, order: Coroutine[Any, Any, None]) -> None:
+    async def _carry_out(self, epoch: int, order: Coroutine[Any, Any, None], before: asyncio.Task[None] | None) -> None:
+        if before:
+            await before
         try:
             await order
         except Exception as error:
@@ -229,6 +257,7 @@ class Host:
         if self._gate.in_flight:
             log.info("%d requests stand still until the engine is back", self._gate.in_flight)
         times = await self._engine.swap_out(order.epoch, order.keep, preempt=self._preempted)
+        self._pressure.reset()
         self._channel.send(wire.SwappedOut(order.epoch))
         log.info("swapped out, epoch %d: pause %.4f s, ranks %.4f s", order.epoch, *times)
 
@@ -242,6 +271,62 @@ class Host:
         self._gate.open()
         self._channel.send(wire.SwappedIn(epoch))
         log.info("swapped in, epoch %d: ranks %.4f s (map %.4f, fill %.4f), resume %.4f s", epoch, *times)
+
+    async def _grow_kv(self, order: wire.GrowKv) -> None:
+        self._check_kv_order(order)
+        begin = time.monotonic()
+        try:
+            blocks = await self._engine.grow_kv(order.epoch, order.frames)
+        except TakenBack as error:
+            log.warning("growth of epoch %d was taken back: %s", order.epoch, error)
+            self._channel.send(wire.KvGrowFailed(order.epoch, str(error)))
+            return
+        self._channel.send(wire.KvGrown(order.epoch, blocks))
+        took_s = time.monotonic() - begin
+        log.info("KV cache of %d frames, %d blocks, epoch %d: %.4f s", order.frames, blocks, order.epoch, took_s)
+
+    async def _shrink_kv(self, order: wire.ShrinkKv, hurry: asyncio.Event) -> None:
+        if not hurry.is_set():  # else what comes next has closed the gate
+            self._check_kv_order(order)
+        begin = time.monotonic()
+        deadline = begin + order.deadline_s
+        while await self._engine.park_kv(order.frames) and not hurry.is_set():
+            now = time.monotonic()
+            # What follows waits for a step to end, as long as that took just now.
+            left = deadline - now - 2 * (now - begin)
+            if left <= 0:
+                break
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(hurry.wait(), min(left, PARKED_INTERVAL_S))
+            begin = time.monotonic()
+        begin = time.monotonic()
+        blocks, preempted = await self._engine.shrink_kv(order.epoch, order.frames)
+        self._channel.send(wire.KvShrunk(order.epoch, blocks, preempted))
+        log.info(
+            "KV cache of %d frames, %d blocks, epoch %d: %.4f s, %d requests preempted",
+            order.frames, blocks, order.epoch, time.monotonic() - begin, preempted,
+        )  # fmt: skip
+
+    def _check_kv_order(self, order: wire.GrowKv | wire.ShrinkKv) -> None:
+        if self._kv is None or not self._gate.is_open:
+            why = "its KV cache keeps its size" if self._kv is None else "it is not resident"
+            raise ProtocolError(f"{type(order).__name__} for {self._replica}: {why}")
+
+    async def _watch_kv(self, kv: wire.KvCache) -> None:
+        """Tell the agent how much KV cache the requests would use."""
+        self._pressure = Pressure(kv.blocks, kv.most_blocks)
+        told = kv.frames
+        while not self._engine.is_dead:
+            await asyncio.sleep(PRESSURE_INTERVAL_S)
+            if not self._gate.is_open or not (self._gate.in_flight or self._pressure.wanted > kv.blocks):
+                told = told if self._gate.is_open else kv.frames
+                continue
+            load = await self._engine.kv_load()
+            wanted = self._pressure.update(time.monotonic(), load.blocks, load.used, load.waiting)
+            frames = kv.frames if wanted == kv.blocks else await self._engine.kv_frames(wanted)
+            if frames != told and self._gate.is_open:
+                told = frames
+                self._channel.send(wire.KvWanted(frames))
 
     @property
     def _stands_still(self) -> bool:
@@ -284,6 +369,11 @@ class Host:
         if report != self._reported:
             self._reported = report
             self._channel.send(report)
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()):
+        log.error("the KV cache is not watched any more", exc_info=error)
 
 
 class _Watch:

@@ -6,14 +6,17 @@ one int8 buffer for all layers with `torch.zeros`, 0.26.0 one per `KVCacheTensor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from vllm.v1.core.kv_cache_utils import check_enough_kv_cache_memory, max_memory_usage_bytes
+from vllm.v1.core.kv_cache_utils import check_enough_kv_cache_memory, get_kv_cache_configs, max_memory_usage_bytes
 
 from swap_agent.errors import InvalidModel, Unsupported
+from vllm_engine.kv_layout import KVLayout, Range, merged, ranges_of
 
 
 def one_sequence_bytes(vllm_config: Any, specs: Mapping[str, Any]) -> int:
@@ -38,6 +41,63 @@ def check_holds_one_sequence(vllm_config: Any, specs: dict[str, Any], size: int)
             f"a KV cache of {size} bytes cannot hold one sequence of max_model_len={length} tokens: "
             "raise kv_cache_memory_bytes or lower max_model_len in model.json"
         ) from error
+
+
+def planned_config(vllm_config: Any, specs: dict[str, Any], size: int) -> Any:
+    """vLLM's KVCacheConfig for `size` bytes on this rank. Raises ValueError when they hold no sequence of full length.
+
+    As EngineCore makes it later; only after that has settled the layout.
+    """
+    return get_kv_cache_configs(vllm_config, [deepcopy(specs)], [size])[0]
+
+
+def block_bytes(kv_cache_config: Any) -> int:
+    """Bytes of one block, of all layers."""
+    return int(kv_cache_config.kv_cache_tensors[0].size // kv_cache_config.num_blocks)
+
+
+def blocks_of_one_sequence(vllm_config: Any, specs: dict[str, Any], kv_cache_config: Any) -> int:
+    """The fewest blocks, all told, with which vLLM serves one sequence of full length; at most those of the config."""
+    size = block_bytes(kv_cache_config)
+
+    def serves(blocks: int) -> bool:
+        try:
+            planned_config(vllm_config, specs, blocks * size)
+        except ValueError:
+            return False
+        return True
+
+    return bisect_left(range(kv_cache_config.num_blocks), True, lo=1, key=serves)
+
+
+def planned_layout(vllm_config: Any, kv_cache_config: Any, frame_bytes: int) -> KVLayout:
+    """Where the blocks of such a cache will lie. Raises Unsupported when that cannot be told beforehand (0.26.0)."""
+    try:
+        from vllm.v1.worker.utils import allocate_kv_cache
+    except ImportError:
+        raise Unsupported("this vLLM does not say beforehand where blocks will lie") from None
+    layout = vllm_config.cache_config.get_resolved_kv_cache_layout()
+    tensors = allocate_kv_cache(kv_cache_config, torch.device("meta"), layout)
+    blocks = kv_cache_config.num_blocks
+    ranges = [part for tensor in tensors.values() for part in _ranges_of(tensor, 0, blocks)]
+    if not ranges:
+        raise Unsupported("there are no tensors of blocks")
+    return KVLayout(ranges, blocks, frame_bytes)
+
+
+def check_layout(layout: KVLayout, tensors: Iterable[torch.Tensor], address: int) -> None:
+    """Raise Unsupported when the tensors that vLLM works on, in a region at `address`, do not lie as was planned."""
+    found = merged(part for tensor in tensors for part in _ranges_of(tensor, address, layout.most_blocks))
+    if found != layout.ranges:
+        raise Unsupported(
+            f"vLLM laid its KV cache out otherwise than it said ({found} instead of {layout.ranges}): a bug. Set "
+            "kv_cache_memory_bytes in model.json, with which the KV cache does not grow"
+        )
+
+
+def _ranges_of(tensor: torch.Tensor, address: int, blocks: int) -> list[Range]:
+    offset = (tensor.data_ptr() if address else tensor.storage_offset() * tensor.element_size()) - address
+    return ranges_of(offset, tensor.shape, tensor.stride(), tensor.element_size(), blocks)
 
 
 def buffer_sizes(kv_cache_config: Any) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
@@ -87,11 +87,21 @@ class RankConnection:
             self._report_failure(wire.RankFailed("INTERNAL", reason))
             raise
 
-    def reserve(self, space: Space, region: wire.Region, frames: int) -> None:
-        """Obtain and map the zeroed frames of one region at start-up. Raises Refusal, TimeoutError."""
-        space.reserve(region, frames)
+    def reserve(
+        self,
+        space: Space,
+        region: wire.Region,
+        frames: int,
+        most: int | None = None,
+        order: Sequence[int] | None = None,
+    ) -> None:
+        """Obtain and map the zeroed frames of one region at start-up; for `most`, `order` see `Space.reserve`.
+
+        Raises Refusal, TimeoutError.
+        """
+        space.reserve(region, frames, most, order)
         if frames:
-            self._channel.send(wire.Reserve(region, frames))
+            self._channel.send(wire.Reserve(region, frames, 0 if order is None else len(order)))
             self._map_grants(space, [region], epoch=0, deadline=time.monotonic() + START_TIMEOUT_S)
 
     def recall(self, fingerprint: str) -> wire.Recalled:
@@ -142,6 +152,25 @@ class RankConnection:
         if message != wire.Filled(epoch):
             raise ProtocolError(f"the agent sent {message} where Filled of epoch {epoch} was due")
         return SwapInTimes(mapped - begin, time.monotonic() - mapped)
+
+    def grow(self, space: Space, region: wire.Region, epoch: int, frames: int) -> None:
+        """Have `frames` frames of a region, zeroed, of which the missing ones are granted for `epoch`.
+
+        Raises as `swap_in` does.
+        """
+        had = space.regions[region]
+        space.resize(region, max(had, frames))
+        try:
+            self.swap_in(space, epoch)
+        except TakenBack:
+            space.resize(region, had)
+            raise
+
+    def shrink(self, space: Space, region: wire.Region, epoch: int, frames: int) -> None:
+        """When nothing uses them any more, take all but `frames` frames of a region out and acknowledge."""
+        space.unmap_from(region, frames)
+        space.resize(region, min(frames, space.regions[region]))
+        self.unmapped(epoch)
 
     def _taken_back(self, space: Space, held: dict[wire.Region, int], epoch: int, reason: Exception) -> TakenBack:
         space.unmap(held)

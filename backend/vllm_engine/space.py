@@ -1,13 +1,14 @@
 """The address space of one engine rank: regions of frames at addresses that never change.
 
 A region is reserved once; frames are mapped into it and taken out of it whole. Where nothing is mapped,
-any access faults. Knows neither torch nor vLLM.
+any access faults. A region may have addresses for more frames than it is to have now, and an order of its own, in
+which its frames count. Knows neither torch nor vLLM.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from swap_agent.errors import ProtocolError, TritonSwapError
 from swap_agent.wire.messages import Region
@@ -26,10 +27,12 @@ class Space:
         self._addresses: dict[Region, int] = {}
         self._frames: dict[Region, int] = {}
         self._mapped: dict[Region, set[int]] = {}
+        self._most: dict[Region, int] = {}
+        self._order: dict[Region, Sequence[int]] = {}
 
     @property
     def regions(self) -> dict[Region, int]:
-        """Reserved regions and their number of frames."""
+        """Reserved regions and how many frames each is to have."""
         return dict(self._frames)
 
     @property
@@ -37,14 +40,28 @@ class Space:
         """How many frames of each region are mapped."""
         return {region: len(frames) for region, frames in self._mapped.items()}
 
-    def reserve(self, region: Region, frames: int) -> int:
-        """Reserve addresses for `frames` frames; nothing is mapped yet. Returns the address. Raises OSError."""
+    def reserve(self, region: Region, frames: int, most: int | None = None, order: Sequence[int] | None = None) -> int:
+        """Reserve addresses; nothing is mapped yet. Returns where they begin. Raises OSError.
+
+        The region is to have `frames` frames, and has addresses for `most` (None: as many). `order[i]` is the place of
+        frame i among them (None: i); places that it leaves out never have a frame.
+        """
         if region in self._addresses:
             raise TritonSwapError(f"region {region} is reserved already")
-        self._addresses[region] = self._device.reserve(frames * self.frame_bytes)
-        self._frames[region] = frames
+        most = frames if most is None else most
+        order = range(most) if order is None else order
+        self._addresses[region] = self._device.reserve(most * self.frame_bytes)
+        self._most[region] = most
+        self._order[region] = order
         self._mapped[region] = set()
+        self.resize(region, frames)
         return self._addresses[region]
+
+    def resize(self, region: Region, frames: int) -> None:
+        """From now on the region is to have `frames` frames. Raises ProtocolError when more are mapped."""
+        if not len(self._mapped[region]) <= frames <= len(self._order[region]):
+            raise ProtocolError(f"region {region} cannot have {frames} frames: {len(self._mapped[region])} are mapped")
+        self._frames[region] = frames
 
     def address(self, region: Region) -> int:
         """Where the region begins. Raises KeyError when it is not reserved."""
@@ -61,9 +78,11 @@ class Space:
             raise ProtocolError(f"frames {first}..{indices.stop - 1} were granted, outside of region {region}")
         if not self._mapped[region].isdisjoint(indices):
             raise ProtocolError(f"frames {first}..{indices.stop - 1} of region {region} were granted twice")
-        start = self._addresses[region] + first * self.frame_bytes
         self._mapped[region].update(indices)  # also if it fails: `unmap` then restores the reservation
-        self._device.map(start, fds, self.frame_bytes, touch=touch)
+        by_place = sorted((self._order[region][index], fd) for index, fd in zip(indices, fds, strict=True))
+        rest = iter(fd for _, fd in by_place)
+        for address, count in self._runs(region, indices):
+            self._device.map(address, [next(rest) for _ in range(count)], self.frame_bytes, touch=touch)
 
     def is_mapped(self, region: Region) -> bool:
         """True when every frame of the region is mapped."""
@@ -71,16 +90,27 @@ class Space:
 
     def unmap(self, keep: Mapping[Region, int]) -> None:
         """Take all frames of every region but the first `keep` out; the addresses stay reserved. Raises OSError."""
-        for region, address in self._addresses.items():
-            first = keep.get(region, 0)
-            gone = {frame for frame in self._mapped[region] if frame >= first}
-            if gone:
-                size = (self._frames[region] - first) * self.frame_bytes
-                self._device.vacate(address + first * self.frame_bytes, size)
-                self._mapped[region] -= gone
+        for region in self._addresses:
+            self.unmap_from(region, keep.get(region, 0))
+
+    def unmap_from(self, region: Region, first: int) -> None:
+        """Take the frames of one region out but the first `first`. Raises OSError."""
+        gone = {frame for frame in self._mapped[region] if frame >= first}
+        for address, count in self._runs(region, gone):
+            self._device.vacate(address, count * self.frame_bytes)
+        self._mapped[region] -= gone
 
     def place(self, region: Region, offset: int, size: int) -> int:
         """Address of `size` bytes at `offset` of the region. Using it while frames are not mapped is a fault."""
-        if offset < 0 or offset + size > self._frames[region] * self.frame_bytes:
+        if offset < 0 or offset + size > self._most[region] * self.frame_bytes:
             raise TritonSwapError(f"bytes {offset}..{offset + size} are outside of region {region}")
         return self._addresses[region] + offset
+
+    def _runs(self, region: Region, frames: Iterable[int]) -> Iterator[tuple[int, int]]:
+        """Where these frames lie: addresses, rising, and how many lie there one behind the other."""
+        places = sorted(self._order[region][frame] for frame in frames)
+        first = 0
+        for last, place in enumerate(places):
+            if last + 1 == len(places) or places[last + 1] != place + 1:
+                yield self._addresses[region] + places[first] * self.frame_bytes, last + 1 - first
+                first = last + 1

@@ -15,10 +15,11 @@ from vllm.platforms import current_platform
 
 from swap_agent.errors import TakenBack, TritonSwapError, Unsupported
 from swap_agent.wire.messages import Region
-from vllm_engine import between_ranks, gpu, kv_cache, quantized, rehome
+from vllm_engine import between_ranks, elastic, gpu, kv_cache, quantized, rehome
 from vllm_engine.addresses import CudaAddresses, HostAddresses
-from vllm_engine.budget import plan_kv_cache
+from vllm_engine.budget import bound_of, most_kv_cache, plan_kv_cache
 from vllm_engine.headers import read_past_cache
+from vllm_engine.kv_layout import KVLayout
 from vllm_engine.rank import Endpoint, RankConnection
 from vllm_engine.space import Space
 from vllm_engine.weights import Weights
@@ -61,6 +62,14 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
         cache = vllm_config.cache_config
         self._declared_kv_bytes: int | None = cache.kv_cache_memory_bytes
         self._kv_bytes = 0
+        self._most_kv_bytes = 0
+        """To which the KV cache may grow; 0: it does not."""
+        self._kv_layout: KVLayout | None = None
+        """Of a KV cache that grows."""
+        self._first_kv_bytes = 0
+        """What it may have at first."""
+        self._kv_frames = 0
+        """With which it starts and comes back from a swap."""
         # Unset, vLLM would claim a share of the whole machine's memory. The true size is known after load_model.
         cache.kv_cache_memory_bytes = self._declared_kv_bytes or self._space.frame_bytes
         if self._on_gpu:
@@ -98,22 +107,33 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
         """Bytes for the KV cache, as planned in load_model."""
         with self._agent.reporting("warm up the model"):
             kv_cache.check_holds_one_sequence(self.vllm_config, self.get_kv_cache_spec(), self._kv_bytes)
+            if self._most_kv_bytes > self._kv_bytes:
+                self._prepare_growth()
+            size = max(self._kv_bytes, self._most_kv_bytes)
             if self._on_gpu:
-                self.cache_config.kv_cache_memory_bytes = self._kv_bytes
+                self.cache_config.kv_cache_memory_bytes = size
                 super().determine_available_memory()  # a profiling run, whose answer is this size
             else:
                 self.model_runner.warming_up_model()
-            return self._kv_bytes
+            return size
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Set up the KV cache as vLLM does, with its buffers in frames."""
         with self._agent.reporting("create the KV cache"):
             sizes = kv_cache.buffer_sizes(kv_cache_config)
             aligned = sum(-(-size // rehome.ALIGNMENT_BYTES) * rehome.ALIGNMENT_BYTES for size in sizes)
-            self._agent.reserve(self._space, "kv", self._frames(aligned))
+            frames, most = self._frames(aligned), self._frames(aligned)
+            layout = self._kv_layout
+            if layout:  # this time with the number of blocks that all ranks can have
+                layout = kv_cache.planned_layout(self.vllm_config, kv_cache_config, self._space.frame_bytes)
+                self._kv_layout = layout
+                frames = self._kv_frames = min(self._kv_frames, layout.most_frames)
+            self._agent.reserve(self._space, "kv", frames, most, layout.order if layout else None)
             with kv_cache.KVCacheInFrames(sizes, self._kv_buffers(sizes)) as hook:
                 super().initialize_from_config(kv_cache_config)
             hook.check_all_replaced()
+            if layout:
+                kv_cache.check_layout(layout, self.model_runner.kv_caches, self._space.address("kv"))
 
     def compile_or_warm_up_model(self) -> Any:
         """As vLLM's worker does; captures CUDA graphs."""
@@ -129,8 +149,11 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
         Nothing may run on it after this.
         """
         self._resident = False
-        for step in keep[self.rank] if keep else [{}]:
+        steps = keep[self.rank] if keep else [{}]
+        for number, step in enumerate(steps, 1):
             self._space.unmap(step)
+            if self._kv_layout and number == len(steps):
+                self._space.resize("kv", self._kv_frames)
             self._agent.unmapped(epoch)
         if self._on_gpu:
             gpu.let_go_of_unused_memory()
@@ -148,6 +171,38 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
             return str(error)
         self._resident = True
         return times.map_s, times.fill_s
+
+    def kv_size(self) -> tuple[int, ...]:
+        """What the KV cache can be: the fields of KvCache; empty when it keeps its size."""
+        layout = self._kv_layout
+        if layout is None:
+            return ()
+        blocks = layout.blocks(self._kv_frames)
+        return self._kv_frames, layout.most_frames, blocks, layout.most_blocks, len(layout.ranges)
+
+    def kv_blocks(self, frames: int | None = None) -> int:
+        """How many blocks so many frames back (None: those that are mapped); 0 when the KV cache keeps its size."""
+        if self._kv_layout is None:
+            return 0
+        return self._kv_layout.blocks(self._space.mapped["kv"] if frames is None else frames)
+
+    def kv_frames(self, blocks: int) -> int:
+        """How many frames back so many blocks, of a KV cache that grows."""
+        assert self._kv_layout
+        return self._kv_layout.frames(blocks)
+
+    def grow_kv(self, epoch: int, frames: int) -> int | str:
+        """Map what was granted for `epoch`. Returns how many blocks are backed now, or why it was taken back."""
+        assert self._kv_layout
+        try:
+            self._agent.grow(self._space, "kv", epoch, min(frames, self._kv_layout.most_frames))
+        except TakenBack as error:
+            return str(error)
+        return self.kv_blocks()
+
+    def shrink_kv(self, epoch: int, frames: int) -> None:
+        """Unmap all but `frames` frames of the KV cache and acknowledge. No block of them is used any more."""
+        self._agent.shrink(self._space, "kv", epoch, frames)
 
     def shutdown(self) -> None:
         """End as vLLM's worker does."""
@@ -193,7 +248,45 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
             "scratch": self._space.regions.get("scratch", 0) * frame_bytes,
         }
         grows = bool(specs) and self._declared_kv_bytes is None
-        return plan_kv_cache(self._agent.welcome, fixed, needed, kv_name, kv_key, grows=grows)
+        size = plan_kv_cache(self._agent.welcome, fixed, needed, kv_name, kv_key, grows=grows)
+        if grows:
+            self._most_kv_bytes = most_kv_cache(self._agent.welcome, fixed)
+            self._first_kv_bytes = bound_of(self._agent.welcome)[0] - sum(fixed.values())
+            if self._agent.welcome.request_bytes is None:  # it takes what it needs, and not much more
+                self._first_kv_bytes = min(self._first_kv_bytes, 2 * size)
+        return size
+
+    def _prepare_growth(self) -> None:
+        """Plan for the most KV cache, and with how much of it the engine starts; or leave it as it is, and say why.
+
+        A first part of it takes more frames than a cache of the same size, by a few for each range.
+        """
+        try:
+            if reason := elastic.why_fixed(self.vllm_config):
+                raise Unsupported(reason)
+            specs, frame_bytes = self.get_kv_cache_spec(), self._space.frame_bytes
+            config = kv_cache.planned_config(self.vllm_config, specs, self._most_kv_bytes)
+            layout = kv_cache.planned_layout(self.vllm_config, config, frame_bytes)
+            if (blocks := layout.even_blocks(frame_bytes)) < layout.most_blocks:
+                self._most_kv_bytes = blocks * kv_cache.block_bytes(config)
+                config = kv_cache.planned_config(self.vllm_config, specs, self._most_kv_bytes)
+                layout = kv_cache.planned_layout(self.vllm_config, config, frame_bytes)
+            needed = layout.frames(kv_cache.blocks_of_one_sequence(self.vllm_config, specs, config))
+            first = min(max(self._kv_bytes // frame_bytes, needed), layout.most_frames)
+            if first * frame_bytes > self._first_kv_bytes:
+                raise Unsupported(
+                    f"one sequence takes {needed} frames of one that grows, in {len(layout.ranges)} places, and there "
+                    f"may be {self._first_kv_bytes // frame_bytes} at first: raise GPU_MEMORY_REQUEST"
+                )
+        except Unsupported as error:
+            log.warning("the KV cache keeps its size: %s", error)
+            self._most_kv_bytes = 0
+            return
+        self._kv_frames, self._kv_layout = first, layout
+        log.info(
+            "the KV cache starts with %d of %d frames and %d of %d blocks, in %d places",
+            first, layout.most_frames, layout.blocks(first), layout.most_blocks, len(layout.ranges),
+        )  # fmt: skip
 
     def _kv_buffers(self, sizes: list[int]) -> Any:
         """An allocator of int8 tensors, one after the other in region `kv`, which the agent has zeroed."""

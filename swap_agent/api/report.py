@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from swap_agent.daemon import Agent
+from swap_agent.engine import Engine
 from swap_agent.policy.inventory import Replica
 from swap_agent.settings import ModelSettings
 from swap_agent.supervisor import private_bytes
@@ -83,6 +84,7 @@ def _model(agent: Agent, replica: Replica) -> dict[str, Any]:
         "weights_bytes": sum(rank.weights_bytes for rank in ranks),
         "state_bytes": sum(rank.state_bytes for rank in ranks),
         "kv_bytes": sum(rank.space.region_bytes("kv") for rank in ranks),
+        "kv": _kv(engine, frame_bytes) if engine else None,
         "swaps_in": engine.swaps_in if engine else 0,
         "swaps_out": engine.swaps_out if engine else 0,
         "last_swap_in": dataclasses.asdict(engine.last_swap_in) if engine and engine.last_swap_in else None,
@@ -93,6 +95,21 @@ def _share(agent: Agent, size: int | None, rounded: Callable[[float], int] = rou
     """Of the device that shares in config.pbtxt are of, in thousandths."""
     device = next(iter(agent.pools.values())).device
     return None if size is None else rounded(size * 1000 / (device.total_frames * device.frame_bytes)) / 1000
+
+
+def _kv(engine: Engine, frame_bytes: int) -> dict[str, int] | None:
+    """Of a KV cache that grows: blocks now and at most, and bytes on each rank. None: it keeps its size."""
+    kv = engine.kv
+    if kv is None:
+        return None
+    return {
+        "blocks": engine.kv_blocks,
+        "most_blocks": kv.most_blocks,
+        "least_bytes": kv.frames * frame_bytes,
+        "wanted_bytes": engine.kv_wanted_frames * frame_bytes,
+        "most_bytes": kv.most_frames * frame_bytes,
+        "ranges": kv.ranges,
+    }
 
 
 def _mirror_bytes(agent: Agent, replica: str) -> int:

@@ -18,7 +18,7 @@ from swap_agent.wire.messages import Region
 Bytes = npt.NDArray[np.uint8]
 """Host memory, shape [bytes]."""
 
-During = Literal["start", "mirror", "clean", "swap_in", "swap_out"]
+During = Literal["start", "mirror", "clean", "grow", "swap_in", "swap_out"]
 """What a transfer is part of."""
 
 IN_BACKGROUND: frozenset[During] = frozenset({"mirror", "clean"})

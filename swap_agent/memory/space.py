@@ -39,6 +39,7 @@ class RankSpace:
     pool: FramePool
     frames: dict[Region, list[Frame]] = field(default_factory=dict)
     sizes_frames: dict[Region, int] = field(default_factory=dict)
+    """Frames of each region at the start and after a swap-in; `extend` gives one more."""
     mirror: Image | None = None
     staging: Image | None = None
     stored: Mirror | None = None
@@ -139,7 +140,8 @@ class RankSpace:
         keep: dict[Region, int] = {}
         for region in _KEEP_ORDER:
             if region in self.frames:
-                keep[region] = min(frames, len(self.frames[region]))
+                # Of what a region has grown by nothing stays: a swap-in brings it back as it was at the start.
+                keep[region] = min(frames, len(self.frames[region]), self.sizes_frames.get(region, 0))
                 frames -= keep[region]
         return keep
 
@@ -208,6 +210,25 @@ class RankSpace:
                     if frame in self._dirty:
                         transfer.fill(frame, 0)
         return copied
+
+    def extend(self, region: Region, frames: int) -> None:
+        """While the engine runs: as many frames in all for a region, the new ones zeroed. Raises OutOfFrames, OSError;
+
+        then nothing has changed. `undo` takes them back.
+        """
+        new, dirty = self.pool.grant(self.holder, max(0, frames - len(self.frames[region])))
+        try:
+            with self.pool.device.transfer("grow") as transfer:
+                for frame in new[:dirty]:
+                    transfer.fill(frame, 0)
+        except BaseException:
+            self.pool.give_back(self.holder, new)
+            raise
+        self.frames[region].extend(new)
+
+    def cut(self, region: Region, frames: int) -> None:
+        """After the rank unmapped all frames of a region but so many: return the others."""
+        self.undo({**self.held, region: frames})
 
     def lost(self) -> None:
         """The rank's process is gone: release its frames, mirror and staging. Its frames are not recycled."""

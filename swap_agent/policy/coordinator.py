@@ -210,6 +210,10 @@ class Coordinator:
 
     def _resized(self, replica: Replica, event: ev.Resized) -> None:
         if event.epoch == replica.epoch and replica.resize_to is not None:
+            if event.frames < replica.resize_to:  # it could not grow
+                replica.burst_after_s = event.now_s + _LOOK_AGAIN_S
+                for device in replica.devices:
+                    self._look_again(device, replica.burst_after_s)
             replica.resize_to = None
             replica.burst_frames = event.frames
             self._guarantee(replica)
@@ -707,12 +711,14 @@ class Coordinator:
         names = sorted(name for name in self._bursting if not touched.isdisjoint(self.inventory.replicas[name].devices))
         wanting = []
         for replica in [self.inventory.replicas[name] for name in names]:
-            if replica.state is not State.RESIDENT or replica.resize_to is not None or replica.stopping:
+            if not eviction.lends(replica):
                 continue
             most = replica.most_frames if replica.most_frames is not None else replica.need_frames
             wanted = max(0, min(replica.burst_wanted_frames, most - replica.footprint_frames))
             if wanted < replica.burst_frames:
                 self._resize(replica, wanted)
+            elif wanted > replica.burst_frames and now_s < replica.burst_after_s:
+                pass
             elif wanted > replica.burst_frames:
                 wanting.append((replica, wanted))
             elif not wanted:

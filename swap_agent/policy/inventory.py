@@ -57,6 +57,8 @@ class Replica:
     """As many of these as it would use."""
     burst_step: int = 1
     """It has use for multiples of these."""
+    burst_after_s: float = 0.0
+    """It could not grow: not before then is it lent any again."""
     resize_to: int | None = None
     """The number of them that an order under way will leave it with."""
     keep_frames: int = 0

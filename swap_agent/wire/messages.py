@@ -98,10 +98,26 @@ class HostWelcome(Message, frozen=True):
     """When the agent is gone: how long requests that run may take before the host exits."""
 
 
+class KvCache(msgspec.Struct, frozen=True):
+    """A KV cache that grows and shrinks. Frames are those of region `kv` of each rank, the first ones."""
+
+    frames: int
+    """With which the engine starts and comes back from a swap; it never has fewer while it is RESIDENT."""
+    most_frames: int
+    """It has addresses for so many."""
+    blocks: int
+    """Of vLLM's, that `frames` frames back."""
+    most_blocks: int
+    ranges: int
+    """In how many places of the region a block lies: the more, the coarser the steps in which blocks come and go."""
+
+
 class HostReady(Message, frozen=True):
     """The engine is up, its gate is open and it listens for stubs. Sent once."""
 
     max_model_len: int
+    kv: KvCache | None = None
+    """None: there is no KV cache, or it keeps its size; the engine's log says why."""
 
 
 class HostFailed(Message, frozen=True):
@@ -187,6 +203,62 @@ class OrderFailed(Message, frozen=True):
     message: str
 
 
+class KvWanted(Message, frozen=True):
+    """Of a KV cache that grows: the frames of region `kv` that each rank would use now, in all.
+
+    Between `frames` and `most_frames` of `KvCache`. Sent when that changes, up at once and down after a while; at first
+    and after a swap it is `frames`. What is more than this is used as a prefix cache only.
+    """
+
+    frames: int
+
+
+class GrowKv(Message, frozen=True):
+    """Have every rank map its grants of region `kv`, so that it has `frames` frames (a rank never has more than its
+    `Reserve.most`), and wait for `Filled`; then use their blocks. The frames are zero when they are granted.
+
+    While the gate is open, and no other order is under way. Requests go on. Answered by `KvGrown` or `KvGrowFailed`.
+    """
+
+    epoch: int
+    frames: int
+
+
+class KvGrown(Message, frozen=True):
+    """The KV cache has so many blocks now."""
+
+    epoch: int
+    blocks: int
+
+
+class KvGrowFailed(Message, frozen=True):
+    """The growth was undone: every rank has unmapped what came."""
+
+    epoch: int
+    message: str
+
+
+class ShrinkKv(Message, frozen=True):
+    """Have every rank unmap all frames of region `kv` but the first `frames`, and ack with `Unmapped`.
+
+    `frames` is at least that of `KvCache`. At once nobody gets a block of the others any more. Requests that use some
+    may go on until `deadline_s` seconds from now; then they are preempted, the youngest first, and computed again.
+    While the gate is open, and no other order is under way; one that comes while requests go on ends that time.
+    """
+
+    epoch: int
+    frames: int
+    deadline_s: float = 0.0
+
+
+class KvShrunk(Message, frozen=True):
+    """The KV cache has so many blocks now, and so many requests were preempted for it."""
+
+    epoch: int
+    blocks: int
+    preempted: int
+
+
 class RefuseWaiting(Message, frozen=True):
     """Fail every request held at the gate with this error."""
 
@@ -236,6 +308,8 @@ class Reserve(Message, frozen=True):
 
     region: Region
     frames: int
+    most: int = 0
+    """The region can have up to so many frames later on, by GrowKv. 0: as many as now."""
 
 
 class Grant(Message, frozen=True):
@@ -413,9 +487,9 @@ FromStub = Attach | Detach
 ToStub = Attached | Detached | Refused
 FromHost = (
     HostHello | HostReady | HostFailed | Report | Drained | DrainRefused | SwappedOut | SwappedIn | SwapInFailed
-    | OrderFailed
+    | OrderFailed | KvWanted | KvGrown | KvGrowFailed | KvShrunk
 )  # fmt: skip
-ToHost = HostWelcome | Drain | SwapOut | SwapIn | RefuseWaiting | QueueLimits | Shutdown | Refused
+ToHost = HostWelcome | Drain | SwapOut | SwapIn | GrowKv | ShrinkKv | RefuseWaiting | QueueLimits | Shutdown | Refused
 FromRank = RankHello | Recall | Reserve | Restore | Loaded | RankFailed | Mapped | MapFailed | Unmapped
 ToRank = RankWelcome | Recalled | Grant | Mirrored | Filled | Refused
 StubToEngine = Submit | Embed | Abort

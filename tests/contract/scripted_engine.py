@@ -7,8 +7,9 @@ the host (`dies_starting`, `garbage`: a malformed message) or a rank misbehave, 
 `dies_when_mapped`, `dies_in_swap_out`, `dies_when_unmapped`, `no_taken_back_ack`, `cannot_map` (first swap-in only).
 With a "fingerprint" a rank asks for a mirror; "reversed" lays its tensors out the other way round; "dtype" names their
 type; mapping or unmapping a frame takes "map_s" seconds. Weights hold a pattern made from model and rank; state counts
-swaps; KV must arrive as zeros. SIGUSR1 has the host take "hoard" bytes of private memory, SIGUSR2 give them back. Told
-to stop, it "lingers" so many seconds.
+swaps; KV must arrive as zeros, and grows to "most_kv_frames", a block each; [seconds after the start, frames] in
+"wants" is what it then asks for. SIGUSR1 has the host take "hoard" bytes of private memory, SIGUSR2 give them back.
+Told to stop, it "lingers" so many seconds.
 """
 
 from __future__ import annotations
@@ -90,12 +91,12 @@ class Rank:
                 os.close(fd)
             self.held[message.region] += len(fds)
 
-    def reserve(self, region: wire.Region, frames: int) -> None:
+    def reserve(self, region: wire.Region, frames: int, most: int = 0) -> None:
         self.counts[region] = frames
-        self.addresses[region] = self.device.reserve(frames * self.frame_bytes)
+        self.addresses[region] = self.device.reserve(max(frames, most) * self.frame_bytes)
         self.held[region] = 0
         if frames:
-            self.channel.send(wire.Reserve(region, frames))
+            self.channel.send(wire.Reserve(region, frames, most))
             self.take(0)
 
     def view(self, region: wire.Region) -> np.ndarray:
@@ -134,7 +135,8 @@ class Rank:
             self.channel.send(wire.Loaded(weights, state, fingerprint, "outside"))
             message, _ = self.channel.receive(30)
             assert isinstance(message, wire.Mirrored) and message.bytes == weights_bytes, message
-        self.reserve("kv", kv_frames)
+        self.least_kv, self.most_kv = kv_frames, int(str(model.get("most_kv_frames", 0)))
+        self.reserve("kv", kv_frames, self.most_kv)
         self.check()
 
     def recall(self, fingerprint: str) -> bool:
@@ -180,7 +182,10 @@ class Rank:
             self.view("kv").fill(0xAB)
         for step in steps:
             self.unmap(step)
+            assert step.get("kv", 0) <= self.least_kv, "of what it has grown by nothing stays"
             self.kept = dict(self.held)
+            if step is steps[-1]:
+                self.counts["kv"] = self.least_kv
             self.channel.send(wire.Unmapped(epoch))
         if "dies_when_unmapped" in self.faults:
             os._exit(1)
@@ -208,6 +213,28 @@ class Rank:
             return str(refused)
         self.check()
         return None
+
+    def grow_kv(self, epoch: int, frames: int) -> str | None:
+        """Returns why not, when it was taken back."""
+        had = self.counts["kv"]
+        self.counts["kv"] = max(had, min(frames, self.most_kv))
+        try:
+            self.map_and_wait(epoch)
+        except Refused as refused:
+            self.unmap({**self.held, "kv": had})
+            self.counts["kv"] = had
+            self.channel.send(wire.Unmapped(epoch))
+            return str(refused)
+        new = self.view("kv")[had * self.frame_bytes :]
+        assert not new.any(), "KV is not zeroed"
+        new.fill(0xAB)  # used
+        return None
+
+    def shrink_kv(self, epoch: int, frames: int) -> None:
+        assert self.least_kv <= frames <= self.counts["kv"]
+        self.unmap({**self.held, "kv": frames})
+        self.counts["kv"] = frames
+        self.channel.send(wire.Unmapped(epoch))
 
     def map_and_wait(self, epoch: int) -> None:
         if "cannot_map" in self.faults:
@@ -335,7 +362,10 @@ async def main() -> None:
         lambda reader, writer: serve_requests(agent, reader, writer), sock=listen(Path(welcome.engine_socket))
     )
     print("limits at first:", welcome.max_queue, welcome.queue_timeout_s, flush=True)
-    agent.send(wire.HostReady(1024))
+    least, most = model.get("kv_frames", 0), model.get("most_kv_frames", 0)
+    agent.send(wire.HostReady(1024, wire.KvCache(least, most, least, most, 1) if most else None))
+    for delay_s, frames in model.get("wants", []):
+        loop.call_later(delay_s, agent.send, wire.KvWanted(frames))
     while True:
         message = await agent.receive()
         match message:
@@ -351,6 +381,14 @@ async def main() -> None:
                 undone = await in_all(ranks, "swap_in", [(epoch,) for _ in ranks])
                 assert all(undone) or not any(undone), undone
                 agent.send(wire.SwapInFailed(epoch, undone[0]) if undone[0] else wire.SwappedIn(epoch))
+            case wire.GrowKv():
+                undone = await in_all(ranks, "grow_kv", [(message.epoch, message.frames)] * len(ranks))
+                assert all(undone) or not any(undone), undone
+                grown = wire.KvGrown(message.epoch, min(message.frames, most))
+                agent.send(wire.KvGrowFailed(message.epoch, undone[0]) if undone[0] else grown)
+            case wire.ShrinkKv():
+                await in_all(ranks, "shrink_kv", [(message.epoch, message.frames)] * len(ranks))
+                agent.send(wire.KvShrunk(message.epoch, message.frames, 0))
             case wire.QueueLimits():
                 print("told to limit:", message.max_queue, message.queue_timeout_s, flush=True)
             case wire.RefuseWaiting():

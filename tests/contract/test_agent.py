@@ -79,13 +79,20 @@ class Stub:
         return stub
 
     async def attach(
-        self, frames: int = 8, kv_frames: int = 2, keep_alive: str = "-1", request: str | None = None, **model: object
+        self,
+        frames: int = 8,
+        kv_frames: int = 2,
+        keep_alive: str = "-1",
+        request: str | None = None,
+        limit_frames: int | None = None,
+        **model: object,
     ) -> wire.ToStub:
         """Weights and state of `frames` - `kv_frames` frames in all, not quite filling the last of either."""
         weights = (frames - kv_frames - 1) * FRAME_BYTES - 100
         content = json.dumps({"weights": weights, "state": 64, "kv_frames": kv_frames, **model})
         request = str(frames * FRAME_BYTES) if request is None else request
-        parameters = {"GPU_MEMORY_REQUEST": request, "KEEP_ALIVE": keep_alive}
+        limit = str(limit_frames * FRAME_BYTES) if limit_frames else ""
+        parameters = {"GPU_MEMORY_REQUEST": request, "GPU_MEMORY_LIMIT": limit, "KEEP_ALIVE": keep_alive}
         parameters = {key: value for key, value in parameters.items() if value}
         self.channel.send(wire.Attach(self.model, "1", 0, f"/nowhere/{self.model}/1", content, parameters))
         return await asyncio.wait_for(self.channel.receive(), 30)

@@ -165,6 +165,84 @@ async def _all_back(first: Rank, second: Rank) -> None:
     assert [each.pool.free_frames for each in both] == [FRAMES, FRAMES]
 
 
+@pytest.fixture
+def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Rank, Rank]]:
+    """Two ranks of a running engine, whose KV cache may grow from one frame to three."""
+    monkeypatch.setattr("swap_agent.rank.ACK_TIMEOUT_S", 5)
+    ranks = Rank(), Rank()
+    for each in ranks:
+        each.link.most_kv_frames = 3
+        each.space.pool.give_back("m/1#0", each.space.pool.grant("m/1#0", 2)[0])  # what others left there
+    yield ranks
+    for each in ranks:
+        each.peer.close()
+        each.link.lost()
+
+
+def test_a_kv_cache_grows_by_zeroed_frames_shrinks_and_comes_back_as_it_was_at_first(
+    running: tuple[Rank, Rank],
+) -> None:
+    asyncio.run(_grow_and_shrink(*running))
+
+
+async def _grow_and_shrink(first: Rank, second: Rank) -> None:
+    links = [first.link, second.link]
+    announced: list[int] = []
+    growing = asyncio.create_task(together.grow_kv(links, 2, 5, lambda: announced.append(2)))
+    message, fds = await asyncio.to_thread(first.peer.receive, 5)
+    assert (message, announced) == (wire.Grant(2, "kv", 1, 2), [2]), "as many as it may have, and not before the host"
+    assert not any(os.pread(fd, FRAME_BYTES, 0).strip(b"\0") for fd in fds), "a new frame of KV cache is zero"
+    for fd in fds:
+        os.close(fd)
+    first.peer.send(wire.Mapped(2))
+    with pytest.raises(TimeoutError):
+        await asyncio.to_thread(first.peer.receive, 0.3)
+    second.peer.send(wire.Mapped(2))
+    await asyncio.wait_for(growing, 5)
+    assert first.peer.receive(5)[0] == wire.Filled(2) and second.receive_grants() == 2
+    assert [each.space.held["kv"] for each in (first, second)] == [3, 3]
+    shrinking = asyncio.create_task(together.shrink_kv(links, 3, 2))
+    first.peer.send(wire.Unmapped(3))
+    await asyncio.sleep(0.1)
+    assert first.space.held["kv"] == 3, "no frame goes before every rank's ack"
+    second.peer.send(wire.Unmapped(3))
+    await asyncio.wait_for(shrinking, 5)
+    assert [each.space.held["kv"] for each in (first, second)] == [2, 2]
+    assert first.space.plan_keep(FRAMES) == {"weights": 2, "state": 1, "kv": 1}, "of what it grew by nothing stays"
+    for each in (first, second):
+        each.peer.send(wire.Unmapped(4))
+        each.link.unmapped(4)
+        each.space.take_back({})
+        assert each.pool.free_frames == FRAMES
+        each.peer.send(wire.Mapped(5))
+        each.link.prepare(5)
+        assert each.space.held == {"weights": 2, "state": 1, "kv": 1}
+
+
+def test_growth_that_one_rank_cannot_have_is_taken_back_from_all(running: tuple[Rank, Rank]) -> None:
+    asyncio.run(_no_growth(*running))
+
+
+async def _no_growth(first: Rank, second: Rank) -> None:
+    links = [first.link, second.link]
+    taken = second.pool.grant("another", 1)[0]
+    with pytest.raises(TakenBack, match=r"m/1#0 was given no more KV cache: .* has 1 free frames, m/1#0 needs 2"):
+        await together.grow_kv(links, 2, 3, lambda: pytest.fail("nothing was at hand"))
+    assert [each.space.held["kv"] for each in (first, second)] == [1, 1] and first.pool.free_frames == 2
+    second.pool.give_back("another", taken)
+    growing = asyncio.create_task(together.grow_kv(links, 3, 3, lambda: None))
+    first.peer.send(wire.Mapped(3))
+    second.peer.send(wire.MapFailed(3, "no addresses"))
+    for each in (first, second):
+        while not isinstance((await asyncio.to_thread(each.peer.receive, 5))[0], wire.Refused):
+            pass
+        assert not growing.done() and first.pool.free_frames == 0, "no frame goes before every rank's ack"
+        each.peer.send(wire.Unmapped(3))
+    with pytest.raises(TakenBack, match="could not map more KV cache: no addresses"):
+        await asyncio.wait_for(growing, 5)
+    assert [each.pool.free_frames for each in (first, second)] == [2, 2]
+
+
 def test_a_rank_that_goes_away_is_told_apart_from_a_slow_one(rank: Rank) -> None:
     rank.peer.close()
     with pytest.raises(PeerGone):

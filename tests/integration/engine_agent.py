@@ -41,6 +41,9 @@ class FakeAgent:
         self.rank: Channel[Any]
         self.rank_failure: wire.RankFailed | None = None
         self.reports: list[wire.Report] = []
+        self.wanted: list[int] = []
+        """Frames of `KvWanted`."""
+        self.most_kv = 0
         self.sizes: dict[wire.Region, int] = {}
         self.weights: list[wire.Extent] = []
         self.state: list[wire.Extent] = []
@@ -75,14 +78,16 @@ class FakeAgent:
         return self.receive(wire.HostReady | wire.HostFailed, START_S)
 
     def receive(self, kind: Any, timeout_s: float = 60.0) -> Any:
-        """The next message of the host that is no Report (those are kept in `reports`) unless asked for."""
+        """The next message of the host of this kind; others than Report and KvWanted, which are kept, are wrong."""
         while True:
             message = self.host.receive(timeout_s)[0]
             if isinstance(message, wire.Report):
                 self.reports.append(message)
+            if isinstance(message, wire.KvWanted):
+                self.wanted.append(message.frames)
             if isinstance(message, kind):
                 return message
-            assert isinstance(message, wire.Report), message
+            assert isinstance(message, wire.Report | wire.KvWanted), message
 
     def settle(self) -> None:
         """Take the reports that are on their way, so that the next one tells of what comes now."""
@@ -126,6 +131,41 @@ class FakeAgent:
         self._take(held)
         failed: wire.SwapInFailed = self.receive(wire.SwapInFailed)
         return failed
+
+    def grow_kv(self, epoch: int, frames: int) -> wire.KvGrown:
+        """Grant zeroed frames up to so many, have the engine use them."""
+        self.host.send(wire.GrowKv(epoch, frames))
+        self.free.reverse()
+        self._grant(epoch, "kv", frames - len(self.frames["kv"]), zero=True)
+        assert self._ack() == wire.Mapped(epoch)
+        self.rank.send(wire.Filled(epoch))
+        grown: wire.KvGrown = self.receive(wire.KvGrown)
+        assert grown.epoch == epoch
+        return grown
+
+    def take_back_growth(self, epoch: int, frames: int) -> wire.KvGrowFailed:
+        """Grant all but one of the frames up to so many, then refuse."""
+        held = {region: len(frames) for region, frames in self.frames.items()}
+        self.host.send(wire.GrowKv(epoch, frames))
+        self._grant(epoch, "kv", frames - 1 - held["kv"], zero=True)
+        self.rank.send(wire.Refused("UNAVAILABLE", "another rank cannot"))
+        assert self._ack() == wire.Unmapped(epoch)
+        self._take(held)
+        failed: wire.KvGrowFailed = self.receive(wire.KvGrowFailed)
+        return failed
+
+    def shrink_kv(self, epoch: int, frames: int, deadline_s: float = 0.0) -> wire.KvShrunk:
+        """Have the engine give up all frames of its KV cache but so many, and poison them."""
+        self.host.send(wire.ShrinkKv(epoch, frames, deadline_s))
+        return self.shrunk(epoch, frames)
+
+    def shrunk(self, epoch: int, frames: int) -> wire.KvShrunk:
+        """Take the frames of a shrink that was ordered."""
+        assert self._ack() == wire.Unmapped(epoch)
+        self._take({region: len(held) if region != "kv" else frames for region, held in self.frames.items()})
+        shrunk: wire.KvShrunk = self.receive(wire.KvShrunk)
+        assert shrunk.epoch == epoch
+        return shrunk
 
     @property
     def worker_pid(self) -> int:
@@ -174,6 +214,8 @@ class FakeAgent:
                 self.rank.send(wire.Recalled())
             case wire.Reserve():
                 self.sizes[message.region] = message.frames
+                if message.region == "kv":
+                    self.most_kv = message.most
                 self._grant(0, message.region, message.frames, zero=True)
             case wire.Loaded():
                 self.weights, self.state = message.weights, message.state

@@ -17,6 +17,7 @@ import pytest
 from engine_agent import Stub
 from tiny_llama import make_tiny_llama, prompt
 
+from swap_agent import kv_orders
 from swap_agent.api import report
 from swap_agent.config import AgentConfig, RuntimeDir
 from swap_agent.daemon import Agent
@@ -42,12 +43,11 @@ class Model:
     def __init__(self, agent: Agent, name: str) -> None:
         self.agent, self.name, self.replica = agent, name, f"{name}/1#0"
 
-    async def attach(self, **arguments: Any) -> None:
+    async def attach(self, parameters: dict[str, str] | None = None, **arguments: Any) -> None:
         path = str(self.agent.config.runtime.agent_socket)
         self.control: AsyncChannel[wire.ToStub] = await AsyncChannel.connect(path, wire.ToStub)
-        self.control.send(
-            wire.Attach(self.name, "1", 0, "/", json.dumps({**ARGUMENTS, **arguments}), {"KEEP_ALIVE": "-1"})
-        )
+        declared = {"KEEP_ALIVE": "-1", **(parameters or {})}
+        self.control.send(wire.Attach(self.name, "1", 0, "/", json.dumps({**ARGUMENTS, **arguments}), declared))
         attached = await self.control.receive()
         log = self.agent.config.runtime.log(self.replica)
         assert isinstance(attached, wire.Attached), (attached, log.read_text()[-4000:])
@@ -90,6 +90,25 @@ def listeners(pids: list[int]) -> list[str]:
     return [each.laddr.ip for each in connections if each.status == psutil.CONN_LISTEN]
 
 
+async def check_growth(pair: Model, answers: list[str]) -> None:
+    """The KV cache of both ranks grows to the limit, and shrinks again, while requests go on."""
+    engine = pair.agent.engines[pair.replica]
+    kv = engine.kv
+    assert kv, "vLLM 0.26, whose KV cache keeps its size, refuses two ranks"
+    record = pair.agent.replica(pair.replica)
+    reserved, sizes = record.reserved_frames, [rank.space.device_bytes for rank in engine.ranks]
+    for epoch in (1_000, 1_002):
+        asking = asyncio.create_task(pair.answers())
+        await kv_orders.grow(engine, epoch, kv.most_frames)
+        grown = (kv.most_frames - kv.frames) * FRAME_BYTES
+        assert [rank.space.device_bytes - size for rank, size in zip(engine.ranks, sizes, strict=True)] == [grown] * 2
+        assert engine.kv_blocks == pair.report["kv"]["blocks"] == kv.most_blocks > kv.blocks
+        await kv_orders.shrink(engine, epoch + 1, kv.frames, 0.0)
+        assert [rank.space.device_bytes for rank in engine.ranks] == sizes and engine.kv_blocks == kv.blocks
+        assert await asking == answers
+    record.reserved_frames, pair.agent.books_violations = reserved, 0  # these orders were not the policy's
+
+
 async def test_two_ranks_and_one_share_two_devices(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     weights = make_tiny_llama(tmp_path / "weights", hidden=512, layers=4, tied=True)
@@ -98,7 +117,8 @@ async def test_two_ranks_and_one_share_two_devices(tmp_path: Path) -> None:
     pair, single = Model(agent, "pair"), Model(agent, "single")
     with no_names_left():
         async with agent.started():
-            await pair.attach(model=str(weights), tensor_parallel_size=2)
+            declared = {"GPU_MEMORY_REQUEST": "48MiB", "GPU_MEMORY_LIMIT": "60MiB"}
+            await pair.attach(declared, model=str(weights), tensor_parallel_size=2, kv_cache_memory_bytes=None)
             engine = agent.engines[pair.replica]
             ranks = [rank.pid for rank in engine.ranks]
             assert engine.process is not None and len({*ranks, engine.process.pid}) == 3
@@ -109,6 +129,7 @@ async def test_two_ranks_and_one_share_two_devices(tmp_path: Path) -> None:
             halves = await pair.answers()
             assert len(set(halves)) == 3 and all(len(text.split()) == 32 for text in halves)
             first_of_two = await pair.answers(MANY, FIRST)
+            await check_growth(pair, halves)
 
             await single.attach(model=str(weights))
             whole = await single.answers()

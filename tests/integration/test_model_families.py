@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "ssm_state_size": 64, "conv_kernel": 4, "chunk_size": 128, "expand": 2, "mlp_hidden_act": "relu2",
         "use_conv_bias": True,
     },
+    "layers with a sliding window": {
+        "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "intermediate_size": 512,
+        "sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"] * 2, "query_pre_attn_scalar": 64,
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
 }  # fmt: skip
+GROW = ("hybrid of Mamba and attention", "layers with a sliding window")
+"""Several groups of layers share the blocks of a KV cache that grows."""
 
 
 BERT: dict[str, Any] = {
@@ -71,21 +80,27 @@ def make_tiny(folder: Path, config: dict[str, Any]) -> Path:
 
 
 def check_swaps(
-    tmp_path: Path, weights: Path, answers: Callable[[Stub], list[Any]], **arguments: Any
+    tmp_path: Path,
+    weights: Path,
+    answers: Callable[[Stub], list[Any]],
+    welcome: dict[str, Any] | None = None,
+    **arguments: Any,
 ) -> tuple[FakeAgent, Stub]:
     """Start an engine on `weights`; its answers have to stay over swaps and to come from the frames.
 
-    Ends with the engine as it was at first. The caller closes the agent that it returns.
+    So have they while the KV cache grows and shrinks, if it may by the agent's `welcome`. Ends with the engine as
+    it was at first. The caller closes the agent that it returns.
     """
     version_dir = tmp_path / "repository" / "tiny" / "1"
     version_dir.mkdir(parents=True)
-    agent = FakeAgent(tmp_path)
+    agent = FakeAgent(tmp_path, **(welcome or {}))
     try:
         arguments = {"enforce_eager": True, "max_model_len": 512, "seed": 0, **arguments}
         ready = agent.start(version_dir, json.dumps({**arguments, "model": str(weights)}))
         if agent.rank_failure and "no AVX512-VNNI" in agent.rank_failure.message:
             pytest.skip(agent.rank_failure.message)
-        assert ready == wire.HostReady(512), agent.rank_failure or agent.log.read_text()[-4000:]
+        assert isinstance(ready, wire.HostReady), agent.rank_failure or agent.log.read_text()[-4000:]
+        assert (ready.max_model_len, bool(ready.kv)) == (512, welcome is not None), agent.log.read_text()[-4000:]
         # All of the model is in frames: as much as its file holds.
         held = sum(extent.bytes for extent in (*agent.weights, *agent.state))
         assert held >= (weights / "model.safetensors").stat().st_size * 0.98
@@ -108,15 +123,53 @@ def check_swaps(
             agent.mirror["weights"] = mirror
             agent.swap_in(epoch := epoch + 1)
             assert (answers(stub) == before) == (mirror is good), "a private copy of the weights would not notice"
+        if ready.kv:
+            # Mamba layers compute a sequence anew in chunks, with other roundings than token by token, also after a
+            # swap that preempts. So there nobody is preempted.
+            has_states = "mamba_num_heads" in (weights / "config.json").read_text()
+            check_growth(agent, stub, ready.kv, answers, before, deadline_s=60.0 if has_states else 0.0)
     except BaseException:
         agent.close()
         raise
     return agent, stub
 
 
+def check_growth(
+    agent: FakeAgent,
+    stub: Stub,
+    kv: wire.KvCache,
+    answers: Callable[[Stub], list[Any]],
+    before: list[Any],
+    deadline_s: float,
+) -> None:
+    """The KV cache grows, is used to its end and called back, again and again, while the engine answers."""
+    preempted, done = 0, threading.Event()
+
+    def resize() -> None:
+        nonlocal preempted
+        epoch, more = 100, kv.frames + max(kv.ranges, 8)
+        while not done.is_set():
+            assert agent.grow_kv(epoch, more).blocks > kv.blocks
+            done.wait(0.3)
+            preempted += agent.shrink_kv(epoch + 1, kv.frames, deadline_s).preempted
+            done.wait(0.1)
+            epoch += 2
+
+    with ThreadPoolExecutor(1) as pool:
+        resizing = pool.submit(resize)
+        try:
+            for _ in range(4):
+                assert answers(stub) == before
+        finally:
+            done.set()
+        resizing.result()
+    assert bool(preempted) == (not deadline_s), "shrinks that nobody feels prove nothing"
+
+
 def texts(stub: Stub) -> list[str]:
-    asked = [stub.ask(prompt(seed, 300), GREEDY) for seed in range(3)]
-    return ["".join(item.sequences[0].text for item in items) for items in asked]  # type: ignore[union-attr]
+    asked = [stub.submit(prompt(seed, 300), GREEDY) for seed in range(3)]
+    answered = [list(stub.items(number)) for number in asked]
+    return ["".join(item.sequences[0].text for item in items) for items in answered]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -125,7 +178,10 @@ def test_answers_stay_over_swaps_and_come_from_the_frames(family: str, tmp_path:
     if "Mamba" in family and vllm.__version__.startswith("0.26"):
         pytest.skip("vLLM 0.26 computes Mamba-2 layers with Triton only, which is not there on CPU")
     weights = make_tiny(tmp_path / "weights", COMMON | FAMILIES[family])
-    agent, stub = check_swaps(tmp_path, weights, texts, kv_cache_memory_bytes=32 << 20)
+    size: dict[str, Any] = {"kv_cache_memory_bytes": 32 << 20}
+    if family in GROW and not vllm.__version__.startswith("0.26"):
+        size = {"welcome": {"request_bytes": 64 << 20, "limit_bytes": 256 << 20}, "enable_prefix_caching": True}
+    agent, stub = check_swaps(tmp_path, weights, texts, **size)
     stub.channel.close()
     agent.close()
 

@@ -6,7 +6,7 @@ import pytest
 
 from swap_agent.errors import InvalidModel
 from swap_agent.wire import messages as wire
-from vllm_engine.budget import plan_kv_cache
+from vllm_engine.budget import most_kv_cache, plan_kv_cache
 
 MIB = 1 << 20
 FIXED: dict[wire.Region, int] = {"weights": 8 * MIB, "state": 2 * MIB, "scratch": 0}
@@ -34,6 +34,16 @@ def test_the_kv_cache_takes_what_it_needs_or_what_the_request_leaves(
     kv: int, grows: bool, request_mib: int | None, limit: int | None, planned: int
 ) -> None:
     assert plan(kv, grows, request_mib, limit) == planned
+
+
+@pytest.mark.parametrize(
+    ("request_mib", "limit", "most"),
+    [(None, None, 0), (33, None, 0), (33, 51, 40), (None, 51, 40), (33, 200, 90)],
+)
+def test_the_kv_cache_may_grow_to_what_the_limit_leaves(request_mib: int | None, limit: int | None, most: int) -> None:
+    sizes = [None if size is None else size * MIB for size in (request_mib, limit)]
+    welcome = wire.RankWelcome("cpu:0", 2 * MIB, sizes[0], 100 * MIB, sizes[1])
+    assert most_kv_cache(welcome, FIXED) == most * MIB
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,34 @@ def test_what_cannot_be_mapped_is_taken_back_after_the_last_grant(
     space.unmap({})
 
 
+def test_a_region_grows_is_taken_back_and_shrinks(agent: Any, connect: Any) -> None:
+    def script(agent: Agent) -> None:
+        agent.hear()
+        agent.grant(0, "kv", 0, 1)
+        agent.grant(4, "kv", 1, 2)
+        agent.hear()
+        agent.channel.send(wire.Filled(4))
+        agent.grant(5, "kv", 3, 1)
+        agent.channel.send(wire.Refused("UNAVAILABLE", "another rank cannot"))
+        agent.hear()
+        agent.hear()
+
+    peer = agent(script)
+    rank, space = connect(peer), Space(FRAME)
+    rank.reserve(space, "kv", 1, 6, (0, 3, 1, 4, 2, 5))
+    rank.grow(space, "kv", 4, 3)
+    assert (space.mapped, space.regions) == ({"kv": 3}, {"kv": 3})
+    with pytest.raises(TakenBack, match="another rank cannot"):
+        rank.grow(space, "kv", 5, 5)
+    assert (space.mapped, space.regions) == ({"kv": 3}, {"kv": 3})
+    rank.shrink(space, "kv", 6, 2)
+    assert (space.mapped, space.regions) == ({"kv": 2}, {"kv": 2})
+    peer.join()
+    assert open_frames() == 0
+    assert peer.heard[1:] == [wire.Reserve("kv", 1, 6), wire.Mapped(4), wire.Unmapped(5), wire.Unmapped(6)]
+    space.unmap({})
+
+
 def test_a_refusal_keeps_its_code_and_words(agent: Any, connect: Any) -> None:
     def script(agent: Agent) -> None:
         agent.hear()

@@ -92,6 +92,28 @@ def test_frames_for_a_region_that_is_not_reserved_are_refused(frames: list[int])
         Space(FRAME).map("state", 0, frames[:1])
 
 
+def test_a_region_with_an_order_grows_and_shrinks_by_its_first_frames(frames: list[int]) -> None:
+    space = Space(FRAME)
+    space.reserve("kv", 1, 6, (0, 3, 1, 4))  # the places 2 and 5 never have a frame
+    space.map("kv", 0, frames[:1])
+    assert space.is_mapped("kv")
+    space.resize("kv", 4)
+    assert not space.is_mapped("kv") and space.regions == {"kv": 4}
+    space.map("kv", 1, frames[1:4])
+    assert [at(space, "kv", place * FRAME, 1).raw for place in (0, 3, 1, 4)] == [b"\1", b"\2", b"\3", b"\4"]
+    with pytest.raises(ProtocolError, match="cannot have 3 frames: 4 are mapped"):
+        space.resize("kv", 3)
+    with pytest.raises(ProtocolError, match="cannot have 5 frames"):
+        space.resize("kv", 5)
+    space.unmap_from("kv", 2)
+    space.resize("kv", 2)
+    assert space.mapped == {"kv": 2} and mapped_frames() == 2
+    assert [at(space, "kv", place * FRAME, 1).raw for place in (0, 3)] == [b"\1", b"\2"], "the first ones stay"
+    space.place("kv", 5 * FRAME, FRAME)
+    space.unmap({})
+    assert mapped_frames() == 0
+
+
 def test_a_frame_granted_twice_is_refused(frames: list[int]) -> None:
     space = Space(FRAME)
     space.reserve("weights", 2)

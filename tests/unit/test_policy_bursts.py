@@ -133,14 +133,15 @@ def test_a_lower_limit_is_followed_at_once() -> None:
     assert held(machine) == {"a": 50}
 
 
-def test_growth_that_failed_is_not_counted() -> None:
+def test_growth_that_failed_is_not_counted_and_tried_again_after_a_while() -> None:
     machine = bursting(a=(30, 90))
     want(machine, "a", 60)
     assert held(machine) == {"a": 90}, "from the order on"
     machine.open.clear()
-    machine.post(ev.BurstWanted, "a", 0)
-    machine.post(ev.Resized, "a", machine.replica("a").epoch, 0)
+    assert machine.post(ev.Resized, "a", machine.replica("a").epoch, 0) == []
     assert held(machine) == {"a": 30}
+    assert want(machine, "a", 60) == [] and machine.policy.next_tick_s == machine.now_s + 1.0
+    assert kinds(machine.tick(1.0)) == [("Resize", "a")]
 
 
 @pytest.mark.parametrize("wish", ["unload", "keep_alive"])

@@ -1,0 +1,284 @@
+"""vLLM's scheduler with a KV cache that grows and shrinks: the only place that touches its block pool.
+
+vLLM is given tensors of the most blocks that there may ever be. Blocks from the live end on have no memory: they are
+parked, that is neither free nor cached nor counted. All calls come between two steps of EngineCore, as utility calls;
+steps that are on their way to a GPU by then are over before memory goes (see `CudaAddresses.vacate`).
+
+Tried on vLLM 0.32.0, CPU; untested on a GPU. Hooks: `BlockPool` and its free queue, `Scheduler.running`, `waiting`,
+`_preempt_request` and `prev_step_scheduled_req_ids`, `get_scheduler_cls` of its configuration, and of executors
+`initialize_from_config` and `collective_rpc`. 0.26.0 does not have all of what is needed: see `why_fixed`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
+
+from swap_agent.errors import TritonSwapError, Unsupported
+from vllm_engine.arguments import SWAPPABLE_WORKER
+
+log = logging.getLogger(__name__)
+
+
+def why_fixed(vllm_config: Any) -> str:
+    """Why an engine of this configuration keeps its KV cache at one size; empty: it may grow and shrink."""
+    hooks: list[tuple[Any, str]] = [
+        (BlockPool, "_maybe_evict_cached_block"), (BlockPool, "free_blocks"), (BlockPool, "reset_prefix_cache"),
+        (FreeKVCacheBlockQueue, "remove"), (FreeKVCacheBlockQueue, "prepend_n"), (Scheduler, "_preempt_request"),
+        (type(vllm_config.scheduler_config), "get_scheduler_cls"),
+    ]  # fmt: skip
+    for owner, name in hooks:
+        if not hasattr(owner, name):
+            return f"this vLLM has no {owner.__name__}.{name}"
+    if "drop_stale_output" not in inspect.signature(Scheduler._preempt_request).parameters:
+        return "this vLLM cannot preempt a request whose step is under way"
+    if vllm_config.kv_transfer_config is not None:
+        return "a KV connector may use any block"
+    if vllm_config.speculative_config is not None:
+        return "speculative decoding was not tried"
+    if vllm_config.cache_config.num_gpu_blocks_override is not None:
+        return "num_gpu_blocks_override sets it"
+    return ""
+
+
+class ElasticBlockPool(BlockPool):  # type: ignore[misc]  # vLLM has no types here
+    """vLLM's block pool with a live end: `num_gpu_blocks`, by which vLLM computes its capacity, usage and resets.
+
+    Beyond it a block is parked: it is in no queue, has no hash and no reference; or it is in use still, and is parked
+    when its last reference goes.
+    """
+
+    lingering: set[int]
+    """Blocks beyond the end that are in use."""
+    num_gpu_blocks: int
+
+    @classmethod
+    def take_over(cls, pool: Any) -> ElasticBlockPool:
+        """Make `pool` elastic, in place: others hold it. Raises Unsupported when it is not plainly vLLM's."""
+        if type(pool) is not BlockPool or getattr(pool, "_reuse_watchers", None):
+            raise Unsupported(f"this vLLM has another block pool ({type(pool).__name__}): use a supported version")
+        pool.__class__ = cls
+        pool.lingering = set()
+        taken: ElasticBlockPool = pool
+        return taken
+
+    def grow(self, end: int) -> None:
+        """Blocks up to `end` may be used from now on; their memory is there, and zero."""
+        new = self.blocks[self.num_gpu_blocks : end]
+        # In front: what is cached is kept for as long as something else is free.
+        self.free_block_queue.prepend_n([block for block in new if block.block_id not in self.lingering])
+        self.lingering.difference_update(block.block_id for block in new)
+        self.num_gpu_blocks = max(end, self.num_gpu_blocks)
+
+    def shrink(self, end: int) -> int:
+        """Nobody gets a block from `end` on any more, and their hashes are forgotten. Returns how many are in use."""
+        if end < 2:
+            raise TritonSwapError(f"a KV cache cannot do with {end} blocks")
+        for block in self.blocks[end : self.num_gpu_blocks]:
+            self._maybe_evict_cached_block(block)
+            if block.ref_cnt:
+                self.lingering.add(block.block_id)
+            else:
+                self.free_block_queue.remove(block)
+        self.num_gpu_blocks = min(end, self.num_gpu_blocks)
+        return len(self.lingering)
+
+    def free_blocks(self, ordered_blocks: Iterable[Any]) -> None:
+        """As vLLM's; what is beyond the end is parked instead."""
+        freed = list(ordered_blocks)
+        super().free_blocks(freed)
+        for block in freed if self.lingering else ():
+            if block.ref_cnt == 0 and block.block_id in self.lingering:
+                self.lingering.remove(block.block_id)
+                self.free_block_queue.remove(block)
+                self._maybe_evict_cached_block(block)
+
+    def reset_prefix_cache(self) -> bool:
+        """As vLLM's; False as well while a block beyond the end is in use."""
+        if self.lingering:
+            log.warning("the prefix cache is not reset: %d blocks beyond its end are in use", len(self.lingering))
+            return False
+        return bool(super().reset_prefix_cache())
+
+
+class Load(NamedTuple):
+    """What a scheduler's requests make of its blocks at one moment."""
+
+    blocks: int
+    """Live ones, with the one that vLLM keeps for itself."""
+    used: int
+    """By requests. What is cached only is free."""
+    waiting: int
+    """By requests that wait, and may run beside those that do, with all that they may generate."""
+
+
+class ElasticBlocks:
+    """A scheduler's blocks. Between steps only."""
+
+    def __init__(self, scheduler: Any, blocks: int) -> None:
+        """Keep the first `blocks`. Raises Unsupported when the scheduler is not plainly vLLM's."""
+        manager = scheduler.kv_cache_manager
+        pools = {id(each.block_pool) for each in manager.coordinator.single_type_managers}
+        if pools != {id(manager.block_pool)} or scheduler.connector is not None:
+            raise Unsupported("this vLLM keeps blocks in several pools: use a supported version")
+        self._scheduler = scheduler
+        self._manager = manager
+        self._watermark = float(getattr(scheduler.scheduler_config, "watermark", 0.0))
+        self._pool = ElasticBlockPool.take_over(manager.block_pool)
+        self.most = int(self._pool.num_gpu_blocks)
+        self.shrink(blocks)
+
+    @property
+    def end(self) -> int:
+        """The number of live blocks."""
+        return int(self._pool.num_gpu_blocks)
+
+    def grow(self, end: int) -> None:
+        """Use blocks up to `end`, whose memory is there and zero."""
+        self._pool.grow(end)
+        self._settle()
+
+    def park(self, end: int) -> int:
+        """Hand out no block from `end` on any more. Returns how many of them are in use by requests that run."""
+        left = self._pool.shrink(end)
+        self._settle()
+        return left
+
+    def shrink(self, end: int) -> int:
+        """Let go of the blocks from `end` on. Returns how many requests were preempted, to be computed again.
+
+        Those that hold one of them go, the youngest first; what they generated stays.
+        """
+        self.park(end)
+        preempted = 0
+        for request in self._youngest_first():
+            if not self._pool.lingering:
+                break
+            if self._holds_lingering(request.request_id):
+                self._scheduler.running.remove(request)
+                # As vLLM does when it resets its prefix cache with requests running.
+                self._scheduler._preempt_request(request, time.monotonic(), drop_stale_output=True)
+                self._scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
+                preempted += 1
+        if self._pool.lingering:
+            raise TritonSwapError(
+                f"{len(self._pool.lingering)} KV blocks beyond {end} are in use by no running request"
+            )
+        return preempted
+
+    def load(self) -> Load:
+        """How it stands now."""
+        scheduler, pool = self._scheduler, self._pool
+        room = max(0, scheduler.max_num_running_reqs - len(scheduler.running))
+        ready = (each for each in scheduler.waiting if each.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED))
+        most = scheduler.max_model_len
+        tokens = [min(each.num_prompt_tokens + (each.max_tokens or 0), most) for each in islice(ready, room)]
+        # Groups of layers that need less for a long sequence (windows, states) are counted as if they did not.
+        sizes = [each.block_size for each in self._manager.coordinator.single_type_managers]
+        waiting = sum(-(-each // size) for each in tokens for size in sizes)
+        return Load(pool.num_gpu_blocks, pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(), waiting)
+
+    def _settle(self) -> None:
+        self._manager.watermark_blocks = int(self._watermark * self.end)
+
+    def _youngest_first(self) -> list[Any]:
+        running = list(reversed(self._scheduler.running))
+        if self._scheduler.policy == SchedulingPolicy.PRIORITY:
+            running.sort(key=lambda request: (request.priority, request.arrival_time), reverse=True)
+        return running
+
+    def _holds_lingering(self, request_id: str) -> bool:
+        return any(
+            block.block_id in self._pool.lingering
+            for manager in self._manager.coordinator.single_type_managers
+            for block in manager.req_to_blocks.get(request_id, ())
+        )
+
+
+class GrowingKV:
+    """Of an executor in EngineCore: orders to the ranks that concern the scheduler as well.
+
+    They are names for `collective_rpc`, which EngineCore offers to its client: `kv_load`, `grow_kv`, `park_kv`,
+    `shrink_kv` and `swap_out`. Where the KV cache does not grow, ranks get them as they are.
+    """
+
+    vllm_config: Any
+    _blocks: ElasticBlocks
+    """Once the scheduler is made, where the KV cache grows."""
+    _least_blocks = 0
+    _orders: Mapping[str, Callable[..., Any]] = MappingProxyType({})
+
+    def initialize_from_config(self, kv_cache_configs: Any) -> None:
+        """As vLLM's; then have the scheduler, which is made next, keep to the blocks that have memory."""
+        super().initialize_from_config(kv_cache_configs)  # type: ignore[misc]
+        if self.vllm_config.parallel_config.worker_cls != SWAPPABLE_WORKER:
+            return  # the reference
+        blocks = [each for each in self._ranks("kv_blocks") if each]
+        if blocks:
+            self._least_blocks = min(blocks)
+            config = self.vllm_config.scheduler_config
+            config.scheduler_cls = self._scheduler_of(config.get_scheduler_cls())
+
+    def collective_rpc(self, method: Any, timeout: float | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's, but for the orders above, which answer one value in a list."""
+        order = self._orders.get(method) if isinstance(method, str) else None
+        if order is None:
+            return self._ranks(method, timeout, *args, **kwargs)
+        return [order(*(args[0] if args else kwargs.get("args", ())))]
+
+    def _scheduler_of(self, vllms: Any) -> Callable[..., Any]:
+        def make(**kwargs: Any) -> Any:
+            scheduler = vllms(**kwargs)
+            self._blocks = ElasticBlocks(scheduler, self._least_blocks)
+            self._orders = {
+                "kv_load": self._blocks.load, "grow_kv": self._grow, "park_kv": self._park, "shrink_kv": self._shrink,
+                "swap_out": self._swap_out,
+            }  # fmt: skip
+            return scheduler
+
+        return make
+
+    def _ranks(self, method: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().collective_rpc(method, *args, **kwargs)  # type: ignore[misc]
+
+    def _grow(self, epoch: int, frames: int) -> int | str:
+        """Once every rank has mapped them, use their blocks. Returns the number of blocks, or why it was taken back."""
+        answers = self._ranks("grow_kv", args=(epoch, frames))
+        refusals = [answer for answer in answers if isinstance(answer, str)]
+        if refusals:
+            return str(refusals[0])
+        self._blocks.grow(min(answers))
+        return self._blocks.end
+
+    def _park(self, frames: int) -> int:
+        """Ready a shrink to `frames`: returns how many blocks are in the way."""
+        return self._blocks.park(self._at_least(frames))
+
+    def _shrink(self, epoch: int, frames: int) -> tuple[int, int]:
+        """Have every rank unmap all but `frames`. Returns the number of blocks and of preempted requests."""
+        preempted = self._blocks.shrink(self._at_least(frames))
+        self._ranks("shrink_kv", args=(epoch, frames))
+        return self._blocks.end, preempted
+
+    def _swap_out(self, *args: Any) -> Any:
+        self._blocks.shrink(self._least_blocks)
+        return self._ranks("swap_out", args=args)[0]
+
+    def _at_least(self, frames: int) -> int:
+        blocks = min(self._ranks("kv_blocks", args=(frames,)))
+        if blocks < self._least_blocks:
+            raise TritonSwapError(
+                f"{frames} frames of KV cache are {blocks} blocks, fewer than the engine started with"
+            )
+        return int(blocks)

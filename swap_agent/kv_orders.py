@@ -1,0 +1,75 @@
+"""Orders to a resident engine whose KV cache grows: more frames, or fewer. One order at a time to an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from swap_agent import ranks as together
+from swap_agent.engine import Engine
+from swap_agent.errors import TakenBack
+from swap_agent.rank import ACK_TIMEOUT_S
+from swap_agent.wire import messages as wire
+
+log = logging.getLogger(__name__)
+
+
+async def resize(engine: Engine, epoch: int, extra: int, within_s: float) -> int:
+    """Have `extra` frames of KV cache on each rank beyond those that the engine starts with. Returns how many it has.
+
+    Raises as `shrink` does.
+    """
+    assert engine.kv
+    least = engine.kv.frames
+    held = max(len(rank.space.frames["kv"]) for rank in engine.ranks)
+    if least + extra > held:
+        try:
+            await grow(engine, epoch, least + extra)
+        except TakenBack as error:
+            log.warning("%s", error)
+            return held - least
+    elif least + extra < held:
+        await shrink(engine, epoch, least + extra, within_s)
+    return extra
+
+
+async def grow(engine: Engine, epoch: int, frames: int) -> None:
+    """Have `frames` frames of KV cache on each rank, those of a running engine and new ones.
+
+    Raises TakenBack: nothing has changed. Raises Unavailable, PeerGone, TimeoutError: the engine is in an unknown state
+    and has to be ended.
+    """
+    assert engine.host
+    acked = engine.expect(epoch, wire.KvGrown)
+    undone = engine.expect(epoch, wire.KvGrowFailed)
+    announced = False
+
+    def announce() -> None:
+        nonlocal announced
+        announced = True
+        assert engine.host
+        engine.host.send(wire.GrowKv(epoch, frames))
+
+    try:
+        await together.grow_kv(engine.ranks, epoch, frames, announce)
+        await asyncio.wait_for(acked, ACK_TIMEOUT_S)
+    except TakenBack:
+        if announced:
+            await asyncio.wait_for(undone, ACK_TIMEOUT_S)
+        raise
+    finally:
+        engine.forget(epoch, wire.KvGrown)
+        engine.forget(epoch, wire.KvGrowFailed)
+
+
+async def shrink(engine: Engine, epoch: int, frames: int, deadline_s: float) -> None:
+    """Take back all frames of KV cache but `frames` on each rank, at least `engine.kv.frames`.
+
+    Requests may go on for `deadline_s`; then those that are in the way are computed again. Raises Unavailable,
+    PeerGone, TimeoutError: the engine is in an unknown state and has to be ended.
+    """
+    assert engine.host
+    acked = engine.expect(epoch, wire.KvShrunk)
+    engine.host.send(wire.ShrinkKv(epoch, frames, deadline_s))
+    await asyncio.wait_for(acked, deadline_s + ACK_TIMEOUT_S)
+    await together.shrink_kv(engine.ranks, epoch, frames)

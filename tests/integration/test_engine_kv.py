@@ -1,0 +1,228 @@
+"""A KV cache that grows and shrinks while a real engine answers: one engine for the whole module."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from engine_agent import FRAME_BYTES, FakeAgent, Stub, frame_addresses
+from tiny_llama import make_tiny_llama, prompt
+
+from swap_agent.wire import messages as wire
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("default")]
+
+LAYERS, BLOCK_TOKENS = 4, 32
+BLOCK_BYTES = LAYERS * BLOCK_TOKENS * 2 * 4 * 64 * 2  # keys and values of 4 heads of 64, bf16
+ARGUMENTS = {
+    "enforce_eager": True, "max_model_len": 512, "block_size": BLOCK_TOKENS, "seed": 0, "max_num_seqs": 16,
+    "max_num_batched_tokens": 128, "enable_prefix_caching": True, "enable_chunked_prefill": True,
+}  # fmt: skip
+GREEDY = '{"temperature": "0", "max_tokens": "64", "ignore_eos": true}'
+PROMPTS = [prompt(seed, 200) for seed in range(6)] + [f"{prompt(0, 160)} {prompt(seed, 40)}" for seed in (7, 8)]
+"""Longer than a step; the last ones begin as the first one does."""
+LIMIT_BYTES = 128 << 20
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[FakeAgent, wire.KvCache]]:
+    pytest.importorskip("vllm")
+    weights = make_tiny_llama(tmp_path_factory.mktemp("weights"), hidden=512, layers=LAYERS, tied=True)
+    runtime_dir = tmp_path_factory.mktemp("run")
+    version_dir = runtime_dir / "repository" / "tiny" / "1"
+    version_dir.mkdir(parents=True)
+    agent = FakeAgent(runtime_dir, max_queue=64, limit_bytes=LIMIT_BYTES)
+    try:
+        ready = agent.start(version_dir, json.dumps({**ARGUMENTS, "model": str(weights)}))
+        if "the KV cache keeps its size: this vLLM" in agent.log.read_text():
+            pytest.skip("as 0.26 does")
+        assert isinstance(ready, wire.HostReady) and ready.kv, agent.rank_failure or agent.log.read_text()[-4000:]
+        yield agent, ready.kv
+    finally:
+        agent.close()
+
+
+@pytest.fixture(scope="module")
+def agent(started: tuple[FakeAgent, wire.KvCache]) -> FakeAgent:
+    return started[0]
+
+
+@pytest.fixture(scope="module")
+def kv(started: tuple[FakeAgent, wire.KvCache]) -> wire.KvCache:
+    return started[1]
+
+
+@pytest.fixture(scope="module")
+def stub(agent: FakeAgent) -> Iterator[Stub]:
+    stub = Stub(agent)
+    yield stub
+    stub.channel.close()
+
+
+@pytest.fixture(scope="module")
+def alone(stub: Stub) -> list[str]:
+    """What the engine answers one after the other, before its KV cache has changed."""
+    return [text(stub.ask(each, GREEDY)) for each in PROMPTS]
+
+
+@pytest.fixture
+def epoch(agent: FakeAgent) -> Callable[[], int]:
+    """The next epoch."""
+
+    def following() -> int:
+        agent.epoch += 1
+        return agent.epoch
+
+    return following
+
+
+def text(items: list[Any]) -> str:
+    assert isinstance(items[-1], wire.Output), items
+    return "".join(item.sequences[0].text for item in items)
+
+
+def kv_mapped(agent: FakeAgent) -> int:
+    """Frames of region `kv` that the engine has mapped."""
+    return len(frame_addresses(agent.worker_pid)) - len(agent.frames["weights"]) - len(agent.frames["state"])
+
+
+def answers(stub: Stub, numbers: list[int]) -> list[str]:
+    return [text(list(stub.items(number, 120))) for number in numbers]
+
+
+def test_the_engine_starts_with_one_sequence_and_addresses_up_to_its_limit(
+    agent: FakeAgent, kv: wire.KvCache, alone: list[str]
+) -> None:
+    assert kv.ranges == LAYERS, "vLLM on CPU has layers outermost"
+    fixed = agent.sizes["weights"] + agent.sizes["state"]
+    most = LIMIT_BYTES // FRAME_BYTES - fixed
+    assert kv.most_frames == agent.most_kv == most // LAYERS * LAYERS, "layers begin with a frame"
+    assert kv.most_blocks == kv.most_frames * FRAME_BYTES // BLOCK_BYTES
+    assert (kv.frames, kv.blocks) == (LAYERS, LAYERS * FRAME_BYTES // BLOCK_BYTES)
+    assert kv.blocks > 1 + ARGUMENTS["max_model_len"] // BLOCK_TOKENS  # type: ignore[operator]
+    assert kv_mapped(agent) == agent.sizes["kv"] == kv.frames
+    assert len(set(alone)) == len(alone)
+
+
+def test_the_engine_asks_for_what_its_requests_would_use(
+    agent: FakeAgent, kv: wire.KvCache, stub: Stub, alone: list[str], epoch: Callable[[], int]
+) -> None:
+    assert agent.wanted == [], "one request after the other needs no more than there is"
+    numbers = [stub.submit(each, GREEDY) for each in PROMPTS]
+    wanted = agent.receive(wire.KvWanted, 20).frames
+    assert wanted * FRAME_BYTES >= len(PROMPTS) * 264 // BLOCK_TOKENS * BLOCK_BYTES > kv.frames * FRAME_BYTES
+    agent.grow_kv(epoch(), wanted)
+    assert answers(stub, numbers) == alone
+    begin = time.monotonic()
+    while agent.receive(wire.KvWanted, 20).frames != kv.frames:
+        pass
+    assert 4 < time.monotonic() - begin < 12, "not at once: the next requests may be near"
+    assert agent.shrink_kv(epoch(), kv.frames).preempted == 0
+
+
+def test_frames_come_and_go_under_requests_whose_answers_stay(
+    agent: FakeAgent, kv: wire.KvCache, stub: Stub, alone: list[str], epoch: Callable[[], int]
+) -> None:
+    random.seed(0)
+    preempted, took = 0, []
+    for cycle in range(12):
+        numbers = [stub.submit(each, GREEDY) for each in PROMPTS]
+        # Grown far while they begin; then called back to what one sequence needs, in the midst of it.
+        for frames in (kv.frames + random.randint(5, 40), kv.frames + random.randint(0, 4) * (cycle % 2)):
+            time.sleep(random.uniform(0.05, 0.3))
+            begin = time.monotonic()
+            if frames > len(agent.frames["kv"]):
+                grown = agent.grow_kv(epoch(), frames)
+                assert grown.blocks == frames // LAYERS * LAYERS * FRAME_BYTES // BLOCK_BYTES
+            elif frames < len(agent.frames["kv"]):
+                shrunk = agent.shrink_kv(epoch(), frames)  # which poisons what it got
+                preempted += shrunk.preempted
+                assert shrunk.blocks == frames // LAYERS * LAYERS * FRAME_BYTES // BLOCK_BYTES
+            took.append(time.monotonic() - begin)
+            assert kv_mapped(agent) == len(agent.frames["kv"]) == frames
+        assert answers(stub, numbers) == alone
+    assert preempted > 10, "shrinks that nobody feels prove nothing"
+    print(f"{preempted} preempted; orders took {min(took):.4f} to {max(took):.4f} s")
+    agent.shrink_kv(epoch(), kv.frames)
+
+
+def test_who_is_in_the_way_has_until_the_deadline(
+    agent: FakeAgent, kv: wire.KvCache, stub: Stub, alone: list[str], epoch: Callable[[], int]
+) -> None:
+    agent.grow_kv(epoch(), kv.frames + 40)
+    numbers = [stub.submit(each, GREEDY) for each in PROMPTS]
+    time.sleep(0.2)
+    shrunk = agent.shrink_kv(epoch(), kv.frames, deadline_s=60)
+    assert shrunk == wire.KvShrunk(agent.epoch, kv.blocks, 0), "they were let finish"
+    assert answers(stub, numbers) == alone
+
+    agent.grow_kv(epoch(), kv.frames + 40)
+    long = '{"temperature": "0", "max_tokens": "300", "ignore_eos": true}'
+    numbers = [stub.submit(each, long) for each in PROMPTS]
+    time.sleep(0.3)
+    begin = time.monotonic()
+    shrunk = agent.shrink_kv(epoch(), kv.frames, deadline_s=0.5)
+    assert shrunk.preempted and 0.2 < time.monotonic() - begin < 0.6
+    cut = answers(stub, numbers)
+    assert all(each.startswith(short) for each, short in zip(cut, alone, strict=True)), "nothing is lost"
+
+
+def test_growth_that_is_taken_back_leaves_all_as_it_was(
+    agent: FakeAgent, kv: wire.KvCache, stub: Stub, alone: list[str], epoch: Callable[[], int]
+) -> None:
+    numbers = [stub.submit(each, GREEDY) for each in PROMPTS]
+    time.sleep(0.1)
+    assert agent.take_back_growth(epoch(), kv.frames + 8) == wire.KvGrowFailed(agent.epoch, "another rank cannot")
+    assert kv_mapped(agent) == kv.frames
+    assert answers(stub, numbers) == alone
+
+
+def test_a_swap_brings_back_the_kv_cache_of_the_start(
+    agent: FakeAgent, kv: wire.KvCache, stub: Stub, alone: list[str], epoch: Callable[[], int]
+) -> None:
+    agent.grow_kv(epoch(), kv.frames + 12)
+    assert answers(stub, [stub.submit(each, GREEDY) for each in PROMPTS]) == alone
+    for keep in ({}, {"weights": 2, "state": 1, "kv": kv.frames - 1}):
+        agent.swap_out(epoch(), keep)  # type: ignore[arg-type]
+        assert len(frame_addresses(agent.worker_pid)) == sum(keep.values())
+        agent.swap_in(epoch())
+        assert kv_mapped(agent) == kv.frames
+        assert answers(stub, [stub.submit(each, GREEDY) for each in PROMPTS]) == alone
+        agent.grow_kv(epoch(), kv.frames + 8)
+        assert kv_mapped(agent) == kv.frames + 8
+    numbers = [stub.submit(each, GREEDY) for each in PROMPTS]
+    time.sleep(0.3)
+    agent.swap_out(epoch(), preempt=True)
+    agent.swap_in(epoch())
+    assert answers(stub, numbers) == alone
+
+
+def test_a_drain_ends_the_time_of_a_shrink(
+    agent: FakeAgent, kv: wire.KvCache, stub: Stub, alone: list[str], epoch: Callable[[], int]
+) -> None:
+    agent.grow_kv(epoch(), kv.frames + 40)
+    numbers = [stub.submit(each, GREEDY) for each in PROMPTS]
+    time.sleep(0.3)
+    shrinking = epoch()
+    agent.host.send(wire.ShrinkKv(shrinking, kv.frames, 60.0))
+    draining = epoch()
+    agent.host.send(wire.Drain(draining, wait=True))
+    assert agent.shrunk(shrinking, kv.frames).blocks == kv.blocks
+    assert agent.receive(wire.Drained) == wire.Drained(draining)
+    assert answers(stub, numbers) == alone
+    agent.swap_out(epoch())
+    agent.swap_in(epoch())
+
+
+def test_an_order_that_does_not_fit_is_refused(agent: FakeAgent, kv: wire.KvCache, epoch: Callable[[], int]) -> None:
+    """Last: the agent would end the engine."""
+    agent.host.send(wire.ShrinkKv(epoch(), kv.frames - 1))
+    failed = agent.receive(wire.OrderFailed)
+    assert f"{kv.frames - 1} frames of KV cache are" in failed.message
+    agent.swap_out(epoch())
+    agent.host.send(wire.GrowKv(epoch(), kv.frames + 1))
+    assert "GrowKv for tiny/1#0: it is not resident" in agent.receive(wire.OrderFailed).message
