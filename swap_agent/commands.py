@@ -29,6 +29,7 @@ def ps(runtime: RuntimeDir, *, as_json: bool) -> int:
         "DEVICE": "left",
         "REQUEST/LIMIT": "right",
         "HOLDS": "right",
+        "KV BLOCKS (PLACES)": "right",
         "MIRROR": "right",
         "RESIDUE": "right",
         "RUNS": "right",
@@ -43,6 +44,7 @@ def ps(runtime: RuntimeDir, *, as_json: bool) -> int:
             ",".join(model["devices"]) or "-",
             _shares(model),
             format_bytes(model["device_bytes"]),
+            _kv(model),
             format_bytes(model["mirror_bytes"]),
             _residue(model),
             str(model["in_flight"]),
@@ -52,7 +54,8 @@ def ps(runtime: RuntimeDir, *, as_json: bool) -> int:
         )
         for model in models
     ]
-    tables.print_table(console, columns, rows, spare=("PID", "RESIDUE", "MIRROR", "IDLE", "REQUEST/LIMIT", "DEVICE"))
+    spare = ("PID", "RESIDUE", "MIRROR", "KV BLOCKS (PLACES)", "IDLE", "REQUEST/LIMIT", "DEVICE")
+    tables.print_table(console, columns, rows, spare=spare)
     for model in models:
         for key, style in (("failure", "red"), ("config_error", "red"), ("config_note", "yellow")):
             if model[key]:
@@ -135,6 +138,12 @@ def _free(device: dict[str, Any]) -> str:
     words = f", {format_bytes(max(0, outside))} in use outside of frames" if outside is not None else ""
     words += ", beyond what its engines may add" if device["outside_exceeded"] else ""
     return f"{format_bytes(total)}, {format_bytes(free)} free{words}"
+
+
+def _kv(model: dict[str, Any]) -> str:
+    """Blocks of a KV cache that grows, now and at most, and in how many places of its memory each lies."""
+    kv = model["kv"]
+    return f"{kv['blocks']}/{kv['most_blocks']} ({kv['ranges']})" if kv else ""
 
 
 def _residue(model: dict[str, Any]) -> str:
