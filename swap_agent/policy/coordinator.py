@@ -540,13 +540,13 @@ class Coordinator:
         target = replica.devices
         if not target:
             fitting = [device for device in able if device not in blocked and inventory.free_frames(device) >= missing]
-            if len(old_target) != replica.ranks or not set(able).issuperset(old_target):
-                target = self._best_devices(replica, able, blocked, now_s)
-            elif len(fitting) >= replica.ranks:  # elsewhere there is room already
+            if len(fitting) >= replica.ranks:
                 best = placement.preferred(replica, fitting, inventory, inventory.free_frames)
                 target = tuple(best[: replica.ranks])
-            else:
+            elif len(old_target) == replica.ranks and set(able).issuperset(old_target):
                 target = old_target  # room is being made there
+            else:
+                target = self._best_devices(replica, able, blocked, now_s)
         needs = {device: missing + claims[device] for device in target}
         coming = blocked.isdisjoint(target) and self._make_room(needs, replica, now_s)  # 7, unless there is room
         if coming and all(self._soon_free(device, replica) >= frames for device, frames in needs.items()):  # 6
