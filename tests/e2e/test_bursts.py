@@ -18,13 +18,13 @@ from loadtest.models import MODELS_DIR
 from loadtest.prompts import Prompts
 from loadtest.server import REPOSITORY, Server
 
-DEVICE_BYTES = 1536 << 20
+DEVICE_BYTES = 1152 << 20
 REQUEST, LIMIT = 0.3, 0.7
 NAMES = ("left", "right")
-PHASES, PHASE_S = 6, 25.0
-CLIENTS, PROMPT_TOKENS, OUTPUT_TOKENS = 28, 1200, 32
-SLACK = 0.94
-"""Of what was declared: whole frames, for whole blocks, in 30 places."""
+PHASES, PHASE_S = 4, 20.0
+CLIENTS, PROMPT_TOKENS, OUTPUT_TOKENS = 26, 1000, 32
+SLACK = 0.9
+"""Of what was declared: the KV cache grows by a frame in each of 30 places, 60 MiB."""
 
 
 def repository(folder: Path) -> Path:
@@ -40,7 +40,8 @@ def repository(folder: Path) -> Path:
         assert count == 1
         config.write_text(text, "utf-8")
         arguments = folder / name / "1" / "model.json"
-        arguments.write_text(json.dumps(json.loads(arguments.read_text("utf-8")) | {"max_num_seqs": 64}), "utf-8")
+        more = {"max_num_seqs": 64, "max_model_len": 2048}
+        arguments.write_text(json.dumps(json.loads(arguments.read_text("utf-8")) | more), "utf-8")
     return folder
 
 
@@ -88,7 +89,7 @@ async def test_bursts_alternate_and_neither_model_ever_has_less_than_its_request
                         most_touched[name] = max(most_touched[name], touched)
                     (device,) = server.devices()
                     held = (device["frames_total"] - device["frames_free"]) * device["frame_bytes"]
-                    assert held <= DEVICE_BYTES and device["books_violations"] == 0
+                    assert held <= DEVICE_BYTES and server.books_violations == 0
                     await asyncio.sleep(1)
 
             watching = asyncio.create_task(watch())

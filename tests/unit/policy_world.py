@@ -13,7 +13,7 @@ from policy_waits import Waits
 
 from swap_agent.policy import events as ev
 from swap_agent.policy.coordinator import Coordinator
-from swap_agent.policy.eviction import LEAST_IDLE_S, coming_frames
+from swap_agent.policy.eviction import LEAST_IDLE_S, coming_frames, returning_frames
 from swap_agent.policy.inventory import Device, Replica
 from swap_agent.policy.lifecycle import MOVES, State
 
@@ -511,7 +511,10 @@ class World:
                     continue
                 if name not in self._waiting():
                     continue
-                if not set(replica.devices).isdisjoint(self.replica(action.name).devices):
+                shared = set(replica.devices).intersection(self.replica(action.name).devices)
+                if any(
+                    self._soon_free(device) < replica.missing_frames for device in shared
+                ):  # else it takes none of its
                     record.overtaken[action.name] += 1
                 if isinstance(action, ev.StartEngine) and replica.state is not State.SWAPPED:
                     record.starts[action.name] += 1
@@ -521,6 +524,10 @@ class World:
         for name, record in self.records.items():
             for passed in (record.overtaken, record.starts):
                 assert max(passed.values(), default=0) <= 1, f"{name} was passed twice: {passed}"
+
+    def _soon_free(self, device: str) -> int:
+        inventory = self.policy.inventory
+        return inventory.free_frames(device) + returning_frames(inventory.on(device))
 
     def _check(self, before: dict[str, State], event: ev.Event) -> None:
         inventory = self.policy.inventory
