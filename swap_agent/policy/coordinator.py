@@ -284,6 +284,7 @@ class Coordinator:
     def _drained(self, replica: Replica, event: ev.Drained) -> None:
         if event.epoch == replica.epoch and replica.state is State.DRAINING:
             replica.move(State.SWAPPING_OUT)
+            replica.left_s = event.now_s
             self._actions.append(ev.SwapOut(replica.name, replica.epoch, replica.keep_frames))
 
     def _drain_refused(self, replica: Replica, event: ev.DrainRefused) -> None:
@@ -305,7 +306,6 @@ class Coordinator:
             self._end_burst(replica)
             replica.move(State.SWAPPED)
             replica.reserved_frames = replica.keep_frames
-            replica.left_s = event.now_s
 
     def _swapped_in(self, replica: Replica, event: ev.SwappedIn) -> None:
         if event.epoch == replica.epoch and replica.state is State.SWAPPING_IN:

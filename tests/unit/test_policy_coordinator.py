@@ -828,6 +828,22 @@ def test_a_higher_priority_passes_who_came_since_its_last_turn_and_nobody_twice(
     assert machine.state("low") is State.RESIDENT and machine.policy.waiting == ["high"]
 
 
+def test_frames_taken_from_a_parked_model_were_no_turn_of_its() -> None:
+    machine = machinery(100, busy=60, low=60, high=60)
+    settings(machine, "high", 60, priority=1)
+    machine.load("low", "high", "busy")
+    machine.report("busy", in_flight=1)
+    assert machine.replica("high").reserved_frames == 40, "parked"
+    machine.now_s += 0.1
+    machine.report("low", waiting=1)
+    machine.tick(TURN_S)
+    order = next(action for action in machine.open if isinstance(action, ev.SwapOut))
+    assert order.name == "high"
+    machine.obey(order)
+    machine.report("high", waiting=1)
+    assert machine.policy.waiting[0] == "high", "it left before low began to wait"
+
+
 def unmapping() -> tuple[Machinery, int]:
     """`a` has been told to give back 20 of its 100 frames for `b`, which had 60 free ones; and in what epoch."""
     machine = machinery(a=100, b=80, c=10)
