@@ -15,6 +15,7 @@ class Allowance:
     """Of one swap-in, on each of its devices. Thread-safe: the agent's loop raises it, threads of ranks wait."""
 
     def __init__(self, epoch: int, frames: int) -> None:
+        self._deadline_s = time.monotonic() + FRAMES_TIMEOUT_S
         self._epoch = epoch
         self._frames = frames
         self._closed = False
@@ -38,9 +39,9 @@ class Allowance:
 
         Raises OutOfFrames when they do not come in time, PeerGone when the engine has ended.
         """
-        deadline_s = time.monotonic() + FRAMES_TIMEOUT_S
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._frames > held, deadline_s - time.monotonic())
+            left_s = self._deadline_s - time.monotonic()
+            self._changed.wait_for(lambda: self._closed or self._frames > held, max(0.0, left_s))
             if self._closed:
                 raise PeerGone("its engine has ended")
             if self._frames <= held:

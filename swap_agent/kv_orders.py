@@ -8,7 +8,7 @@ import logging
 from swap_agent import ranks as together
 from swap_agent.engine import Engine
 from swap_agent.errors import TakenBack
-from swap_agent.rank import ACK_TIMEOUT_S
+from swap_agent.rank import BETWEEN_STEPS_S
 from swap_agent.wire import messages as wire
 
 log = logging.getLogger(__name__)
@@ -19,7 +19,8 @@ async def resize(engine: Engine, epoch: int, extra: int, within_s: float) -> int
 
     Raises as `shrink` does.
     """
-    assert engine.kv
+    if engine.kv is None:  # the books were repaired: it has no more than it takes
+        return 0
     least = engine.kv.frames
     held = max(len(rank.space.frames["kv"]) for rank in engine.ranks)
     if least + extra > held:
@@ -52,10 +53,10 @@ async def grow(engine: Engine, epoch: int, frames: int) -> None:
 
     try:
         await together.grow_kv(engine.ranks, epoch, frames, announce)
-        await asyncio.wait_for(acked, ACK_TIMEOUT_S)
+        await asyncio.wait_for(acked, BETWEEN_STEPS_S)
     except TakenBack:
         if announced:
-            await asyncio.wait_for(undone, ACK_TIMEOUT_S)
+            await asyncio.wait_for(undone, BETWEEN_STEPS_S)
         raise
     finally:
         engine.forget(epoch, wire.KvGrown)
@@ -71,5 +72,5 @@ async def shrink(engine: Engine, epoch: int, frames: int, deadline_s: float) -> 
     assert engine.host
     acked = engine.expect(epoch, wire.KvShrunk)
     engine.host.send(wire.ShrinkKv(epoch, frames, deadline_s))
-    await asyncio.wait_for(acked, deadline_s + ACK_TIMEOUT_S)
+    await asyncio.wait_for(acked, deadline_s + BETWEEN_STEPS_S)
     await together.shrink_kv(engine.ranks, epoch, frames)

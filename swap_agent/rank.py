@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 ACK_TIMEOUT_S = 60.0
 """A rank that has not mapped or unmapped by then is taken for hung, and its engine is killed."""
+BETWEEN_STEPS_S = 600.0
+"""The same while its engine serves: it obeys between two of vLLM's steps, and a long prompt on a CPU takes minutes."""
 
 
 class RankLink:
@@ -175,9 +177,9 @@ class RankLink:
             self.reader.join()
         self.space.lost()
 
-    def unmapped(self, epoch: int) -> None:
+    def unmapped(self, epoch: int, within_s: float | None = None) -> None:
         """Return when the rank has unmapped what goes in one step. Raises Unavailable (no answer), PeerGone."""
-        self._await(epoch, wire.Unmapped)
+        self._await(epoch, wire.Unmapped, within_s=within_s)
 
     def prepare(self, epoch: int, allowance: Allowance) -> SwapIn:
         """First half of a swap-in: take missing frames, send them, fill them while the rank maps, wait until it has.
@@ -244,7 +246,7 @@ class RankLink:
             self._send_grants(epoch, "kv", self.space.frames["kv"], self._held["kv"])
         except OSError as error:
             raise TakenBack(f"{self.space.holder} was given no more KV cache: {error}") from error
-        ack = self._await(epoch, wire.Mapped, wire.MapFailed)
+        ack = self._await(epoch, wire.Mapped, wire.MapFailed, within_s=BETWEEN_STEPS_S)
         if isinstance(ack, wire.MapFailed):
             raise TakenBack(f"{self.space.holder}: its engine could not map more KV cache: {ack.message}")
 
@@ -260,15 +262,16 @@ class RankLink:
                 for fd in fds:
                     os.close(fd)
 
-    def _await(self, epoch: int, *kinds: type[Ack]) -> Ack:
+    def _await(self, epoch: int, *kinds: type[Ack], within_s: float | None = None) -> Ack:
         """Wait for an answer of one of these kinds; others, and answers of older epochs, are ignored."""
-        deadline_s = time.monotonic() + ACK_TIMEOUT_S
+        within_s = ACK_TIMEOUT_S if within_s is None else within_s
+        deadline_s = time.monotonic() + within_s
         while True:
             try:
                 ack = self._acks.get(timeout=max(0.0, deadline_s - time.monotonic()))
             except queue.Empty:
                 what = kinds[0].__name__
-                raise Unavailable(f"no {what} from rank {self.pid} within {ACK_TIMEOUT_S:.0f} s") from None
+                raise Unavailable(f"no {what} from rank {self.pid} within {within_s:.0f} s") from None
             if ack is None:
                 raise PeerGone(f"rank {self.pid} closed its connection")
             if isinstance(ack, kinds) and ack.epoch == epoch:

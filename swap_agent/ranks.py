@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
 from swap_agent.allowance import Allowance
 from swap_agent.errors import TakenBack
 from swap_agent.memory.space import SwapIn
-from swap_agent.rank import RankLink
+from swap_agent.rank import BETWEEN_STEPS_S, RankLink
 from swap_agent.wire.messages import Region
 
 T = TypeVar("T")
@@ -20,6 +21,8 @@ Keep = Mapping[Region, int]
 """Frames of each region that stay, the first ones."""
 
 _LEAST_STEP_BYTES = 64 * 1024 * 1024
+_THREADS = ThreadPoolExecutor(1024, "rank")
+"""As many as there are ranks with an order, which wait for each other: one that swaps in for another's frames."""
 _MOST_STEPS = 8
 """Of a swap-out: whoever waits for the frames has copies made to the first while the last are unmapped."""
 
@@ -115,13 +118,14 @@ async def shrink_kv(ranks: Sequence[RankLink], epoch: int, frames: int) -> None:
 
     Raises Unavailable, PeerGone: the engine is in an unknown state.
     """
-    _raise_first(await _together([partial(rank.unmapped, epoch) for rank in ranks]))
+    _raise_first(await _together([partial(rank.unmapped, epoch, BETWEEN_STEPS_S) for rank in ranks]))
     _raise_first(await _together([partial(rank.space.cut, "kv", frames) for rank in ranks]))
 
 
 async def _together(calls: Sequence[Callable[[], T]]) -> list[T | BaseException]:
     """Run blocking calls side by side to the end of the last one; what they returned or raised, in order."""
-    return await asyncio.gather(*(asyncio.to_thread(call) for call in calls), return_exceptions=True)
+    loop = asyncio.get_running_loop()
+    return await asyncio.gather(*(loop.run_in_executor(_THREADS, call) for call in calls), return_exceptions=True)
 
 
 def _raise_first(outcomes: Sequence[object]) -> None:

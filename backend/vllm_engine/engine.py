@@ -161,9 +161,10 @@ class Engine:
         return SwapInTimes(mapped - begin, map_s, fill_s, time.monotonic() - mapped)
 
     async def kv_size(self) -> KvCache | None:
-        """What the KV cache can be; None when it keeps its size."""
-        sizes = [KvCache(*size) for size in await self._order("kv_size") if size]
-        return min(sizes, key=lambda size: size.blocks) if sizes else None
+        """What the KV cache can be; None when it keeps its size, as it does where ranks differ: they grow alike."""
+        sizes = [size and KvCache(*size) for size in await self._order("kv_size")]
+        alike = len({size and (size.frames, size.blocks) for size in sizes}) == 1
+        return min(sizes, key=lambda size: size.most_blocks) if alike and all(sizes) else None
 
     async def kv_load(self) -> KvLoad:
         """How its requests fill a KV cache that grows."""

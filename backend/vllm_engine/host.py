@@ -148,6 +148,8 @@ class Host:
         """Of an order under way that gives requests time: to be set when the next one waits for it."""
         self._kv: wire.KvCache | None = None
         self._pressure = Pressure(0, 0)
+        self._kv_told = 0
+        """Frames of KV cache that the agent was told last."""
         self._preempted = False
         """What is in flight may stand still while the engine is swapped out."""
         self._reported = wire.Report(0, 0, 0)
@@ -258,6 +260,8 @@ class Host:
             log.info("%d requests stand still until the engine is back", self._gate.in_flight)
         times = await self._engine.swap_out(order.epoch, order.keep, preempt=self._preempted)
         self._pressure.reset()
+        if self._kv:
+            self._kv_told = self._kv.frames
         self._channel.send(wire.SwappedOut(order.epoch))
         log.info("swapped out, epoch %d: pause %.4f s, ranks %.4f s", order.epoch, *times)
 
@@ -315,18 +319,22 @@ class Host:
     async def _watch_kv(self, kv: wire.KvCache) -> None:
         """Tell the agent how much KV cache the requests would use."""
         self._pressure = Pressure(kv.blocks, kv.most_blocks)
-        told = kv.frames
+        self._kv_told = kv.frames
         while not self._engine.is_dead:
             await asyncio.sleep(PRESSURE_INTERVAL_S)
-            if not self._gate.is_open or not (self._gate.in_flight or self._pressure.wanted > kv.blocks):
-                told = told if self._gate.is_open else kv.frames
-                continue
-            load = await self._engine.kv_load()
-            wanted = self._pressure.update(time.monotonic(), load.blocks, load.used, load.waiting)
-            frames = kv.frames if wanted == kv.blocks else await self._engine.kv_frames(wanted)
-            if frames != told and self._gate.is_open:
-                told = frames
-                self._channel.send(wire.KvWanted(frames))
+            if self._gate.is_open and (self._gate.in_flight or self._pressure.wanted > kv.blocks):
+                try:
+                    await self._look_at_kv(kv)
+                except Exception:
+                    log.exception("how full the KV cache is could not be seen")
+
+    async def _look_at_kv(self, kv: wire.KvCache) -> None:
+        load = await self._engine.kv_load()
+        wanted = self._pressure.update(time.monotonic(), load.blocks, load.used, load.waiting)
+        frames = kv.frames if wanted == kv.blocks else await self._engine.kv_frames(wanted)
+        if frames != self._kv_told and self._gate.is_open:
+            self._kv_told = frames
+            self._channel.send(wire.KvWanted(frames))
 
     @property
     def _stands_still(self) -> bool:

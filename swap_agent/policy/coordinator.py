@@ -204,7 +204,7 @@ class Coordinator:
         self._growth[replica.name, rank] = event.frames
 
     def _burst_wanted(self, replica: Replica, event: ev.BurstWanted) -> None:
-        if replica.state is State.RESIDENT:
+        if replica.state not in (State.COLD, State.FAILED):  # a drain that crossed this may be refused
             replica.burst_wanted_frames, replica.burst_step = event.frames, event.step
             self._bursting.add(replica.name)
 
@@ -212,8 +212,6 @@ class Coordinator:
         if event.epoch == replica.epoch and replica.resize_to is not None:
             if event.frames < replica.resize_to:  # it could not grow
                 replica.burst_after_s = event.now_s + _LOOK_AGAIN_S
-                for device in replica.devices:
-                    self._look_again(device, replica.burst_after_s)
             replica.resize_to = None
             replica.burst_frames = event.frames
             self._guarantee(replica)
@@ -471,9 +469,10 @@ class Coordinator:
         for (name, rank), frames in list(self._growth.items()):  # 1
             touched.update(self.inventory.replicas[name].devices)
             self._grow(self.inventory.replicas[name], rank, frames, blocked, now_s)
-        for name in sorted(self._owed):  # 2
-            touched.update(self.inventory.replicas[name].devices)
-            self._settle_debt(self.inventory.replicas[name], blocked, now_s)
+        for creditor in [self.inventory.replicas[name] for name in sorted(self._owed)]:  # 2
+            if not placement.beyond_pins(creditor, self.inventory):
+                touched.update(creditor.devices)
+            self._settle_debt(creditor, blocked, now_s)
         served = None
         while (concerned := (len(touched), self._queue.first_without_engine)) != served:
             served = concerned
@@ -589,7 +588,7 @@ class Coordinator:
     def _keep_promises(self) -> None:
         for name in list(self._promised):
             replica = self.inventory.replicas[name]
-            back = min(self.inventory.unreserved_frames(device) for device in replica.devices)
+            back = max(0, min(self.inventory.unreserved_frames(device) for device in replica.devices))
             if more := min(back, replica.promised_frames):
                 replica.reserved_frames += more
                 self._promise(replica, replica.promised_frames - more)
@@ -602,7 +601,7 @@ class Coordinator:
             replica.epoch += 1
             replica.ordered_s = now_s
             missing = replica.missing_frames
-            free = min(self.inventory.unreserved_frames(device) for device in devices)
+            free = max(0, min(self.inventory.unreserved_frames(device) for device in devices))
             replica.reserved_frames += min(free, missing)
             self._promise(replica, max(0, missing - free))
             self._actions.append(ev.SwapIn(replica.name, replica.epoch, replica.reserved_frames))
@@ -636,7 +635,7 @@ class Coordinator:
 
     def _take(self, replica: Replica, frames: int, blocked: set[str], now_s: float) -> bool:
         """Set `frames` more of each of its devices aside for one that is on them; or make room, and block them."""
-        if all(self.inventory.free_frames(device) >= frames for device in replica.devices):
+        if not frames or all(self.inventory.free_frames(device) >= frames for device in replica.devices):
             replica.reserved_frames += frames
             return True
         self._make_room(dict.fromkeys(replica.devices, frames), replica, now_s)
@@ -660,7 +659,8 @@ class Coordinator:
             coming += sum(r.reserved_frames - loans[r.name] for r in on_device if r.name in loans.keys() - keeps.keys())
             for debtor in on_device if coming < frames else ():
                 left = loans.get(debtor.name, debtor.reserved_frames)
-                if debtor is not who and eviction.lends(debtor) and left > debtor.need_frames and coming < frames:
+                lends = debtor is not who and eviction.lends(debtor) and debtor.loaned_frames
+                if lends and left > debtor.need_frames and coming < frames:
                     loans[debtor.name] = max(debtor.need_frames, left - (frames - coming))
                     coming += left - loans[debtor.name]
             if coming >= frames:
@@ -718,14 +718,16 @@ class Coordinator:
             if wanted < replica.burst_frames:
                 self._resize(replica, wanted)
             elif wanted > replica.burst_frames and now_s < replica.burst_after_s:
-                pass
+                for device in replica.devices:
+                    self._look_again(device, replica.burst_after_s)
             elif wanted > replica.burst_frames:
                 wanting.append((replica, wanted))
-            elif not wanted:
+            elif not replica.burst_wanted_frames:
                 self._bursting.discard(replica.name)
         claimed = {device for devices in self._targets.values() for device in devices}
-        for name in {name for name, _ in self._growth} | self._owed:
-            claimed.update(self.inventory.replicas[name].devices)
+        for creditor in [self.inventory.replicas[name] for name in {name for name, _ in self._growth} | self._owed]:
+            if not placement.beyond_pins(creditor, self.inventory):
+                claimed.update(creditor.devices)
         wanting.sort(key=lambda one: (-one[0].priority, one[1]))
         for number, (replica, wanted) in enumerate(wanting):
             if not claimed.isdisjoint(replica.devices) or self._waiting_on(replica.devices):
@@ -739,8 +741,12 @@ class Coordinator:
                 self._resize(replica, replica.burst_frames + more)
             for device in replica.devices if lacking >= replica.burst_step else ():
                 on_device = self.inventory.on(device)
-                short = lacking - eviction.returning_frames(on_device)
-                for parked, frames in eviction.parked(on_device, now_s, self._regret):
+                coming = max(0, self.inventory.free_frames(device)) + eviction.returning_frames(on_device)
+                parked_ones = eviction.parked(on_device, now_s, self._regret)
+                if coming + sum(frames for _, frames in parked_ones) < replica.burst_step:
+                    continue
+                short = lacking - coming
+                for parked, frames in parked_ones:
                     if short > 0 and parked.state is State.SWAPPED and not self._waiting_on(parked.devices):
                         taken = min(short, frames)
                         short -= taken

@@ -147,5 +147,5 @@ def coming_frames(replicas: Iterable[Replica]) -> int:
         elif replica.state in LEAVING:
             coming += replica.reserved_frames - replica.keep_frames
         else:
-            coming += replica.returning_frames
+            coming += replica.called_back_frames
     return coming

@@ -133,7 +133,7 @@ class Replica:
         return max(0, self.reserved_frames - self.need_frames) if self.burst_frames else 0
 
     @property
-    def returning_frames(self) -> int:
+    def called_back_frames(self) -> int:
         """Frames of each device that it gives back by an order under way."""
         if self.resize_to is None:
             return 0

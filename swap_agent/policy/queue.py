@@ -64,14 +64,14 @@ class Queue:
         else:
             self._engineless[replica.name] = replica
         if replica.name not in self._since:
-            self._enter(replica, (now_s, next(self._numbers)))
+            self._enter(replica, (now_s, next(self._numbers)), leaving=replica.state in LEAVING)
 
     def reorder(self, replica: Replica) -> None:
         """Its priority changed: if it waits, it takes the place that it would have had."""
         if (since := self._since.get(replica.name)) is not None:
             engineless = replica.name in self._engineless
             self.leave(replica)
-            self._enter(replica, since)
+            self._enter(replica, since, leaving=False)
             if engineless:
                 self._engineless[replica.name] = replica
 
@@ -82,9 +82,9 @@ class Queue:
             del self._places[replica.name]
             self._engineless.pop(replica.name, None)
 
-    def _enter(self, replica: Replica, since: tuple[float, int]) -> None:
+    def _enter(self, replica: Replica, since: tuple[float, int], *, leaving: bool) -> None:
         place = len(self._order)
-        if replica.state not in LEAVING:  # else its turn is just ending
+        if not leaving:  # else its turn is just ending
             while place and self._passes(replica, self._order[place - 1], since):
                 place -= 1
         self._since[replica.name] = since

@@ -215,7 +215,7 @@ async def _grow_and_shrink(first: Rank, second: Rank) -> None:
         each.space.take_back({})
         assert each.pool.free_frames == FRAMES
         each.peer.send(wire.Mapped(5))
-        each.link.prepare(5)
+        each.link.prepare(5, Allowance(5, 9))
         assert each.space.held == {"weights": 2, "state": 1, "kv": 1}
 
 

@@ -154,3 +154,60 @@ def test_an_order_under_way_is_finished_before_the_model_leaves(wish: str) -> No
     assert actions == []
     machine.settle()
     assert machine.state("a") is State.SWAPPED and held(machine) == {"a": 0}
+
+
+def test_a_wish_that_crossed_a_drain_counts_when_that_is_refused() -> None:
+    machine = bursting(a=(30, 90))
+    machine.register("c", 80)
+    machine.now_s += LEAST_IDLE_S
+    (order,) = machine.post(ev.LoadWanted, "c")
+    assert isinstance(order, ev.Drain)
+    assert want(machine, "a", 20) == []
+    machine.post(ev.LoadWanted, "a")
+    machine.post(ev.UnloadWanted, "c", False)
+    assert ("Resize", "a") in kinds(machine.post(ev.DrainRefused, "a", order.epoch))
+
+
+def test_a_limit_that_comes_back_is_used_again() -> None:
+    machine = bursting(a=(30, 90))
+    want(machine, "a", 60)
+    machine.settle()
+    for limit, frames in ((30, 30), (90, 90)):
+        declare(machine, "a", 30, limit)
+        machine.settle()
+        assert held(machine) == {"a": frames}
+
+
+def test_a_debt_that_pins_make_impossible_does_not_keep_others_from_loans() -> None:
+    machine = machinery(100)
+    machine.post(ev.Registered, "pinned", 30, None, 1, None, 0, True)
+    machine.load("pinned")
+    for name in ("debtor", "a"):
+        declare(machine, name, 15, 90)
+        machine.load(name)
+    declare(machine, "debtor", 80, 90)
+    machine.settle()
+    want(machine, "a", 40)
+    machine.settle()
+    assert held(machine)["a"] == 55
+
+
+def test_parked_models_keep_what_would_not_make_a_step() -> None:
+    machine = machinery(100, parked=80)
+    machine.load("parked")
+    declare(machine, "a", 80, 100)
+    machine.now_s += LEAST_IDLE_S
+    machine.load("a")
+    assert held(machine) == {"a": 80, "parked": 20}
+    assert want(machine, "a", 20, step=30) == []
+
+
+def test_growth_is_tried_again_although_the_device_was_to_be_looked_at_before() -> None:
+    machine = bursting(a=(30, 90), b=(10, None))
+    want(machine, "a", 60)
+    machine.open.clear()
+    machine.report("b", in_flight=1)
+    machine.policy._look_again("cpu:0", machine.now_s + 0.5)  # as for somebody who waited for b
+    machine.post(ev.Resized, "a", machine.replica("a").epoch, 0)
+    assert machine.tick(0.5) == []
+    assert kinds(machine.tick(0.5)) == [("Resize", "a")]
