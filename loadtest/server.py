@@ -185,6 +185,10 @@ class Server:
         devices: list[dict[str, Any]] = self._admin.get("/v1/devices").raise_for_status().json()["devices"]
         return devices
 
+    def books_violations(self) -> int:
+        """How often the agent has found its books wrong: a bug."""
+        return int(self._admin.get("/v1/devices").raise_for_status().json()["books_violations"])
+
     def park(self, name: str, *, purge: bool = False) -> None:
         """Take the model off the device; with `purge`, end its engine and drop its mirror, too."""
         response = self._admin.post(f"/v1/models/{name}/unload", params={"purge": int(purge)})
