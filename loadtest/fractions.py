@@ -9,7 +9,7 @@ The KV cache of the request is that of 1.75 sequences of full length, the limit'
 compute for its memory than a GPU: with the models of the sample repository it would be the limit long before the KV
 cache. So the model has much KV cache for little compute, prompts and answers just need a second block of the cache, and
 tokens leave in bunches of 16, so that two cores compute rather than carry messages. What remains as the ceiling of
-dynamic is compute: EngineCore's one thread is busy all the time. At the heavy levels more requests come than may be in
+dynamic is compute: from 64 to 256 in flight it gains little. At the heavy levels more requests come than may be in
 flight: in a single burst the median request waits for half of the others with static, and dynamic answers all at the
 end, so that the median latency would tell little.
 """
