@@ -9,9 +9,9 @@ SCARCE = 0.1
 """When less than this share of its blocks is free, an engine asks for more."""
 ROOM = 1.25
 """What it asks for, in terms of what its requests fill."""
-CALM_S = 5.0
+CALM_S = 10.0
 """For so long it has to need less before it says so."""
-SLACK = 0.75
+SLACK = 0.5
 """It says so when it needs less than this share of what it asked for."""
 
 

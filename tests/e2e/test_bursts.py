@@ -98,7 +98,7 @@ async def test_bursts_alternate_and_neither_model_ever_has_less_than_its_request
                 name = NAMES[phase % 2]
                 await asyncio.gather(*(ask(name, until_s) for _ in range(CLIENTS)))
                 assert not watching.done() or watching.result() is None
-            await until(lambda: all(server.model(n)["device_bytes"] == least[n] for n in NAMES), timeout_s=20)
+            await until(lambda: all(server.model(n)["device_bytes"] == least[n] for n in NAMES), timeout_s=40)
             watching.cancel()
             print(f"{looks} looks; answered {answered}; mapped {most_mapped}, touched {most_touched}")
             for name in NAMES:
