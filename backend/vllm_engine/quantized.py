@@ -10,6 +10,7 @@ in vllm.model_executor.kernels.linear.scaled_mm.cpu, `create_onednn_scaled_mm` i
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +25,8 @@ from swap_agent.errors import Unsupported
 
 METHODS = ("auto_gptq", "awq", "compressed-tensors")
 """vLLM's names (`ModelConfig.quantization`) of the methods whose weights were seen in frames."""
+TRY_ANYWAY = "TRITON_SWAP_TRY_ANY_QUANTIZATION"
+"""Environment variable; `1` lets any method load. Weights that no swap would reach are refused all the same."""
 SMALL_BYTES = 4096
 """Constants that a layer may keep beside its parameters."""
 _TILE = 32
@@ -31,9 +34,14 @@ _TILE = 32
 
 
 def check_method(method: str) -> None:
-    """Raise Unsupported for a quantisation whose weights were not seen in frames."""
+    """Raise Unsupported for a quantisation whose weights were not seen in frames, unless the user wants to try it."""
+    if os.environ.get(TRY_ANYWAY) == "1":
+        return
     if not current_platform.is_cpu():
-        raise Unsupported(f"the weights are quantized ({method}), which was not tried on a GPU yet: use others")
+        raise Unsupported(
+            f"the weights are quantized ({method}), which was not tried on a GPU yet: use others, or set "
+            f"{TRY_ANYWAY}=1 to try them anyway"
+        )
     if method not in METHODS:
         raise Unsupported(
             f"the weights are quantized ({method}), and of quantized weights only AWQ, GPTQ and compressed-tensors "

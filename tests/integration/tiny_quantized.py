@@ -50,6 +50,34 @@ def _gptq(weight: Any) -> Tensors:
     return {**packed, "g_idx": groups}
 
 
+def _gptq_desc_act(weight: Any) -> Tensors:
+    """Groups of inputs that do not lie beside each other."""
+    import torch
+
+    order = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(0))
+    values, scales, zeros = _int4(weight[:, order], symmetric=True)
+    groups = torch.arange(weight.shape[1], dtype=torch.int32) // GROUP
+    values[:, order], groups[order] = values.clone(), groups.clone()
+    packed = {"qweight": _pack(values).t(), "qzeros": _pack((zeros - 1).t()), "scales": scales.t().half()}
+    return {**packed, "g_idx": groups}
+
+
+def _w8a16(weight: Any) -> Tensors:
+    import torch
+
+    scales = weight.abs().amax(-1, keepdim=True) / 127
+    values = (weight / scales).round().to(torch.int32) + 128
+    shape = torch.tensor(weight.shape)
+    return {"weight_packed": _pack(values, bits=8), "weight_scale": scales.bfloat16(), "weight_shape": shape}
+
+
+def _fp8_tensor(weight: Any) -> Tensors:
+    import torch
+
+    scale = (weight.abs().max() / 448).reshape(1)
+    return {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale.float()}
+
+
 def _w4a16(weight: Any) -> Tensors:
     import torch
 
@@ -89,12 +117,13 @@ def _int4(weight: Any, symmetric: bool) -> tuple[Any, Any, Any]:
     return values.view(weight.shape), scales.squeeze(-1), zeros.squeeze(-1).to(torch.int32)
 
 
-def _pack(values: Any, order: tuple[int, ...] = tuple(range(8))) -> Any:
-    """Eight values of the last dimension to one int32, the first in the lowest bits."""
+def _pack(values: Any, order: tuple[int, ...] = tuple(range(8)), bits: int = 4) -> Any:
+    """As many values of the last dimension to one int32 as it has room for, the first in the lowest bits."""
     import torch
 
-    eights = values.contiguous().view(*values.shape[:-1], -1, 8).to(torch.int64)
-    packed = sum(eights[..., position] << (4 * place) for place, position in enumerate(order))
+    count = 32 // bits
+    together = values.contiguous().view(*values.shape[:-1], -1, count).to(torch.int64)
+    packed = sum(together[..., position] << (bits * place) for place, position in enumerate(order[:count]))
     return (packed - ((packed >> 31) << 32)).to(torch.int32)
 
 
@@ -109,6 +138,10 @@ _COMPRESSED: list[tuple[Callable[[Any], Tensors], str, dict[str, Any], dict[str,
 _METHODS: dict[str, Callable[[int], Callable[[Any], Tensors]]] = {
     "awq": lambda _: _awq,
     "gptq": lambda _: _gptq,
+    "gptq-desc-act": lambda _: _gptq_desc_act,
+    "w8a16": lambda _: _w8a16,
+    "fp8-tensor": lambda _: _fp8_tensor,
+    "fp8-weights": lambda _: _fp8,
     "compressed-tensors": lambda layer: _COMPRESSED[layer % len(_COMPRESSED)][0],
 }
 
@@ -123,9 +156,28 @@ def _compressed_group(index: int) -> dict[str, Any]:
     }
 
 
+def _compressed(kind: str, weights: dict[str, Any], inputs: dict[str, Any] | None) -> dict[str, Any]:
+    """One scheme for all layers."""
+    group = {
+        "targets": ["Linear"], "format": kind, "weights": {"symmetric": True, "dynamic": False, **weights},
+        "input_activations": inputs and {"symmetric": True, "dynamic": True, **inputs},
+    }  # fmt: skip
+    return {
+        "quant_method": "compressed-tensors", "format": kind, "quantization_status": "compressed",
+        "ignore": ["lm_head"], "config_groups": {"group_0": group},
+    }  # fmt: skip
+
+
+_FLOAT8 = {"num_bits": 8, "type": "float"}
 _CONFIGS: dict[str, dict[str, Any]] = {
     "awq": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"},
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True},
+    "gptq-desc-act": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": True, "sym": True},
+    "w8a16": _compressed("pack-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"}, None),
+    "fp8-tensor": _compressed(
+        "float-quantized", _FLOAT8 | {"strategy": "tensor"}, _FLOAT8 | {"strategy": "token"}
+    ),
+    "fp8-weights": _compressed("float-quantized", _FLOAT8 | {"strategy": "channel"}, None),
     "compressed-tensors": {
         "quant_method": "compressed-tensors", "format": "mixed-precision", "quantization_status": "compressed",
         "ignore": ["lm_head"],
