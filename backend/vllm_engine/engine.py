@@ -162,9 +162,11 @@ class Engine:
 
     async def kv_size(self) -> KvCache | None:
         """What the KV cache can be; None when it keeps its size, as it does where ranks differ: they grow alike."""
-        sizes = [size and KvCache(*size) for size in await self._order("kv_size")]
-        alike = len({size and (size.frames, size.blocks) for size in sizes}) == 1
-        return min(sizes, key=lambda size: size.most_blocks) if alike and all(sizes) else None
+        answers = await self._order("kv_size")
+        sizes = [KvCache(*answer) for answer in answers if answer]
+        if len(sizes) < len(answers) or len({(size.frames, size.blocks) for size in sizes}) != 1:
+            return None
+        return min(sizes, key=lambda size: size.most_blocks)
 
     async def kv_load(self) -> KvLoad:
         """How its requests fill a KV cache that grows."""

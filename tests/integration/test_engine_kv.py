@@ -23,6 +23,8 @@ ARGUMENTS = {
     "max_num_batched_tokens": 128, "enable_prefix_caching": True, "enable_chunked_prefill": True,
 }  # fmt: skip
 GREEDY = '{"temperature": "0", "max_tokens": "64", "ignore_eos": true}'
+LONG = GREEDY.replace("64", "300")
+"""Long enough that somebody sees how full the cache is, on a fast machine as well."""
 PROMPTS = [prompt(seed, 200) for seed in range(6)] + [f"{prompt(0, 160)} {prompt(seed, 40)}" for seed in (7, 8)]
 """Longer than a step; the last ones begin as the first one does."""
 LIMIT_BYTES = 128 << 20
@@ -112,11 +114,11 @@ def test_the_engine_asks_for_what_its_requests_would_use(
     agent: FakeAgent, kv: wire.KvCache, stub: Stub, alone: list[str], epoch: Callable[[], int]
 ) -> None:
     assert agent.wanted == [], "one request after the other needs no more than there is"
-    numbers = [stub.submit(each, GREEDY) for each in PROMPTS]
+    numbers = [stub.submit(each, LONG) for each in PROMPTS]
     wanted = agent.receive(wire.KvWanted, 20).frames
     assert wanted * FRAME_BYTES >= len(PROMPTS) * 264 // BLOCK_TOKENS * BLOCK_BYTES > kv.frames * FRAME_BYTES
     agent.grow_kv(epoch(), wanted)
-    assert answers(stub, numbers) == alone
+    assert all(text.startswith(first) for text, first in zip(answers(stub, numbers), alone, strict=True))
     begin = time.monotonic()
     while agent.receive(wire.KvWanted, 30).frames != kv.frames:
         pass
