@@ -1,5 +1,6 @@
 """`make bench`: swap-in bandwidth, time to first token, the cost of the path and of swappable weights, a load test,
-engines restored from their mirrors, static against dynamic fractions, and the policy's decisions.
+engines restored from their mirrors, a conversation's next turn after a swap, static against dynamic fractions, and the
+policy's decisions.
 
 Every ratio is between figures of this one run. Writes out/bench.json, out/locust.json and out/fractions.png, prints
 tables.
@@ -22,7 +23,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from loadtest import bandwidth, decisions, fractions, load, models, overhead, restore
+from loadtest import bandwidth, decisions, followup, fractions, load, models, overhead, restore
 from loadtest.baseline import BaselineFailed
 from loadtest.clients import Client, RequestFailed
 from loadtest.measure import PROMPT_TOKENS, NotAsExpected, Row, Ttft, print_rows
@@ -76,6 +77,7 @@ def _run(console: Console) -> dict[str, Any]:
     with Steps(console, "plain vLLM", 2) as step:
         costs += overhead.without_server(OVERHEAD_MODEL, kv_bytes, OUT, step)
     _print_costs(console, costs)
+    turns = followup.bench(console)
     fraction = fractions.bench(console, OUT)
     with Steps(console, "decisions", decisions.STEPS) as step:
         decided = decisions.measure(step)
@@ -93,6 +95,7 @@ def _run(console: Console) -> dict[str, Any]:
             "ways": [asdict(cost) for cost in costs],
             "ratios": overhead.ratios(costs),
         },
+        "next_turn": turns,
         "fractions": fraction,
         "locust": loaded,
         "decisions": decided.as_json(),

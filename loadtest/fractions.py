@@ -84,17 +84,8 @@ class Run:
 def write_repository(folder: Path) -> None:
     """One model under two names, which differ in GPU_MEMORY_LIMIT alone."""
     for mode, limit in zip(MODES, (REQUEST, LIMIT), strict=True):
-        version = folder / mode / "1"
-        version.mkdir(parents=True)
-        engine = {"model": f"../../../{models.MODELS_DIR.name}/{models.KV_HEAVY.name}", **_ENGINE}
-        (version / "model.json").write_text(json.dumps(engine, indent=2), "utf-8")
         parameters = {"GPU_MEMORY_REQUEST": REQUEST, "GPU_MEMORY_LIMIT": limit, "KEEP_ALIVE": "-1"}
-        entries = [f'{{ key: "{key}", value: {{ string_value: "{value}" }} }}' for key, value in parameters.items()]
-        (version.parent / "config.pbtxt").write_text(
-            'backend: "vllm"\ninstance_group [{ count: 1, kind: KIND_MODEL }]\n'
-            f"parameters [ {', '.join(entries)} ]\n",
-            "utf-8",
-        )
+        models.write(folder / mode, models.KV_HEAVY.name, _ENGINE, parameters)
 
 
 def measure(server: Server, step: Callable[[str], None]) -> list[Run]:

@@ -15,7 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,19 @@ def is_prepared(recipe: Recipe, models_dir: Path = MODELS_DIR) -> bool:
         return bool(json.loads((models_dir / recipe.name / _RECIPE_FILE).read_text("utf-8")) == asdict(recipe))
     except (OSError, ValueError):
         return False
+
+
+def write(folder: Path, model: str, engine: Mapping[str, Any], parameters: Mapping[str, str]) -> None:
+    """Make a model of a Triton repository, in a folder beside `.models`' link: a prepared model with these settings."""
+    version = folder / "1"
+    version.mkdir(parents=True)
+    arguments = {"model": f"../../../{MODELS_DIR.name}/{model}", **engine}
+    (version / "model.json").write_text(json.dumps(arguments, indent=2), "utf-8")
+    entries = [f'{{ key: "{key}", value: {{ string_value: "{value}" }} }}' for key, value in parameters.items()]
+    (folder / "config.pbtxt").write_text(
+        f'backend: "vllm"\ninstance_group [{{ count: 1, kind: KIND_MODEL }}]\nparameters [ {", ".join(entries)} ]\n',
+        "utf-8",
+    )
 
 
 def prepare(recipes: Sequence[Recipe] = RECIPES) -> None:

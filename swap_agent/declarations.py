@@ -156,6 +156,10 @@ class Declarations:
         if allowed and not set(devices) <= set(allowed):
             here, there = " and ".join(devices), " and ".join(allowed)
             return f"{spec.replica}: its engine stays on {here}; its next one will be on {there}, as {CONFIG} says"
+        engine, preserved = self._agent.engines.get(spec.replica), spec.settings.preserve_kv_bytes
+        if engine and engine.spec.settings.preserve_kv_bytes != preserved:
+            then, now = format_bytes(preserved), format_bytes(engine.spec.settings.preserve_kv_bytes)
+            return f"{spec.replica}: its engine preserves {now} of KV cache; its next one {then}, as {CONFIG} says"
         full = beyond_pins(replica, self._agent.coordinator.inventory)
         if full and replica.state is State.RESIDENT and replica.missing_frames:
             has, needs = (format_bytes(n * self._frame_bytes) for n in (replica.reserved_frames, replica.need_frames))

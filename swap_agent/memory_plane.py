@@ -136,8 +136,9 @@ class MemoryPlane:
         )
         settings = engine.spec.settings
         welcome = wire.RankWelcome(
-            device.name, device.frame_bytes, settings.request_bytes, capacity_bytes, settings.limit_bytes
-        )
+            device.name, device.frame_bytes, settings.request_bytes, capacity_bytes, settings.limit_bytes,
+            settings.preserve_kv_bytes // hello.world_size,
+        )  # fmt: skip
         channel.send(welcome)
         return link
 

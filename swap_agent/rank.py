@@ -92,6 +92,8 @@ class RankLink:
                         self._loaded(message)
                     case wire.RankFailed():
                         self._on_failure(message.message)
+                    case wire.KvPreserved():
+                        self.space.choose_kv(message.parts)
                     case wire.Mapped() | wire.MapFailed() | wire.Unmapped():
                         self._acks.put(message)
                     case _:
@@ -111,6 +113,9 @@ class RankLink:
             frames = self.space.reserve(message.region, message.frames)
             if message.region == "kv":
                 self.most_kv_frames = message.most
+            if message.preserved_bytes:
+                self._want_host_memory(message.preserved_bytes)
+                self.space.preserve(message.preserved_bytes)
             self._send_grants(0, message.region, frames)
         except PeerGone:
             raise
@@ -210,6 +215,8 @@ class RankLink:
 
     def commit(self, epoch: int) -> None:
         """Second half of a swap-in, once every rank is prepared: the rank may run. Raises PeerGone."""
+        if self.space.preserved:
+            self.space.preserved.choose([])  # from here on it is the rank's to change
         self.channel.send(wire.Filled(epoch))
 
     def refuse(self, epoch: int, reason: str) -> None:

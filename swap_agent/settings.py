@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from swap_agent.errors import InvalidModel
 from swap_agent.policy.events import MIN_RESIDENCY_S
-from swap_agent.policy.units import format_bytes, parse_keep_alive, parse_seconds, parse_share
+from swap_agent.policy.units import format_bytes, parse_bytes, parse_keep_alive, parse_seconds, parse_share
 
 DEFAULT_KEEP_ALIVE_S = 300.0
 
@@ -25,8 +25,8 @@ _SUPPORTED = (
     "MAX_QUEUE",
     "QUEUE_TIMEOUT",
     "GPU_DEVICE_IDS",
+    "PRESERVE_KV",
 )
-_PLANNED = ("PRESERVE_KV",)
 _OTHERS = frozenset(
     {
         "REPORT_CUSTOM_METRICS",  # the stock backend's, without effect here yet
@@ -62,6 +62,8 @@ class ModelSettings:
     """None: the agent's."""
     device_ids: tuple[int, ...] = ()
     """Numbers of the node's devices, in their order; empty: any."""
+    preserve_kv_bytes: int = 0
+    """Host memory, of all ranks together, for the prefix cache while the model is swapped out."""
 
     @property
     def cap_bytes(self) -> int | None:
@@ -117,6 +119,7 @@ def read_settings(model: str, parameters: Mapping[str, str], device_bytes: int) 
         max_queue=read("MAX_QUEUE", _count, None),
         queue_timeout_s=read("QUEUE_TIMEOUT", _timeout, None),
         device_ids=read("GPU_DEVICE_IDS", _device_ids, ()),
+        preserve_kv_bytes=read("PRESERVE_KV", _host_bytes, 0),
     )
     request, limit = settings.request_bytes, settings.limit_bytes
     if request is not None and limit is not None and request > limit:
@@ -129,10 +132,8 @@ def read_settings(model: str, parameters: Mapping[str, str], device_bytes: int) 
 
 def _check_keys(model: str, parameters: Mapping[str, str]) -> None:
     for key in parameters:
-        if key in _PLANNED:
-            raise InvalidModel(f"model {model}: parameter {key} in config.pbtxt is not supported yet; remove it")
         if key not in _SUPPORTED and key not in _OTHERS:
-            close = difflib.get_close_matches(key.upper(), _SUPPORTED + _PLANNED, n=1, cutoff=0.75)
+            close = difflib.get_close_matches(key.upper(), _SUPPORTED, n=1, cutoff=0.75)
             if close or key.startswith("GPU_MEMORY_"):
                 meant = f"; did you mean {close[0]}?" if close else "; known: " + ", ".join(_SUPPORTED)
                 raise InvalidModel(f"model {model}: unknown parameter {key} in config.pbtxt{meant}")
@@ -168,6 +169,13 @@ def _timeout(text: str) -> float:
     if seconds <= 0:
         raise ValueError(f"{text!r} gives no request any time; write a duration such as 30s or 5m")
     return seconds
+
+
+def _host_bytes(text: str) -> int:
+    size = parse_bytes(text)
+    if size < 1024 and text != "0":
+        raise ValueError(f"{text!r} is not a size of host memory such as 512MiB or 4GiB, nor 0 for none")
+    return size
 
 
 def _device_ids(text: str) -> tuple[int, ...]:

@@ -35,7 +35,8 @@ def why_fixed(vllm_config: Any) -> str:
     """Why an engine of this configuration keeps its KV cache at one size; empty: it may grow and shrink."""
     hooks: list[tuple[Any, str]] = [
         (BlockPool, "_maybe_evict_cached_block"), (BlockPool, "free_blocks"), (BlockPool, "reset_prefix_cache"),
-        (FreeKVCacheBlockQueue, "remove"), (FreeKVCacheBlockQueue, "prepend_n"), (Scheduler, "_preempt_request"),
+        (FreeKVCacheBlockQueue, "remove"), (FreeKVCacheBlockQueue, "prepend_n"),
+        (FreeKVCacheBlockQueue, "get_all_free_blocks"), (Scheduler, "_preempt_request"),
         (type(vllm_config.scheduler_config), "get_scheduler_cls"),
     ]  # fmt: skip
     for owner, name in hooks:
@@ -93,6 +94,17 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]  # vLLM has no types he
                 self.free_block_queue.remove(block)
         self.num_gpu_blocks = min(end, self.num_gpu_blocks)
         return len(self.lingering)
+
+    def keep(self, most: int) -> list[int]:
+        """Forget what is cached but the `most` blocks used last. Returns which; raises as `ElasticBlocks.keep`."""
+        free = self.free_block_queue.get_all_free_blocks()
+        used = self.num_gpu_blocks - 1 - len(free) + len(self.lingering)
+        if used:
+            raise TritonSwapError(f"{used} KV blocks are in use by no running request")
+        cached = [block for block in reversed(free) if block.block_hash is not None]
+        for block in cached[most:]:
+            self._maybe_evict_cached_block(block)
+        return sorted(block.block_id for block in cached[:most])
 
     def free_blocks(self, ordered_blocks: Iterable[Any]) -> None:
         """As vLLM's; what is beyond the end is parked instead."""
@@ -177,6 +189,17 @@ class ElasticBlocks:
             )
         return preempted
 
+    def keep(self, most: int) -> list[int]:
+        """Preempt who runs, and forget all that is cached but up to `most` blocks, those used last. Returns which.
+
+        As vLLM's reset of its prefix cache, which keeps none. Raises TritonSwapError when a block is in use still.
+        """
+        scheduler = self._scheduler
+        while scheduler.running:  # the youngest first: they come back in their order
+            scheduler._preempt_request(scheduler.running.pop(), time.monotonic(), drop_stale_output=True)
+        scheduler.prev_step_scheduled_req_ids.clear()
+        return self._pool.keep(most)
+
     def load(self) -> Load:
         """How it stands now."""
         scheduler, pool = self._scheduler, self._pool
@@ -217,6 +240,8 @@ class GrowingKV:
     _blocks: ElasticBlocks
     """Once the scheduler is made, where the KV cache grows."""
     _least_blocks = 0
+    _preserved_blocks = 0
+    """Of the prefix cache, at most, that outlive a swap."""
     _orders: Mapping[str, Callable[..., Any]] = MappingProxyType({})
 
     def initialize_from_config(self, kv_cache_configs: Any) -> None:
@@ -227,6 +252,7 @@ class GrowingKV:
         blocks = [each for each in self._ranks("kv_blocks") if each]
         if blocks:
             self._least_blocks = min(blocks)
+            self._preserved_blocks = min(self._ranks("preserved_blocks"))
             config = self.vllm_config.scheduler_config
             config.scheduler_cls = self._scheduler_of(config.get_scheduler_cls())
 
@@ -273,7 +299,8 @@ class GrowingKV:
 
     def _swap_out(self, *args: Any) -> Any:
         self._blocks.shrink(self._least_blocks)
-        return self._ranks("swap_out", args=args)[0]
+        kept = self._blocks.keep(self._preserved_blocks) if self._preserved_blocks else []
+        return self._ranks("swap_out", args=(*args, kept))[0]
 
     def _at_least(self, frames: int) -> int:
         blocks = min(self._ranks("kv_blocks", args=(frames,)))

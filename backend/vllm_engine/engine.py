@@ -130,14 +130,22 @@ class Engine:
             text = json.dumps(result.outputs.data.tolist())
             yield Output(request, [Sequence(text, None, 0)], len(result.prompt_token_ids), result.finished)
 
-    async def swap_out(self, epoch: int, keep: list[list[dict[Region, int]]], *, preempt: bool) -> SwapOutTimes:
+    async def preserves_kv(self) -> bool:
+        """Whether any of the prefix cache outlives a swap."""
+        return bool(min(await self._order("preserved_blocks")))
+
+    async def swap_out(
+        self, epoch: int, keep: list[list[dict[Region, int]]], *, preempt: bool, forget: bool = True
+    ) -> SwapOutTimes:
         """Pause, forget the KV cache, and have every rank unmap all but its part of `keep` (empty: all of it).
 
-        Call it when nothing is in flight, or with `preempt`: then requests stand still until the swap-in, and their KV
-        is computed again. What they have generated stays (vLLM preempts them when it resets its prefix cache).
+        `forget` is false for an engine that `preserves_kv`: then it forgets what has no room in host memory.
+        Call it when nothing is in flight, or with `preempt`: then requests stand still until the swap-in, and what KV
+        is forgotten is computed again. What they have generated stays (vLLM preempts them when it resets its cache).
         """
         begin = time.monotonic()
-        await self._llm.engine_core.pause_scheduler_async(mode="keep" if preempt else "wait", clear_cache=True)
+        mode = "keep" if preempt else "wait"
+        await self._llm.engine_core.pause_scheduler_async(mode=mode, clear_cache=forget)
         paused = time.monotonic()
         await self._llm.collective_rpc("swap_out", RPC_TIMEOUT_S, (epoch, keep))
         return SwapOutTimes(paused - begin, time.monotonic() - paused)

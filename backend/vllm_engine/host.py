@@ -147,6 +147,7 @@ class Host:
         self._hurry: asyncio.Event | None = None
         """Of an order under way that gives requests time: to be set when the next one waits for it."""
         self._kv: wire.KvCache | None = None
+        self._preserves_kv = False
         self._pressure = Pressure(0, 0)
         self._kv_told = 0
         """Frames of KV cache that the agent was told last."""
@@ -163,6 +164,7 @@ class Host:
             loop.add_signal_handler(number, stop.set)
         await self._plane.start(Path(self._welcome.engine_socket))
         self._kv = await self._engine.kv_size()
+        self._preserves_kv = await self._engine.preserves_kv()
         self._gate.open()
         self._channel.send(wire.HostReady(self._engine.max_model_len, self._kv))
         log.info("%s is ready", self._replica)
@@ -258,7 +260,9 @@ class Host:
             raise ProtocolError("SwapOut before Drained")
         if self._gate.in_flight:
             log.info("%d requests stand still until the engine is back", self._gate.in_flight)
-        times = await self._engine.swap_out(order.epoch, order.keep, preempt=self._preempted)
+        times = await self._engine.swap_out(
+            order.epoch, order.keep, preempt=self._preempted, forget=not self._preserves_kv
+        )
         self._pressure.reset()
         if self._kv:
             self._kv_told = self._kv.frames

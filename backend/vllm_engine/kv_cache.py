@@ -91,7 +91,7 @@ def check_layout(layout: KVLayout, tensors: Iterable[torch.Tensor], address: int
     if found != layout.ranges:
         raise Unsupported(
             f"vLLM laid its KV cache out otherwise than it said ({found} instead of {layout.ranges}): a bug. Set "
-            "kv_cache_memory_bytes in model.json, with which the KV cache does not grow"
+            "kv_cache_memory_bytes in model.json, with which the KV cache does not grow, and remove PRESERVE_KV"
         )
 
 

@@ -10,7 +10,7 @@ Pure: knows neither torch nor vLLM.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import gcd, lcm, prod
@@ -37,6 +37,7 @@ class KVLayout:
         """`blocks` is the most that there are. Raises Unsupported for ranges whose blocks overlap each other."""
         self.ranges = merged(ranges)
         self.most_blocks = blocks
+        self._frame_bytes = frame_bytes
         first: dict[int, int] = {}
         """By frame: the first block that needs it."""
         for part in self.ranges:
@@ -55,6 +56,11 @@ class KVLayout:
         """Frames that back every block."""
         return len(self.order)
 
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block, everywhere."""
+        return sum(part.bytes for part in self.ranges)
+
     def even_blocks(self, frame_bytes: int) -> int:
         """The most blocks, up to those there are, with which ranges that follow each other begin with a frame.
 
@@ -71,6 +77,32 @@ class KVLayout:
     def frames(self, blocks: int) -> int:
         """How many frames, the first ones of the order, back the first `blocks` blocks."""
         return bisect_left(self._needed_by, blocks)
+
+    def parts(self, blocks: Sequence[int]) -> list[tuple[int, int, int]]:
+        """Where these blocks lie, rising: frame in the order, first byte in it, number of bytes; neighbours as one."""
+        frame_bytes = self._frame_bytes
+        number = {place: frame for frame, place in enumerate(self.order)}
+        found: list[tuple[int, int, int]] = []
+        starts = ((part.start + block * part.stride, part.bytes) for part in self.ranges for block in blocks)
+        for start, end in _joined(sorted((start, start + length) for start, length in starts)):
+            while start < end:
+                stop = min(end, (start // frame_bytes + 1) * frame_bytes)
+                found.append((number[start // frame_bytes], start % frame_bytes, stop - start))
+                start = stop
+        return found
+
+
+def _joined(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Rising spans, start and end, of which those that touch or overlap are one."""
+    first = last = 0
+    for start, end in spans:
+        if start > last:
+            if last > first:
+                yield first, last
+            first = start
+        last = max(last, end)
+    if last > first:
+        yield first, last
 
 
 def ranges_of(offset: int, shape: Sequence[int], strides: Sequence[int], item_bytes: int, blocks: int) -> list[Range]:

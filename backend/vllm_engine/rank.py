@@ -94,14 +94,16 @@ class RankConnection:
         frames: int,
         most: int | None = None,
         order: Sequence[int] | None = None,
+        preserved_bytes: int = 0,
     ) -> None:
         """Obtain and map the zeroed frames of one region at start-up; for `most`, `order` see `Space.reserve`.
 
+        `preserved_bytes`: host memory for what of it outlives a swap.
         Raises Refusal, TimeoutError.
         """
         space.reserve(region, frames, most, order)
         if frames:
-            self._channel.send(wire.Reserve(region, frames, 0 if order is None else len(order)))
+            self._channel.send(wire.Reserve(region, frames, 0 if order is None else len(order), preserved_bytes))
             self._map_grants(space, [region], epoch=0, deadline=time.monotonic() + START_TIMEOUT_S)
 
     def recall(self, fingerprint: str) -> wire.Recalled:
@@ -182,6 +184,10 @@ class RankConnection:
         message, fds = self._channel.receive(max(0.001, deadline - time.monotonic()))
         _close(fds)
         return message
+
+    def preserved(self, parts: list[tuple[int, int, int]]) -> None:
+        """Before the first `unmapped` of a swap-out: these parts of region `kv` are to come back. Raises PeerGone."""
+        self._channel.send(wire.KvPreserved(parts))
 
     def unmapped(self, epoch: int) -> None:
         """Acknowledge that the rank holds no reference to any frame. Raises PeerGone."""

@@ -8,12 +8,13 @@ Tried on vLLM 0.32.0 and 0.26.0, CPU; untested on a GPU. Hooks into vLLM: the wo
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from vllm.platforms import current_platform
 
-from swap_agent.errors import TakenBack, TritonSwapError, Unsupported
+from swap_agent.errors import InvalidModel, TakenBack, TritonSwapError, Unsupported
 from swap_agent.wire.messages import Region
 from vllm_engine import between_ranks, elastic, gpu, kv_cache, quantized, rehome
 from vllm_engine.addresses import CudaAddresses, HostAddresses
@@ -23,6 +24,9 @@ from vllm_engine.kv_layout import KVLayout
 from vllm_engine.rank import Endpoint, RankConnection
 from vllm_engine.space import Space
 from vllm_engine.weights import Weights
+
+_MOST_PARTS = 500_000
+"""Of the KV cache that outlive a swap: more would be too long a message."""
 
 log = logging.getLogger(__name__)
 logging.getLogger("vllm_engine").parent = logging.getLogger("vllm")  # the only one that vLLM sets up in EngineCore
@@ -70,6 +74,8 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
         """What it may have at first."""
         self._kv_frames = 0
         """With which it starts and comes back from a swap."""
+        self._preserved_blocks = 0
+        """Of the prefix cache, that outlive a swap."""
         # Unset, vLLM would claim a share of the whole machine's memory. The true size is known after load_model.
         cache.kv_cache_memory_bytes = self._declared_kv_bytes or self._space.frame_bytes
         if self._on_gpu:
@@ -109,6 +115,8 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
             kv_cache.check_holds_one_sequence(self.vllm_config, self.get_kv_cache_spec(), self._kv_bytes)
             if self._most_kv_bytes > self._kv_bytes:
                 self._prepare_growth()
+            if self._agent.welcome.preserve_kv_bytes:
+                self._prepare_preserving()
             size = max(self._kv_bytes, self._most_kv_bytes)
             if self._on_gpu:
                 self.cache_config.kv_cache_memory_bytes = size
@@ -128,7 +136,8 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
                 layout = kv_cache.planned_layout(self.vllm_config, kv_cache_config, self._space.frame_bytes)
                 self._kv_layout = layout
                 frames = self._kv_frames = min(self._kv_frames, layout.most_frames)
-            self._agent.reserve(self._space, "kv", frames, most, layout.order if layout else None)
+            preserved = self._plan_preserved()
+            self._agent.reserve(self._space, "kv", frames, most, layout.order if layout else None, preserved)
             with kv_cache.KVCacheInFrames(sizes, self._kv_buffers(sizes)) as hook:
                 super().initialize_from_config(kv_cache_config)
             hook.check_all_replaced()
@@ -143,11 +152,14 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
             self._graphs.log_figures()
         return times
 
-    def swap_out(self, epoch: int, keep: list[list[dict[Region, int]]]) -> None:
+    def swap_out(self, epoch: int, keep: list[list[dict[Region, int]]], blocks: Sequence[int] = ()) -> None:
         """Take all frames but this rank's part of `keep` out of the address space, acknowledging each of its steps.
 
-        Nothing may run on it after this.
+        These blocks of the KV cache are to be the same after the swap-in. Nothing may run on it after this.
         """
+        if self._resident and self._preserved_blocks:
+            assert self._kv_layout
+            self._agent.preserved(self._kv_layout.parts(blocks))
         self._resident = False
         steps = keep[self.rank] if keep else [{}]
         for number, step in enumerate(steps, 1):
@@ -175,13 +187,13 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
     def kv_size(self) -> tuple[int, ...]:
         """What the KV cache can be: the fields of KvCache; empty when it keeps its size."""
         layout = self._kv_layout
-        if layout is None:
+        if layout is None or self._kv_frames == layout.most_frames:
             return ()
         blocks = layout.blocks(self._kv_frames)
         return self._kv_frames, layout.most_frames, blocks, layout.most_blocks, len(layout.ranges)
 
     def kv_blocks(self, frames: int | None = None) -> int:
-        """How many blocks so many frames back (None: those that are mapped); 0 when the KV cache keeps its size."""
+        """How many blocks so many frames back (None: those that are mapped); 0 when nobody has to know."""
         if self._kv_layout is None:
             return 0
         return self._kv_layout.blocks(self._space.mapped["kv"] if frames is None else frames)
@@ -190,6 +202,10 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
         """How many frames back so many blocks, of a KV cache that grows."""
         assert self._kv_layout
         return self._kv_layout.frames(blocks)
+
+    def preserved_blocks(self) -> int:
+        """How many blocks of the prefix cache outlive a swap, at most."""
+        return self._preserved_blocks
 
     def grow_kv(self, epoch: int, frames: int) -> int | str:
         """Map what was granted for `epoch`. Returns how many blocks are backed now, or why it was taken back."""
@@ -287,6 +303,36 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
             "the KV cache starts with %d of %d frames and %d of %d blocks, in %d places",
             first, layout.most_frames, layout.blocks(first), layout.most_blocks, len(layout.ranges),
         )  # fmt: skip
+
+    def _prepare_preserving(self) -> None:
+        """Plan where the blocks lie also of a KV cache that keeps its size; where that cannot be, say why."""
+        if not self.cache_config.enable_prefix_caching:
+            raise InvalidModel("PRESERVE_KV in config.pbtxt: there is no prefix cache to preserve: remove it")
+        if self._kv_layout:
+            return
+        try:
+            if reason := elastic.why_fixed(self.vllm_config):
+                raise Unsupported(reason)
+            config = kv_cache.planned_config(self.vllm_config, self.get_kv_cache_spec(), self._kv_bytes)
+            self._kv_layout = kv_cache.planned_layout(self.vllm_config, config, self._space.frame_bytes)
+            self._kv_frames = self._kv_layout.most_frames
+        except Unsupported as error:
+            log.warning("PRESERVE_KV has no effect: %s", error)
+
+    def _plan_preserved(self) -> int:
+        """How many blocks outlive a swap; returns their bytes. Raises InvalidModel when there can be none."""
+        size, layout = self._agent.welcome.preserve_kv_bytes, self._kv_layout
+        if not size or layout is None:
+            return 0
+        blocks = min(size // layout.block_bytes, layout.blocks(self._kv_frames) - 1, _MOST_PARTS // len(layout.ranges))
+        if not blocks:
+            raise InvalidModel(
+                f"PRESERVE_KV in config.pbtxt: {size} bytes for each rank hold no block of {layout.block_bytes} bytes: "
+                "raise it or remove it"
+            )
+        self._preserved_blocks = blocks
+        log.info("up to %d KV blocks of the prefix cache outlive a swap", blocks)
+        return blocks * layout.block_bytes
 
     def _kv_buffers(self, sizes: list[int]) -> Any:
         """An allocator of int8 tensors, one after the other in region `kv`, which the agent has zeroed."""

@@ -195,16 +195,18 @@ class CudaTransfer:
         self._background = background
         self._events: list[Any] = []
 
-    def copy_in(self, frame: Frame, source: Bytes, region: Region) -> None:
-        """Queue a copy of host memory to the start of the frame."""
-        for start, size in _pieces(source):
-            self._queue("cuMemcpyHtoDAsync", _own(frame).address + start, source.ctypes.data + start, size)
+    def copy_in(self, frame: Frame, source: Bytes, region: Region, start: int = 0) -> None:
+        """Queue a copy of host memory to bytes `start`… of the frame."""
+        address = _own(frame).address + start
+        for offset, size in _pieces(source):
+            self._queue("cuMemcpyHtoDAsync", address + offset, source.ctypes.data + offset, size)
         self._device.count(self._device.host_to_device, region, self._during, source.size)
 
-    def copy_out(self, frame: Frame, target: Bytes, region: Region) -> None:
-        """Queue a copy of the start of the frame to host memory."""
-        for start, size in _pieces(target):
-            self._queue("cuMemcpyDtoHAsync", target.ctypes.data + start, _own(frame).address + start, size)
+    def copy_out(self, frame: Frame, target: Bytes, region: Region, start: int = 0) -> None:
+        """Queue a copy of bytes `start`… of the frame to host memory."""
+        address = _own(frame).address + start
+        for offset, size in _pieces(target):
+            self._queue("cuMemcpyDtoHAsync", target.ctypes.data + offset, address + offset, size)
         self._device.count(self._device.device_to_host, region, self._during, target.size)
 
     def fill(self, frame: Frame, value: int, start: int = 0) -> None:

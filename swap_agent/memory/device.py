@@ -41,11 +41,11 @@ class Frame(Protocol):
 class Transfer(Protocol):
     """Copies and fills under way together, in no order of their own; at most one of each byte."""
 
-    def copy_in(self, frame: Frame, source: Bytes, region: Region) -> None:
-        """Copy `source` (at most a frame) to the start of the frame and count its bytes. Raises OSError."""
+    def copy_in(self, frame: Frame, source: Bytes, region: Region, start: int = 0) -> None:
+        """Copy `source` to bytes `start`… of the frame and count them. Raises OSError."""
 
-    def copy_out(self, frame: Frame, target: Bytes, region: Region) -> None:
-        """Copy the start of the frame to `target` (at most a frame) and count its bytes. Raises OSError."""
+    def copy_out(self, frame: Frame, target: Bytes, region: Region, start: int = 0) -> None:
+        """Copy bytes `start`… of the frame to `target` and count them. Raises OSError."""
 
     def fill(self, frame: Frame, value: int, start: int = 0) -> None:
         """Set bytes `start`… of the frame to `value`. That is no copy and not counted. Raises OSError."""

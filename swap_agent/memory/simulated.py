@@ -136,15 +136,15 @@ class SimulatedDevice:
 
     # What the threads do.
 
-    def copy_in(self, frame: Frame, source: Bytes, region: Region, during: During) -> None:
-        """Copy host memory to the start of the frame."""
-        np.copyto(_own(frame).memory.bytes[: source.size], source)
+    def copy_in(self, frame: Frame, source: Bytes, region: Region, start: int, during: During) -> None:
+        """Copy host memory to bytes `start`… of the frame."""
+        np.copyto(_own(frame).memory.bytes[start : start + source.size], source)
         with self._counting:
             self.host_to_device[region, during] += source.size
 
-    def copy_out(self, frame: Frame, target: Bytes, region: Region, during: During) -> None:
-        """Copy the start of the frame to host memory."""
-        np.copyto(target, _own(frame).memory.bytes[: target.size])
+    def copy_out(self, frame: Frame, target: Bytes, region: Region, start: int, during: During) -> None:
+        """Copy bytes `start`… of the frame to host memory."""
+        np.copyto(target, _own(frame).memory.bytes[start : start + target.size])
         with self._counting:
             self.device_to_host[region, during] += target.size
 
@@ -163,13 +163,13 @@ class SimulatedTransfer:
         self._held: list[Callable[[], None]] = []
         self._running: list[Future[None]] = []
 
-    def copy_in(self, frame: Frame, source: Bytes, region: Region) -> None:
-        """Copy host memory to the start of the frame."""
-        self._queue(lambda: self._device.copy_in(frame, source, region, self._during))
+    def copy_in(self, frame: Frame, source: Bytes, region: Region, start: int = 0) -> None:
+        """Copy host memory to bytes `start`… of the frame."""
+        self._queue(lambda: self._device.copy_in(frame, source, region, start, self._during))
 
-    def copy_out(self, frame: Frame, target: Bytes, region: Region) -> None:
-        """Copy the start of the frame to host memory."""
-        self._queue(lambda: self._device.copy_out(frame, target, region, self._during))
+    def copy_out(self, frame: Frame, target: Bytes, region: Region, start: int = 0) -> None:
+        """Copy bytes `start`… of the frame to host memory."""
+        self._queue(lambda: self._device.copy_out(frame, target, region, start, self._during))
 
     def fill(self, frame: Frame, value: int, start: int = 0) -> None:
         """Set bytes `start`… to `value`."""

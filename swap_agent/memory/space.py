@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from swap_agent.errors import ProtocolError
 from swap_agent.memory.device import Frame
 from swap_agent.memory.frames import FramePool
 from swap_agent.memory.mirror import Image
 from swap_agent.memory.mirrors import Mirror, rearranged, same_layout
+from swap_agent.memory.preserved import Part, PreservedKV
 from swap_agent.wire.messages import Extent, Region
 
 REGIONS: tuple[Region, ...] = ("weights", "state", "scratch", "kv")
@@ -44,6 +46,8 @@ class RankSpace:
     staging: Image | None = None
     stored: Mirror | None = None
     """Whose weights are `mirror`, when that is the store's: it outlives this rank."""
+    preserved: PreservedKV | None = None
+    """What of region `kv` outlives a swap; None: nothing."""
     verify: bool = False
     """Check the weights by checksums whenever they come and go."""
     _dirty: set[Frame] = field(default_factory=set)
@@ -60,8 +64,9 @@ class RankSpace:
 
     @property
     def mirror_bytes(self) -> int:
-        """Host memory of staging and mirror, unless that is the store's."""
-        return sum(image.resident_bytes() for image in self._own_images if image)
+        """Host memory of staging and mirror, unless that is the store's, and of what KV cache is preserved."""
+        preserved = self.preserved.resident_bytes if self.preserved else 0
+        return sum(image.resident_bytes() for image in self._own_images if image) + preserved
 
     @property
     def _own_images(self) -> tuple[Image | None, ...]:
@@ -76,6 +81,16 @@ class RankSpace:
             for frame in frames[:dirty]:
                 transfer.fill(frame, 0)
         return frames
+
+    def preserve(self, size_bytes: int) -> None:
+        """Start-up: host memory for what of region `kv` is to outlive swaps. Raises OutOfFrames."""
+        self.preserved = PreservedKV(self.pool.device, size_bytes)
+
+    def choose_kv(self, parts: Sequence[Part]) -> None:
+        """Before a swap-out: these parts of region `kv` are to be the same after the swap-in. Raises ProtocolError."""
+        if self.preserved is None:
+            raise ProtocolError("no KV cache is to be preserved")
+        self.preserved.choose(parts)
 
     def make_images(self, weights_bytes: int, state_bytes: int) -> None:
         """After load: copy the weights to the mirror, once, and prepare the staging. Raises OutOfFrames."""
@@ -148,13 +163,16 @@ class RankSpace:
     def take_back(self, keep: Mapping[Region, int]) -> None:
         """After the rank unmapped all but `keep`: save the state that goes, return the frames that go.
 
-        Weights are not copied; scratch and KV are dropped. Raises Damaged when the space is verified and its weights
-        have changed.
+        Weights are not copied; scratch is dropped, and KV but for what is preserved. Raises Damaged when the space is
+        verified and its weights have changed.
         """
         if self.verify and self.mirror:
             self.mirror.compare(self.frames["weights"])
         if self.staging:
             self.staging.save(self.frames["state"], "swap_out", first=keep.get("state", 0))
+        if self.preserved and "kv" in self.frames:
+            with self.pool.device.transfer("swap_out") as transfer:
+                self.preserved.save(transfer, self.frames["kv"], keep.get("kv", 0))
         self.undo(keep)
 
     def undo(self, keep: Mapping[Region, int]) -> None:
@@ -198,7 +216,7 @@ class RankSpace:
     def fill(self, held: Mapping[Region, int]) -> int:
         """Swap-in: set what came with `grant`; `held` is what there was before. Returns the bytes copied.
 
-        Scratch and KV to zero, weights from the mirror, state from the staging.
+        Scratch and KV to zero, weights from the mirror, state from the staging; then what KV was preserved.
         """
         copied = 0
         with self.pool.device.transfer("swap_in") as transfer:
@@ -209,6 +227,9 @@ class RankSpace:
                 for frame in self.frames.get(region, [])[held.get(region, 0) :]:
                     if frame in self._dirty:
                         transfer.fill(frame, 0)
+        if self.preserved and "kv" in self.frames:
+            with self.pool.device.transfer("swap_in") as transfer:  # another one: the frames are zero by now
+                copied += self.preserved.restore(transfer, self.frames["kv"], held.get("kv", 0))
         return copied
 
     def extend(self, region: Region, frames: int) -> None:
@@ -240,5 +261,7 @@ class RankSpace:
             for image in self._own_images:
                 if image:
                     image.close()
-            self.mirror = self.staging = self.stored = None
+            if self.preserved:
+                self.preserved.close()
+            self.mirror = self.staging = self.stored = self.preserved = None
             self.sizes_frames = {}

@@ -160,7 +160,8 @@ class DrainRefused(Message, frozen=True):
 
 
 class SwapOut(Message, frozen=True):
-    """After `Drained`: pause the scheduler, reset the prefix cache, have every rank synchronise, unmap and ack.
+    """After `Drained`: pause the scheduler, forget the prefix cache but for `KvPreserved`, have every rank synchronise,
+    unmap and ack.
 
     Also for an engine that is swapped out already and still holds frames.
     """
@@ -168,7 +169,7 @@ class SwapOut(Message, frozen=True):
     epoch: int
     keep: list[list[dict[Region, int]]] = []
     """Per rank and step, of which each is acknowledged: frames of each region that stay mapped, the first ones; what KV
-    they hold is void. Absent: one step, and none."""
+    they hold is void unless it is preserved. Absent: one step, and none."""
 
 
 class SwappedOut(Message, frozen=True):
@@ -301,6 +302,8 @@ class RankWelcome(Message, frozen=True):
     device_bytes: int
     limit_bytes: int | None = None
     """GPU_MEMORY_LIMIT in bytes: binds the same sum where no request is declared. None: not declared."""
+    preserve_kv_bytes: int = 0
+    """This rank's part of PRESERVE_KV: host memory for what of region `kv` outlives a swap."""
 
 
 class Reserve(Message, frozen=True):
@@ -310,6 +313,8 @@ class Reserve(Message, frozen=True):
     frames: int
     most: int = 0
     """The region can have up to so many frames later on, by GrowKv. 0: as many as now."""
+    preserved_bytes: int = 0
+    """Of region `kv`: host memory for `KvPreserved`. At most what `RankWelcome` says."""
 
 
 class Grant(Message, frozen=True):
@@ -416,6 +421,16 @@ class Unmapped(Message, frozen=True):
     epoch: int
 
 
+class KvPreserved(Message, frozen=True):
+    """Before the first `Unmapped` of a swap-out: what of region `kv` has to be the same after the swap-in.
+
+    It holds until `Filled`. Without it nothing of the region has to be.
+    """
+
+    parts: list[tuple[int, int, int]]
+    """Frame of the region, first byte in it, number of bytes; no two have a byte in common."""
+
+
 # --- data plane: Triton stub <-> engine host --------------------------------------------------------------------------
 
 
@@ -490,7 +505,7 @@ FromHost = (
     | OrderFailed | KvWanted | KvGrown | KvGrowFailed | KvShrunk
 )  # fmt: skip
 ToHost = HostWelcome | Drain | SwapOut | SwapIn | GrowKv | ShrinkKv | RefuseWaiting | QueueLimits | Shutdown | Refused
-FromRank = RankHello | Recall | Reserve | Restore | Loaded | RankFailed | Mapped | MapFailed | Unmapped
+FromRank = RankHello | Recall | Reserve | Restore | Loaded | RankFailed | Mapped | MapFailed | KvPreserved | Unmapped
 ToRank = RankWelcome | Recalled | Grant | Mirrored | Filled | Refused
 StubToEngine = Submit | Embed | Abort
 EngineToStub = Step

@@ -316,7 +316,7 @@ async def test_what_cannot_work_is_refused_in_one_line(agent: Agent, options: di
 async def test_parameters_that_mean_nothing_are_refused_by_name(agent: Agent) -> None:
     stub = await Stub.connect(agent, "a")
     for key, words in {
-        "PRESERVE_KV": "not supported yet",
+        "PRESERVE_KV": "'high' is not a size",
         "PRIORITY": "'high' is not a whole number",
         "GPU_MEMORY_REQUST": "did you mean GPU_MEMORY_REQUEST?",
         "KEEPALIVE": "did you mean KEEP_ALIVE?",

@@ -26,7 +26,7 @@ from devices import (
     put,
 )
 
-from swap_agent.errors import BooksDoNotBalance, InvalidUsage, OutOfFrames
+from swap_agent.errors import BooksDoNotBalance, InvalidUsage, OutOfFrames, ProtocolError
 from swap_agent.memory import cuda_driver
 from swap_agent.memory.cuda import CudaDevice
 from swap_agent.memory.device import DeviceMemory
@@ -474,3 +474,58 @@ def test_state_of_several_frames_goes_and_comes_in_parts(pool: FramePool) -> Non
     space.fill(held)
     assert [int(contents(frame)[-1]) for frame in space.frames["state"]] == [1, 2, 3]
     space.lost()
+
+
+def test_parts_of_a_kv_cache_outlive_a_swap(pool: FramePool) -> None:
+    space = RankSpace("a", pool)
+    for region, count in (("weights", 1), ("state", 1), ("kv", 3)):
+        for number, frame in enumerate(space.reserve(region, count)):  # type: ignore[arg-type]
+            put(frame, number + 1)
+    space.make_images(100, 100)
+    mirror_bytes = space.mirror_bytes
+    space.preserve(FRAME_BYTES + 50)
+    assert space.mirror_bytes >= mirror_bytes + FRAME_BYTES + 50
+    parts = [(0, 10, 20), (0, FRAME_BYTES - 8, 8), (2, 0, FRAME_BYTES), (1, 5, 22)]
+    for wrong, message in (
+        ([(0, FRAME_BYTES - 8, 9)], "bytes 2097144..2097153 of frame 0"),
+        ([(0, 0, 0)], "bytes 0..0 of frame 0"),
+        ([(-1, 0, 5)], "frame -1"),
+        ([*parts, (1, 0, 1)], "2097203 bytes of a KV cache do not fit 2097202 bytes"),
+    ):
+        with pytest.raises(ProtocolError, match=message):
+            space.choose_kv(wrong)
+
+    def check() -> None:
+        first, second, third = (contents(frame) for frame in space.frames["kv"])
+        assert (
+            (first[10:30] == 1).all() and (first[-8:] == 1).all() and (second[5:27] == 2).all() and (third == 3).all()
+        )
+
+    for round_number in (1, 2):
+        space.choose_kv(parts)
+        copied = 0
+        for keep in (3, 1, 0):  # a part is copied when its frame goes, not before
+            space.take_back({"kv": keep})
+            copied += {3: 0, 1: FRAME_BYTES + 22, 0: 28}[keep]
+            assert pool.device.device_to_host["kv", "swap_out"] == (round_number - 1) * (FRAME_BYTES + 50) + copied
+        other, _ = pool.grant("b", FRAMES)
+        pool.give_back("b", other)
+        for kept, missing in ({}, FRAME_BYTES + 250), ({"kv": 1}, FRAME_BYTES + 222):
+            space.undo(kept)  # the second time: taken back, and tried again
+            copied = 0
+            for most in (3, 2):
+                held = space.held
+                space.grant(most)
+                copied += space.fill(held)
+            assert copied == missing
+            check()
+            first = contents(space.frames["kv"][0])
+            assert not first[:10].any() and not first[30:-8].any(), "all else is zero"
+    space.choose_kv([])
+    space.take_back({})
+    held = space.held
+    space.grant(space.missing_frames)
+    space.fill(held)
+    assert not any(contents(frame).any() for frame in space.frames["kv"])
+    space.lost()
+    assert pool.free_frames == FRAMES and space.mirror_bytes == 0

@@ -271,3 +271,22 @@ def test_many_cycles_leak_no_descriptor_and_no_frame() -> None:
     assert copied["weights", "swap_in"] == CYCLES * 4096 and copied["state", "swap_in"] == CYCLES // 2 * 64
     space.lost()
     assert pool.free_frames == 3
+
+
+def test_kv_that_is_preserved_comes_back_once(rank: Rank) -> None:
+    rank.space.preserve(100)
+    rank.peer.send(wire.KvPreserved([(0, 30, 100)]))
+    rank.swap_out(1)
+    for epoch, preserved in ((2, True), (3, False)):
+        rank.peer.send(wire.Mapped(epoch))
+        rank.link.prepare(epoch, Allowance(epoch, 4))
+        rank.link.commit(epoch)
+        assert rank.receive_grants() == 4
+        kv = contents(rank.space.frames["kv"][0])
+        assert (kv[30:130] == 7).all() == preserved and not kv[:30].any() and not kv[130:].any()
+        rank.swap_out(epoch)  # without a word about KV
+
+
+def test_a_rank_that_preserves_what_it_may_not_is_cut_off(rank: Rank) -> None:
+    rank.peer.send(wire.KvPreserved([(0, 0, 100)]))
+    assert rank.gone.wait(5)

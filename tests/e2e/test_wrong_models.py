@@ -41,9 +41,9 @@ def add(server: Server, name: str, engine: dict[str, Any], **parameters: str) ->
             {"GPU_MEMORY_REQUEST": "64MiB"},
             ["weights 258.0 MiB", "KV cache", "GPU_MEMORY_REQUEST is 64.0 MiB", "raise"],
         ),
-        ({}, {"PRESERVE_KV": "1GiB"}, ["PRESERVE_KV", "not supported yet"]),
+        ({"enable_prefix_caching": False}, {"PRESERVE_KV": "1GiB"}, ["PRESERVE_KV", "no prefix cache", "remove it"]),
     ],
-    ids=["unknown key", "no weights", "no size", "too large", "too small", "not yet"],
+    ids=["unknown key", "no weights", "no size", "too large", "too small", "nothing to preserve"],
 )
 async def test_a_wrong_configuration(
     server: Server,

@@ -48,6 +48,9 @@ class FakeAgent:
         self.weights: list[wire.Extent] = []
         self.state: list[wire.Extent] = []
         self.mirror: dict[wire.Region, list[bytes]] = {}
+        self.preserved_bytes = 0
+        self.preserved: dict[tuple[int, int, int], bytes] = {}
+        """Parts of region `kv` that outlive the swap under way, and what is in them once they are saved."""
         self.frames: dict[wire.Region, list[int]] = {}
         self.free: list[int] = []
         self._welcome = welcome
@@ -104,6 +107,9 @@ class FakeAgent:
         assert self._ack() == wire.Unmapped(epoch)
         assert self.receive(wire.SwappedOut) == wire.SwappedOut(epoch)
         self.mirror["state"] = [_read(frame) for frame in self.frames["state"]]
+        for frame, start, size in self.preserved:
+            if keep.get("kv", 0) <= frame < len(self.frames["kv"]):
+                self.preserved[frame, start, size] = os.pread(self.frames["kv"][frame], size, start)
         self._take(keep)
 
     def swap_in(self, epoch: int) -> None:
@@ -118,6 +124,10 @@ class FakeAgent:
             contents = self.mirror.get(region, [bytes(FRAME_BYTES)] * len(frames))
             for frame, content in list(zip(frames, contents, strict=True))[held[region] :]:
                 _write(frame, content)
+        for (number, start, _), content in self.preserved.items():
+            if number >= held["kv"]:
+                os.pwrite(self.frames["kv"][number], content, start)
+        self.preserved = {}
         self.rank.send(wire.Filled(epoch))
         assert self.receive(wire.SwappedIn) == wire.SwappedIn(epoch)
 
@@ -207,6 +217,7 @@ class FakeAgent:
                     "request_bytes": None,
                     "device_bytes": 1 << 30,
                     "limit_bytes": None,
+                    "preserve_kv_bytes": 0,
                 }
                 overrides = {key: value for key, value in self._welcome.items() if key in fields}
                 self.rank.send(wire.RankWelcome(**{**fields, **overrides}))
@@ -216,6 +227,7 @@ class FakeAgent:
                 self.sizes[message.region] = message.frames
                 if message.region == "kv":
                     self.most_kv = message.most
+                    self.preserved_bytes = message.preserved_bytes
                 self._grant(0, message.region, message.frames, zero=True)
             case wire.Loaded():
                 self.weights, self.state = message.weights, message.state
@@ -223,6 +235,8 @@ class FakeAgent:
                 self.rank.send(wire.Mirrored(len(self.mirror["weights"]) * FRAME_BYTES))
             case wire.RankFailed():
                 self.rank_failure = message
+            case wire.KvPreserved():
+                self.preserved = dict.fromkeys(message.parts, b"")
             case _:
                 self._acks.put(message)
 

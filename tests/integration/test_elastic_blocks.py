@@ -121,6 +121,20 @@ class Pool(RuleBasedStateMachine):
         if done:
             self.hashes.clear()
 
+    @rule(most=st.integers(0, 6))
+    def keep(self, most: int) -> None:
+        """A swap: what was used last stays."""
+        if self.in_use():
+            with pytest.raises(TritonSwapError, match=f"{len(self.in_use())} KV blocks are in use"):
+                self.pool.keep(most)
+            return
+        by_age = self.pool.free_block_queue.get_all_free_blocks()
+        cached = [block.block_id for block in by_age if any(block.block_id in each for each in self.hashes.values())]
+        kept = self.pool.keep(most)
+        assert kept == sorted(cached[len(cached) - min(most, len(cached)) :])
+        for block in set(cached) - set(kept):
+            self.forget(block)
+
     @invariant()
     def every_block_is_in_one_place(self) -> None:
         if not hasattr(self, "pool"):

@@ -28,6 +28,7 @@ LONG = GREEDY.replace("64", "300")
 PROMPTS = [prompt(seed, 200) for seed in range(6)] + [f"{prompt(0, 160)} {prompt(seed, 40)}" for seed in (7, 8)]
 """Longer than a step; the last ones begin as the first one does."""
 LIMIT_BYTES = 128 << 20
+PRESERVED_BLOCKS = 14
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,9 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[FakeAgen
     runtime_dir = tmp_path_factory.mktemp("run")
     version_dir = runtime_dir / "repository" / "tiny" / "1"
     version_dir.mkdir(parents=True)
-    agent = FakeAgent(runtime_dir, max_queue=64, limit_bytes=LIMIT_BYTES)
+    agent = FakeAgent(
+        runtime_dir, max_queue=64, limit_bytes=LIMIT_BYTES, preserve_kv_bytes=PRESERVED_BLOCKS * BLOCK_BYTES + 5
+    )
     try:
         ready = agent.start(version_dir, json.dumps({**ARGUMENTS, "model": str(weights)}))
         if "the KV cache keeps its size: this vLLM" in agent.log.read_text():
@@ -201,6 +204,41 @@ def test_a_swap_brings_back_the_kv_cache_of_the_start(
     agent.swap_out(epoch(), preempt=True)
     agent.swap_in(epoch())
     assert answers(stub, numbers) == alone
+
+
+def test_what_was_cached_last_outlives_a_swap(
+    agent: FakeAgent, kv: wire.KvCache, stub: Stub, alone: list[str], epoch: Callable[[], int]
+) -> None:
+    """That it is used, not computed again, shows when it is spoilt on its way."""
+    assert agent.preserved_bytes == PRESERVED_BLOCKS * BLOCK_BYTES
+    for keep in ({}, {"weights": 2, "state": 1, "kv": 2}):
+        assert [text(stub.ask(each, GREEDY)) for each in PROMPTS[:2]] == alone[:2]
+        agent.swap_out(epoch(), keep)  # type: ignore[arg-type]
+        blocks = (200 + 64 - 1) // BLOCK_TOKENS  # full ones, of the last request; then the other's
+        assert len(agent.preserved) >= LAYERS
+        assert sum(size for _, _, size in agent.preserved) == PRESERVED_BLOCKS * BLOCK_BYTES < 2 * blocks * BLOCK_BYTES
+        agent.swap_in(epoch())
+        assert [text(stub.ask(each, GREEDY)) for each in PROMPTS[:2]] == alone[:2]
+    agent.swap_out(epoch(), {"state": agent.sizes["state"], "kv": 2})
+    agent.swap_out(epoch())  # the rest, while it is out
+    agent.preserved = {part: b"\x3f" * len(content) for part, content in agent.preserved.items()}
+    agent.swap_in(epoch())
+    assert text(stub.ask(PROMPTS[1], GREEDY)) != alone[1], "computed again"
+    assert text(stub.ask(PROMPTS[3], GREEDY)) == alone[3]
+    # Whoever stands still inside goes on with what it had.
+    for spoilt in (False, True):
+        number = stub.submit(PROMPTS[4], LONG, stream=True)
+        first = next(iter(stub.items(number)))
+        agent.swap_out(epoch(), preempt=True)
+        if spoilt:
+            agent.preserved = {part: b"\x3f" * len(content) for part, content in agent.preserved.items()}
+        agent.swap_in(epoch())
+        whole = text([first, *stub.items(number, 120)])
+        assert whole.startswith(alone[4]) != spoilt
+    assert [text(stub.ask(each, GREEDY)) for each in PROMPTS[2:4]] == alone[2:4]
+    agent.swap_out(epoch())  # which forgets all that was used before
+    agent.swap_in(epoch())
+    assert answers(stub, [stub.submit(each, GREEDY) for each in PROMPTS]) == alone
 
 
 def test_a_drain_ends_the_time_of_a_shrink(

@@ -50,6 +50,29 @@ def test_the_first_frames_back_the_first_blocks(cache: tuple[list[Range], int]) 
     assert layout.blocks(layout.most_frames) == blocks
 
 
+@given(caches(), st.sets(st.integers(0, 11)))
+def test_parts_are_all_bytes_of_some_blocks_once(cache: tuple[list[Range], int], some: set[int]) -> None:
+    ranges, count = cache
+    blocks = [block for block in sorted(some) if block < count]
+    layout = KVLayout(ranges, count, FRAME)
+    parts = layout.parts(blocks)
+    held = [layout.order[frame] * FRAME + byte for frame, first, size in parts for byte in range(first, first + size)]
+    assert len(held) == len(set(held)), "a byte is copied twice"
+    assert all(first >= 0 and 0 < size <= FRAME - first for _, first, size in parts), "a part leaves its frame"
+    wanted = {
+        byte
+        for part in layout.ranges
+        for block in blocks
+        for byte in range(part.start + block * part.stride, part.start + block * part.stride + part.bytes)
+    }
+    assert set(held) == wanted
+    assert len(held) <= layout.block_bytes * len(blocks)
+    assert (
+        len({(frame, first + size) for frame, first, size in parts} & {(frame, first) for frame, first, _ in parts})
+        == 0
+    )
+
+
 @given(st.permutations([0, 1, 2, 3]), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 9))
 def test_ranges_of_a_tensor_hold_the_bytes_of_each_block(
     order: list[int], blocks: int, parts: int, heads: int, offset: int

@@ -24,11 +24,21 @@ def test_every_parameter_has_its_meaning() -> None:
         "MAX_QUEUE": "7",
         "QUEUE_TIMEOUT": "1m",
         "GPU_DEVICE_IDS": "[2, 0]",
+        "PRESERVE_KV": "1.5GiB",
         "REPORT_CUSTOM_METRICS": "true",
         "my_own": "anything",
     }
     assert read_settings("m", given, 4 * GIB) == ModelSettings(
-        GIB, 2 * GIB, None, -3, True, 0.5, max_queue=7, queue_timeout_s=60, device_ids=(2, 0)
+        GIB,
+        2 * GIB,
+        None,
+        -3,
+        True,
+        0.5,
+        max_queue=7,
+        queue_timeout_s=60,
+        device_ids=(2, 0),
+        preserve_kv_bytes=3 * GIB // 2,
     )
     assert read_settings("m", dict.fromkeys(given, ""), GIB) == read_settings("m", {}, GIB) == ModelSettings()
 
@@ -46,6 +56,8 @@ def test_every_parameter_has_its_meaning() -> None:
         ("MAX_QUEUE", "0", "'0' is not a whole number from 1 on"),
         ("MAX_QUEUE", "many", "'many' is not a whole number from 1 on"),
         ("QUEUE_TIMEOUT", "0", "'0' gives no request any time"),
+        ("PRESERVE_KV", "0.5", "'0.5' is not a size of host memory such as 512MiB"),
+        ("PRESERVE_KV", "4GB", "'4GB' uses a unit that is ambiguous"),
         ("GPU_DEVICE_IDS", "0;1", "'0;1' is not a list of device numbers such as 0 or 0,1"),
         ("GPU_DEVICE_IDS", "[0", "is not a list of device numbers"),
         ("GPU_DEVICE_IDS", "1,1", "'1,1' names a device twice"),
@@ -64,7 +76,6 @@ def test_a_bad_value_is_refused_by_name_with_what_is_right(key: str, value: str,
         ("GPU_MEMORY_LIMITS", "did you mean GPU_MEMORY_LIMIT?"),
         ("GPU_MEMORY_FRACTION", "known: GPU_MEMORY_REQUEST, GPU_MEMORY_LIMIT, KEEP_ALIVE"),
         ("max_queue", "did you mean MAX_QUEUE?"),
-        ("PRESERVE_KV", "is not supported yet; remove it"),
     ],
 )
 def test_keys_that_look_like_ours_are_refused(key: str, words: str) -> None:
