@@ -35,7 +35,7 @@ DEVICE = "cpu:1x1GiB"
 PRESERVE_KV = "256MiB"
 TURNS = (512, 2048)
 """Tokens of the first turn."""
-REPEATS = 5
+REPEATS = 3
 _ANSWER_TOKENS, _QUESTION_TOKENS = 16, 32
 _ENGINE = {"dtype": "bfloat16", "enforce_eager": True, "max_model_len": 4096, "max_num_seqs": 16}
 

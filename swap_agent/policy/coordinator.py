@@ -457,7 +457,7 @@ class Coordinator:
 
         Whoever lets go of devices that he kept others from adds them to `touched`.
         """
-        self._keep_promises()
+        self._keep_promises(touched)
         if self._growth or self._owed or self._queue:
             self._serve_waiting(touched, now_s)
         if self._bursting:
@@ -516,7 +516,8 @@ class Coordinator:
         return not any(self.inventory.free_frames(device) >= missing for device in touched)
 
     def _waiting_on(self, devices: Iterable[str]) -> list[Replica]:
-        return [replica for device in devices for replica in self.inventory.on(device) if replica.name in self._queue]
+        places = self._queue.places
+        return [replica for device in devices for replica in self.inventory.on(device) if replica.name in places]
 
     def _activate(
         self, replica: Replica, blocked: set[str], claims: Counter[str], touched: set[str], now_s: float
@@ -585,9 +586,11 @@ class Coordinator:
             change(replica.name)
         replica.promised_frames = frames
 
-    def _keep_promises(self) -> None:
+    def _keep_promises(self, touched: set[str]) -> None:
         for name in list(self._promised):
             replica = self.inventory.replicas[name]
+            if touched.isdisjoint(replica.devices):
+                continue
             back = max(0, min(self.inventory.unreserved_frames(device) for device in replica.devices))
             if more := min(back, replica.promised_frames):
                 replica.reserved_frames += more
