@@ -7,7 +7,7 @@ one int8 buffer for all layers with `torch.zeros`, 0.26.0 one per `KVCacheTensor
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -68,6 +68,16 @@ def blocks_of_one_sequence(vllm_config: Any, specs: dict[str, Any], kv_cache_con
         return True
 
     return bisect_left(range(kv_cache_config.num_blocks), True, lo=1, key=serves)
+
+
+def blocks_outermost_first(layouts: Sequence[str]) -> list[str]:
+    """Reorder vLLM's names of the layouts that its backends can use, the preferred ones first.
+
+    Where blocks are outermost a block lies in one place instead of one for each layer, and a step takes few frames.
+    """
+    from vllm.v1.kv_cache_layout import KVCacheLayout
+
+    return sorted(layouts, key=lambda name: not KVCacheLayout[name].is_block_outermost)
 
 
 def planned_layout(vllm_config: Any, kv_cache_config: Any, frame_bytes: int) -> KVLayout:

@@ -109,6 +109,11 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
             layout.size("weights"), layout.size("state"), self._kv_bytes,
         )  # fmt: skip
 
+    def get_supported_kv_cache_layouts(self) -> list[str]:
+        """As vLLM's worker, which is asked once the model is loaded; of one that may grow the finest steps first."""
+        layouts: list[str] = super().get_supported_kv_cache_layouts()
+        return kv_cache.blocks_outermost_first(layouts) if self._most_kv_bytes > self._kv_bytes else layouts
+
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache, as planned in load_model."""
         with self._agent.reporting("warm up the model"):

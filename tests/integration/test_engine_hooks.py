@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tiny_llama import make_tiny_llama
 
 from swap_agent.wire import messages as wire
 
@@ -283,3 +285,36 @@ def test_a_process_that_waits_for_another_falls_asleep_before_long(monkeypatch: 
     now_s += 1e-3  # it works on what came
     pause()
     assert naps == asleep, "the next wait begins anew"
+
+
+def test_a_kv_cache_that_may_grow_is_laid_out_with_blocks_outermost_where_that_can_be(
+    tmp_path: Path, torch: Any
+) -> None:
+    pytest.importorskip("vllm.v1.kv_cache_layout", reason="a KV cache grows from vLLM 0.32 on")
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+    from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from vllm_engine import arguments, kv_cache
+
+    class AnyLayout(CPUAttentionBackend):  # type: ignore[misc]  # as FlashAttention on a GPU
+        @classmethod
+        def supported_kv_cache_layouts(cls) -> None:
+            return None
+
+    def preferred(backend: Any) -> str:
+        return kv_cache.blocks_outermost_first([each.name for each in get_supported_kv_cache_layouts([backend])])[0]
+
+    weights = make_tiny_llama(tmp_path, hidden=512, layers=4, tied=True)
+    values = {"model": str(weights), "max_model_len": 512, "block_size": 32}
+    config = arguments.engine_config(arguments.engine_args(values))
+    spec = FullAttentionSpec(block_size=32, num_kv_heads=4, head_size=64, dtype=torch.bfloat16)
+    specs = {f"model.layers.{layer}.self_attn.attn": spec for layer in range(4)}
+    steps = {}
+    for layout in ("LBNHC", preferred(CPUAttentionBackend), preferred(AnyLayout)):
+        config.cache_config.kv_cache_layout = layout
+        planned = kv_cache.planned_config(config, specs, 64 << 20)
+        blocks = kv_cache.planned_layout(config, planned, 2 << 20)
+        steps[layout] = (len(blocks.ranges), blocks.frames(1), blocks.frames(17), blocks.most_frames)
+    # 16 blocks of all layers to a frame, or 64 of one layer.
+    assert steps == {"LBNHC": (4, 4, 4, 32), "LBHNC": (4, 4, 4, 32), "BLNHC": (1, 1, 2, 32)}
