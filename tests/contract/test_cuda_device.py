@@ -33,7 +33,8 @@ def test_memory_and_ranks(fake_cuda: FakeCuda) -> None:
 
 def test_the_agent_and_its_deaths(fake_cuda: FakeCuda) -> None:
     fake_cuda.devices = "2x512MiB"
-    files = [str(HERE / name) for name in ("test_agent.py", "test_agent_ranks.py", "test_agent_killed.py")]
+    names = ("test_agent.py", "test_agent_kv.py", "test_agent_ranks.py", "test_agent_killed.py")
+    files = [str(HERE / name) for name in names]
     run_suite(fake_cuda, *files, TRITON_SWAP_TEST_KILLS="5")
     assert fake_cuda.used_bytes() == 0
 

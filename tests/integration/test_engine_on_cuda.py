@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("default")]
 
 
-def test_answers_stay_over_swaps(fake_cuda: FakeCuda, tmp_path: Path) -> None:
+def test_answers_stay_over_swaps_and_while_the_kv_cache_grows_and_shrinks(fake_cuda: FakeCuda, tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     fake_cuda.devices = "1x640MiB"
     make_tiny_llama(tmp_path / "weights")
@@ -27,8 +27,11 @@ def test_answers_stay_over_swaps(fake_cuda: FakeCuda, tmp_path: Path) -> None:
     logs = [path.read_text()[-2000:] for path in tmp_path.glob("run/logs/*")]
     assert ended.returncode == 0, (ended.stderr[-2000:], logs)
     figures = json.loads(ended.stdout.splitlines()[-1])
-    assert figures["same"] == [True] * 3 and figures["texts"] == 3
-    assert figures["frames_when_swapped"] == [0] * 3 and figures["frames"] > 2 and figures["violations"] == 0
+    assert figures["same"] == [True] * 9 and figures["texts"] == 3
+    assert figures["frames_when_swapped"] == [0] * 3 and figures["violations"] == 0
+    least, most = figures["kv"]
+    assert figures["blocks"] == [most, least] * 3 and least < most
+    assert figures["kv_bytes_back"] > 0, "of the prefix cache"
     assert fake_cuda.used_bytes() == 0
     names = {line.partition("(")[0].rpartition(" ")[2] for line in fake_cuda.calls()}
     assert {"cuMemImportFromShareableHandle", "cuMemHostRegister", "cuMemcpyHtoDAsync"} <= names
