@@ -5,9 +5,10 @@
 1. probe: does memory move between processes as docs/memory.md assumes (tests/gpu/probe.py)?
 2. contract: the contract suite of device memory, on the real device.
 3. correct: two small models take turns and keep their answers; frames poisoned, weights verified (tests/gpu/swap.py).
-4. families: those that vLLM's CPU engine refuses, and quantised ones (tests/gpu/families.py).
-5. swap: two large ones take turns, for the times.
-6. sleep: vLLM's own sleep mode beside it (tests/gpu/sleep_mode.py).
+4. kv: a KV cache grows, shrinks and outlives swaps (tests/gpu/growing_kv.py).
+5. families: those that vLLM's CPU engine refuses, and quantised ones (tests/gpu/families.py).
+6. swap: two large ones take turns, for the times.
+7. sleep: vLLM's own sleep mode beside it (tests/gpu/sleep_mode.py).
 Each also runs by hand. A step that fails does not stop the rest.
 """
 
@@ -66,14 +67,15 @@ def main() -> int:
         return 2
     out = options.out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    names = ("tiny", "families", "swap", "sleep", "probe")
-    tiny, families, swap, sleep, probe = (out.with_name(f"{out.stem}-{name}.json") for name in names)
+    names = ("tiny", "kv", "families", "swap", "sleep", "probe")
+    tiny, kv, families, swap, sleep, probe = (out.with_name(f"{out.stem}-{name}.json") for name in names)
     tests = [str(ROOT / "tests" / "contract" / name) for name in ("test_memory.py", "test_rank_link.py")]
     pytest = ["-m", "pytest", "-q", "-c", str(HERE / "pytest.ini"), f"--rootdir={ROOT}", "-p", "no:cacheprovider"]
     steps = {
         "probe": run("probe", [*pytest, str(HERE / "test_probe.py")], 420, probe, TRITON_SWAP_PROBE_OUT=str(probe)),
         "contract": run("contract", [*pytest, *tests], 300, None, TRITON_SWAP_TEST_DEVICE="cuda"),
         "correct": run("correct", [str(HERE / "swap.py"), "--out", str(tiny), "--model", "tiny"], 300, tiny),
+        "kv": run("kv", [str(HERE / "growing_kv.py"), "--out", str(kv)], 300, kv),
         "families": run("families", [str(HERE / "families.py"), "--out", str(families)], 600, families),
         "swap": run("swap", [str(HERE / "swap.py"), "--out", str(swap), "--model", options.model], 420, swap),
         "sleep": run("sleep", [str(HERE / "sleep_mode.py"), "--out", str(sleep), "--model", options.model], 300, sleep),

@@ -10,26 +10,25 @@ from pathlib import Path
 
 import pytest
 from fakes.cuda import FakeCuda
-from tiny_llama import make_tiny_llama
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("default")]
 
 
 def test_answers_stay_over_swaps_and_while_the_kv_cache_grows_and_shrinks(fake_cuda: FakeCuda, tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     fake_cuda.devices = "1x640MiB"
-    make_tiny_llama(tmp_path / "weights")
-    path = os.pathsep.join([str(HERE.parents[1]), str(HERE.parents[1] / "backend")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "backend")])
     environment = fake_cuda.environment(PYTHONPATH=path, HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1")
-    command = [sys.executable, str(HERE / "cuda_engine.py"), str(tmp_path)]
+    out = tmp_path / "figures.json"
+    command = [sys.executable, str(ROOT / "tests" / "gpu" / "growing_kv.py"), f"--out={out}", f"--folder={tmp_path}"]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     logs = [path.read_text()[-2000:] for path in tmp_path.glob("run/logs/*")]
     assert ended.returncode == 0, (ended.stderr[-2000:], logs)
-    figures = json.loads(ended.stdout.splitlines()[-1])
-    assert figures["same"] == [True] * 9 and figures["texts"] == 3
-    assert figures["frames_when_swapped"] == [0] * 3 and figures["violations"] == 0
-    least, most = figures["kv"]
+    figures = json.loads(out.read_text())
+    assert figures["same_answers"] == [True] * 9 and figures["answers"] == 3
+    assert figures["frames_when_swapped"] == [0] * 3 and figures["books_violations"] == 0
+    least, most = figures["blocks_at_least_and_most"]
     assert figures["blocks"] == [most, least] * 3 and least < most
     assert figures["kv_bytes_back"] > 0, "of the prefix cache"
     assert fake_cuda.used_bytes() == 0
