@@ -243,7 +243,7 @@ class ShrinkKv(Message, frozen=True):
 
     `frames` is at least that of `KvCache`. At once nobody gets a block of the others any more. Requests that use some
     may go on until `deadline_s` seconds from now; then they are preempted, the youngest first, and computed again.
-    While the gate is open, and no other order is under way; one that comes while requests go on ends that time.
+    While the gate is open, and no other order is under way.
     """
 
     epoch: int

@@ -203,25 +203,19 @@ def test_a_swap_brings_back_the_kv_cache_of_the_start(
     assert answers(stub, numbers) == alone
 
 
-def test_a_drain_ends_the_time_of_a_shrink(
+def test_an_order_that_does_not_fit_is_refused(
     agent: FakeAgent, kv: wire.KvCache, stub: Stub, alone: list[str], epoch: Callable[[], int]
 ) -> None:
+    """Last: the agent would end the engine."""
     agent.grow_kv(epoch(), kv.frames + 40)
     numbers = [stub.submit(each, GREEDY) for each in PROMPTS]
-    time.sleep(0.3)
+    time.sleep(0.2)
     shrinking = epoch()
     agent.host.send(wire.ShrinkKv(shrinking, kv.frames, 60.0))
-    draining = epoch()
-    agent.host.send(wire.Drain(draining, wait=True))
-    assert agent.shrunk(shrinking, kv.frames).blocks == kv.blocks
-    assert agent.receive(wire.Drained) == wire.Drained(draining)
+    agent.host.send(wire.GrowKv(epoch(), kv.frames + 41))
+    assert agent.receive(wire.OrderFailed) == wire.OrderFailed(agent.epoch, "tiny/1#0 carries out another order")
+    assert agent.shrunk(shrinking, kv.frames).preempted == 0
     assert answers(stub, numbers) == alone
-    agent.swap_out(epoch())
-    agent.swap_in(epoch())
-
-
-def test_an_order_that_does_not_fit_is_refused(agent: FakeAgent, kv: wire.KvCache, epoch: Callable[[], int]) -> None:
-    """Last: the agent would end the engine."""
     agent.host.send(wire.ShrinkKv(epoch(), kv.frames - 1))
     failed = agent.receive(wire.OrderFailed)
     assert f"{kv.frames - 1} frames of KV cache are" in failed.message
