@@ -197,7 +197,7 @@ class Rank:
             time.sleep(self.map_s * (count - kept))
             if kept < count:
                 start = self.addresses[region] + kept * self.frame_bytes
-                self.device.vacate(start, (count - kept) * self.frame_bytes)
+                self.device.vacate([(start, (count - kept) * self.frame_bytes)])
 
     def swap_in(self, epoch: int) -> str | None:
         """Returns why not, when it was taken back."""
