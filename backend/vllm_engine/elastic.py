@@ -62,6 +62,8 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]  # vLLM has no types he
     lingering: set[int]
     """Blocks beyond the end that are in use."""
     num_gpu_blocks: int
+    spare_from: int
+    """Live blocks from here on are to go when nobody uses them: handed out last, and nothing is found in free ones."""
 
     @classmethod
     def take_over(cls, pool: Any) -> ElasticBlockPool:
@@ -70,6 +72,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]  # vLLM has no types he
             raise Unsupported(f"this vLLM has another block pool ({type(pool).__name__}): use a supported version")
         pool.__class__ = cls
         pool.lingering = set()
+        pool.spare_from = pool.num_gpu_blocks
         taken: ElasticBlockPool = pool
         return taken
 
@@ -79,7 +82,14 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]  # vLLM has no types he
         # In front: what is cached is kept for as long as something else is free.
         self.free_block_queue.prepend_n([block for block in new if block.block_id not in self.lingering])
         self.lingering.difference_update(block.block_id for block in new)
-        self.num_gpu_blocks = max(end, self.num_gpu_blocks)
+        self.spare_from = self.num_gpu_blocks = max(end, self.num_gpu_blocks)
+
+    def spare(self, end: int) -> int:
+        """Blocks from `end` on are to go when nobody uses them. Returns the least end with none beyond it in use."""
+        self._put_last([block for block in self.blocks[end : self.spare_from] if not block.ref_cnt])
+        self.spare_from = min(end, self.num_gpu_blocks)
+        in_use = (block.block_id for block in reversed(self.blocks[end : self.num_gpu_blocks]) if block.ref_cnt)
+        return next(in_use, self.spare_from - 1) + 1
 
     def shrink(self, end: int) -> int:
         """Nobody gets a block from `end` on any more, and their hashes are forgotten. Returns how many are in use."""
@@ -92,17 +102,26 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]  # vLLM has no types he
             else:
                 self.free_block_queue.remove(block)
         self.num_gpu_blocks = min(end, self.num_gpu_blocks)
+        self.spare_from = min(end, self.spare_from)
         return len(self.lingering)
 
     def free_blocks(self, ordered_blocks: Iterable[Any]) -> None:
-        """As vLLM's; what is beyond the end is parked instead."""
+        """As vLLM's; what is beyond the end is parked instead, and what is to go comes last."""
         freed = list(ordered_blocks)
         super().free_blocks(freed)
-        for block in freed if self.lingering else ():
-            if block.ref_cnt == 0 and block.block_id in self.lingering:
+        going = [block for block in freed if block.block_id >= self.spare_from and not block.ref_cnt]
+        self._put_last([block for block in going if block.block_id < self.num_gpu_blocks])
+        for block in going:
+            if block.block_id in self.lingering:
                 self.lingering.remove(block.block_id)
                 self.free_block_queue.remove(block)
                 self._maybe_evict_cached_block(block)
+
+    def _put_last(self, free: list[Any]) -> None:
+        for block in free:
+            self.free_block_queue.remove(block)
+            self.free_block_queue.append(block)
+            self._maybe_evict_cached_block(block)
 
     def reset_prefix_cache(self) -> bool:
         """As vLLM's; False as well while a block beyond the end is in use."""
@@ -154,6 +173,10 @@ class ElasticBlocks:
         left = self._pool.shrink(end)
         self._settle()
         return left
+
+    def spare(self, end: int) -> int:
+        """Blocks from `end` on are to go when nobody uses them. Returns the end down to which that holds now."""
+        return self._pool.spare(end)
 
     def shrink(self, end: int) -> int:
         """Let go of the blocks from `end` on. Returns how many requests were preempted, to be computed again.
@@ -265,11 +288,18 @@ class GrowingKV:
         """Ready a shrink to `frames`: returns how many blocks are in the way."""
         return self._blocks.park(self._at_least(frames))
 
-    def _shrink(self, epoch: int, frames: int) -> tuple[int, int]:
-        """Have every rank unmap all but `frames`. Returns the number of blocks and of preempted requests."""
-        preempted = self._blocks.shrink(self._at_least(frames))
+    def _shrink(self, epoch: int, frames: int, preempt: bool) -> tuple[int, int, int]:
+        """Have every rank unmap all but `frames`; unless `preempt`, but what requests use and all before that as well.
+
+        Returns the number of frames, of blocks and of preempted requests.
+        """
+        blocks = self._at_least(frames)
+        if not preempt:
+            frames = max(frames, *self._ranks("kv_frames", args=(self._blocks.spare(blocks),)))
+            blocks = self._at_least(frames)
+        preempted = self._blocks.shrink(blocks)
         self._ranks("shrink_kv", args=(epoch, frames))
-        return self._blocks.end, preempted
+        return frames, self._blocks.end, preempted
 
     def _swap_out(self, *args: Any) -> Any:
         self._blocks.shrink(self._least_blocks)

@@ -281,23 +281,29 @@ class Host:
 
     async def _shrink_kv(self, order: wire.ShrinkKv) -> None:
         self._check_kv_order(order)
+        if order.deadline_s is not None:
+            await self._park_kv(order.frames, order.deadline_s)
         begin = time.monotonic()
-        deadline = begin + order.deadline_s
-        while await self._engine.park_kv(order.frames):
+        preempt = order.deadline_s is not None
+        frames, blocks, preempted = await self._engine.shrink_kv(order.epoch, order.frames, preempt=preempt)
+        self._channel.send(wire.KvShrunk(order.epoch, frames, blocks, preempted))
+        log.info(
+            "KV cache of %d frames (%d would do), %d blocks, epoch %d: %.4f s, %d requests preempted",
+            frames, order.frames, blocks, order.epoch, time.monotonic() - begin, preempted,
+        )  # fmt: skip
+
+    async def _park_kv(self, frames: int, deadline_s: float) -> None:
+        """Return when no request is in the way of a shrink to `frames`, or its time is over."""
+        begin = time.monotonic()
+        deadline = begin + deadline_s
+        while await self._engine.park_kv(frames):
             now = time.monotonic()
             # What follows waits for a step to end, as long as that took just now.
             left = deadline - now - 2 * (now - begin)
             if left <= 0:
-                break
+                return
             await asyncio.sleep(min(left, PARKED_INTERVAL_S))
             begin = time.monotonic()
-        begin = time.monotonic()
-        blocks, preempted = await self._engine.shrink_kv(order.epoch, order.frames)
-        self._channel.send(wire.KvShrunk(order.epoch, blocks, preempted))
-        log.info(
-            "KV cache of %d frames, %d blocks, epoch %d: %.4f s, %d requests preempted",
-            order.frames, blocks, order.epoch, time.monotonic() - begin, preempted,
-        )  # fmt: skip
 
     def _check_kv_order(self, order: wire.GrowKv | wire.ShrinkKv) -> None:
         if self._kv is None or not self._gate.is_open:

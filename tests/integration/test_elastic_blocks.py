@@ -31,6 +31,7 @@ class Pool(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.end = MOST
+        self.spare_from = MOST
         self.held: dict[int, list[Any]] = {}
         """By sequence: its blocks, each with a reference."""
         self.hashes: dict[tuple[int, int], set[int]] = {}
@@ -56,7 +57,11 @@ class Pool(RuleBasedStateMachine):
             with pytest.raises(ValueError, match="Cannot get"):
                 self.pool.get_new_blocks(count)
             return
+        others = sum(block < self.spare_from for block in self.free())
         blocks = self.pool.get_new_blocks(count)
+        assert sum(block.block_id < self.spare_from for block in blocks) == min(count, others), (
+            "what is to go comes last"
+        )
         assert all(0 < block.block_id < self.end for block in blocks), "a block without memory"
         assert not {block.block_id for block in blocks} & self.in_use()
         for block in blocks:
@@ -98,7 +103,7 @@ class Pool(RuleBasedStateMachine):
         blocks = self.held.pop(data.draw(st.sampled_from(sorted(self.held))))
         self.pool.free_blocks(reversed(blocks))
         for block in blocks:
-            if block.block_id >= self.end and block.block_id not in self.in_use():
+            if block.block_id >= self.spare_from and block.block_id not in self.in_use():
                 self.forget(block.block_id)
 
     @rule(end=st.integers(2, MOST))
@@ -106,13 +111,22 @@ class Pool(RuleBasedStateMachine):
         end = min(end, self.end)
         for block in range(end, self.end):
             self.forget(block)
-        self.end = end
+        self.end, self.spare_from = end, min(end, self.spare_from)
         assert self.pool.shrink(end) == len({block for block in self.in_use() if block >= end})
 
     @rule(end=st.integers(2, MOST))
     def grow(self, end: int) -> None:
-        self.end = max(end, self.end)
+        self.end = self.spare_from = max(end, self.end)
         self.pool.grow(end)
+
+    @rule(end=st.integers(2, MOST))
+    def spare(self, end: int) -> None:
+        end = min(end, self.end)
+        in_use = {block for block in self.in_use() if end <= block < self.end}
+        for block in set(range(end, self.end)) - in_use:
+            self.forget(block)
+        self.spare_from = end
+        assert self.pool.spare(end) == max(in_use, default=end - 1) + 1
 
     @rule()
     def reset(self) -> None:
@@ -125,7 +139,7 @@ class Pool(RuleBasedStateMachine):
     def every_block_is_in_one_place(self) -> None:
         if not hasattr(self, "pool"):
             return
-        queued = [block.block_id for block in self.pool.free_block_queue.get_all_free_blocks()]
+        queued = self.free()
         used = self.in_use()
         assert len(set(queued)) == len(queued) == self.pool.get_num_free_blocks()
         assert not set(queued) & used
@@ -151,6 +165,9 @@ class Pool(RuleBasedStateMachine):
             used = len([block for block in self.in_use() if block < self.end])
             assert self.pool.num_gpu_blocks == self.end
             assert self.pool.get_usage() == pytest.approx(used / (self.end - 1))
+
+    def free(self) -> list[int]:
+        return [block.block_id for block in self.pool.free_block_queue.get_all_free_blocks()]
 
     def in_use(self) -> set[int]:
         return {block.block_id for blocks in self.held.values() for block in blocks}

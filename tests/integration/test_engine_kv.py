@@ -159,7 +159,7 @@ def test_who_is_in_the_way_has_until_the_deadline(
     numbers = [stub.submit(each, GREEDY) for each in PROMPTS]
     time.sleep(0.2)
     shrunk = agent.shrink_kv(epoch(), kv.frames, deadline_s=60)
-    assert shrunk == wire.KvShrunk(agent.epoch, kv.blocks, 0), "they were let finish"
+    assert shrunk == wire.KvShrunk(agent.epoch, kv.frames, kv.blocks, 0), "they were let finish"
     assert answers(stub, numbers) == alone
 
     agent.grow_kv(epoch(), kv.frames + 40)
@@ -171,6 +171,30 @@ def test_who_is_in_the_way_has_until_the_deadline(
     assert shrunk.preempted and 0.2 < time.monotonic() - begin < 0.6
     cut = answers(stub, numbers)
     assert all(each.startswith(short) for each, short in zip(cut, alone, strict=True)), "nothing is lost"
+
+
+def test_what_nobody_waits_for_goes_as_requests_leave_it(
+    agent: FakeAgent, kv: wire.KvCache, stub: Stub, alone: list[str], epoch: Callable[[], int]
+) -> None:
+    """A request that came while others filled the rest holds blocks at the top; who comes later gets lower ones."""
+    agent.grow_kv(epoch(), kv.frames + 40)
+    numbers = [stub.submit(each, GREEDY) for each in PROMPTS]
+    time.sleep(0.1)
+    late = stub.submit(prompt(20, 200), LONG)
+    time.sleep(0.2)
+    first = agent.shrink_kv(epoch(), kv.frames, deadline_s=None)
+    assert kv.frames < first.frames < kv.frames + 40 and first.preempted == 0, "the top is free, the rest is used"
+    assert kv_mapped(agent) == first.frames
+    assert first.blocks >= kv.blocks
+    assert answers(stub, numbers) == alone
+    second = agent.shrink_kv(epoch(), kv.frames, deadline_s=None)
+    assert second.preempted == 0
+    assert [text(stub.ask(each, GREEDY)) for each in PROMPTS[:2]] == alone[:2], "beside it, in lower blocks"
+    text(list(stub.items(late, 120)))
+    numbers = [stub.submit(PROMPTS[0], GREEDY)]
+    time.sleep(0.1)
+    assert agent.shrink_kv(epoch(), kv.frames, deadline_s=None) == wire.KvShrunk(agent.epoch, kv.frames, kv.blocks, 0)
+    assert answers(stub, numbers) == alone[:1]
 
 
 def test_growth_that_is_taken_back_leaves_all_as_it_was(
@@ -214,7 +238,7 @@ def test_an_order_that_does_not_fit_is_refused(
     agent.host.send(wire.ShrinkKv(shrinking, kv.frames, 60.0))
     agent.host.send(wire.GrowKv(epoch(), kv.frames + 41))
     assert agent.receive(wire.OrderFailed) == wire.OrderFailed(agent.epoch, "tiny/1#0 carries out another order")
-    assert agent.shrunk(shrinking, kv.frames).preempted == 0
+    assert agent.shrunk(shrinking) == wire.KvShrunk(shrinking, kv.frames, kv.blocks, 0)
     assert answers(stub, numbers) == alone
     agent.host.send(wire.ShrinkKv(epoch(), kv.frames - 1))
     failed = agent.receive(wire.OrderFailed)
