@@ -43,8 +43,12 @@ def why_fixed(vllm_config: Any) -> str:
             return f"this vLLM has no {owner.__name__}.{name}"
     if "drop_stale_output" not in inspect.signature(Scheduler._preempt_request).parameters:
         return "this vLLM cannot preempt a request whose step is under way"
+    if vllm_config.scheduler_config.scheduler_cls is not None:
+        return "scheduler_cls names a scheduler that was not tried"
     if vllm_config.kv_transfer_config is not None:
         return "a KV connector may use any block"
+    if getattr(vllm_config.attention_config, "hisparse_config", None) is not None:
+        return "hisparse_config keeps blocks in several pools"
     if vllm_config.speculative_config is not None:
         return "speculative decoding was not tried"
     if vllm_config.cache_config.num_gpu_blocks_override is not None:
@@ -146,7 +150,11 @@ class ElasticBlocks:
     """A scheduler's blocks. Between steps only."""
 
     def __init__(self, scheduler: Any, blocks: int) -> None:
-        """Keep the first `blocks`. Raises Unsupported when the scheduler is not plainly vLLM's."""
+        """Keep the first `blocks`. Raises Unsupported when the scheduler is not plainly vLLM's.
+
+        By then addresses for the limit are in use, so that the engine cannot start. What is known before is in
+        `why_fixed`; this is for a vLLM that has come to choose another scheduler or pool by itself.
+        """
         manager = scheduler.kv_cache_manager
         pools = {id(each.block_pool) for each in manager.coordinator.single_type_managers}
         if pools != {id(manager.block_pool)} or scheduler.connector is not None:

@@ -202,3 +202,29 @@ def test_a_pool_of_another_kind_is_refused() -> None:
         ElasticBlockPool.take_over(Other(4, True, 16))
     with pytest.raises(TritonSwapError, match="cannot do with 1 blocks"):
         ElasticBlockPool.take_over(BlockPool(4, True, 16)).shrink(1)
+
+
+def test_what_would_keep_a_kv_cache_from_growing_is_known_before_it_has_addresses() -> None:
+    pytest.importorskip("vllm")
+    from vllm.config import KVTransferConfig, VllmConfig
+
+    from vllm_engine.elastic import why_fixed
+
+    config = VllmConfig()
+    if "this vLLM" in why_fixed(config):
+        pytest.skip("as 0.26 does")
+    from vllm.config.attention import HiSparseConfig
+
+    assert why_fixed(config) == ""
+    for part, name, value, why in (
+        ("scheduler_config", "scheduler_cls", "some.Scheduler", "scheduler_cls names a scheduler"),
+        ("attention_config", "hisparse_config", HiSparseConfig(), "hisparse_config keeps blocks in several pools"),
+        ("cache_config", "num_gpu_blocks_override", 9, "num_gpu_blocks_override sets it"),
+    ):
+        owner = getattr(config, part)
+        before = getattr(owner, name)
+        setattr(owner, name, value)
+        assert why in why_fixed(config)
+        setattr(owner, name, before)
+    config.kv_transfer_config = KVTransferConfig()
+    assert why_fixed(config) == "a KV connector may use any block"
