@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -28,6 +32,9 @@ LONG = GREEDY.replace("64", "300")
 PROMPTS = [prompt(seed, 200) for seed in range(6)] + [f"{prompt(0, 160)} {prompt(seed, 40)}" for seed in (7, 8)]
 """Longer than a step; the last ones begin as the first one does."""
 LIMIT_BYTES = 128 << 20
+SOAK_S = 180.0
+IN_FLIGHT = 24
+"""More than run at a time."""
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +232,64 @@ def test_a_swap_brings_back_the_kv_cache_of_the_start(
     agent.swap_out(epoch(), preempt=True)
     agent.swap_in(epoch())
     assert answers(stub, numbers) == alone
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.skipif("TRITON_SWAP_SOAK" not in os.environ, reason="slow: `make soak` runs it")
+def test_minutes_of_load_while_frames_come_and_go(
+    agent: FakeAgent, kv: wire.KvCache, stub: Stub, alone: list[str], epoch: Callable[[], int]
+) -> None:
+    """Every answer is what the engine says when it is asked alone; in the end nothing is in use any more."""
+    rng = random.Random(5)
+    texts = [prompt(seed, rng.randint(20, 380)) for seed in range(30)]
+    texts += [f"{each[: len(each) // 2].rpartition(' ')[0]} {prompt(99 + seed, 60)}" for seed, each in enumerate(texts)]
+    asked = [(each, GREEDY.replace("64", str(rng.randint(4, 64)))) for each in texts]
+    expected = [text(stub.ask(*each)) for each in asked]
+    done, seen = threading.Event(), Counter[str]()
+
+    def resize() -> None:
+        orders = random.Random(6)
+        while not done.wait(orders.uniform(0.3, 1.2)):
+            held, frames = len(agent.frames["kv"]), kv.frames + orders.choice((0, 0, 6, 15, 28, 40))
+            if frames > held:
+                assert agent.grow_kv(epoch(), frames).blocks > kv.blocks
+                seen["grown"] += 1
+            elif frames < held:
+                deadline_s = orders.choice((0.0, 0.5, None))
+                shrunk = agent.shrink_kv(epoch(), frames, deadline_s)
+                assert not (deadline_s is None and shrunk.preempted)
+                seen["preempted"] += shrunk.preempted
+                seen["returned" if deadline_s is None else "called back"] += 1
+                seen["kept"] += shrunk.frames > frames
+            assert kv_mapped(agent) == len(agent.frames["kv"])
+
+    flight: dict[int, int] = {}
+    with ThreadPoolExecutor(1) as pool:
+        resizing = pool.submit(resize)
+        try:
+            until = time.monotonic() + SOAK_S
+            while flight or time.monotonic() < until:
+                while len(flight) < IN_FLIGHT and time.monotonic() < until:
+                    which = rng.randrange(len(asked))
+                    flight[stub.submit(*asked[which])] = which
+                first = min(flight)
+                assert text(list(stub.items(first, 120))) == expected[flight.pop(first)]
+                seen["answered"] += 1
+                assert not resizing.done(), resizing.exception()
+        finally:
+            done.set()
+        resizing.result()
+    print(dict(seen))
+    assert seen["grown"] > 40 and seen["called back"] > 20 and seen["returned"] > 10 and seen["kept"] > 5
+    assert seen["preempted"] > 100 and seen["answered"] > 1000
+    if len(agent.frames["kv"]) > kv.frames:
+        assert agent.shrink_kv(epoch(), kv.frames, None) == wire.KvShrunk(agent.epoch, kv.frames, kv.blocks, 0)
+    logged = len(agent.log.read_text())
+    agent.swap_out(epoch())
+    agent.swap_in(epoch())
+    log = agent.log.read_text()[logged:]
+    assert "Successfully reset prefix cache" in log and "Failed to reset" not in log and "is not reset" not in log
+    assert [text(stub.ask(each, GREEDY)) for each in PROMPTS] == alone
 
 
 def test_an_order_that_does_not_fit_is_refused(
