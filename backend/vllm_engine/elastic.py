@@ -67,7 +67,9 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]  # vLLM has no types he
     """Blocks beyond the end that are in use."""
     num_gpu_blocks: int
     spare_from: int
-    """Live blocks from here on are to go when nobody uses them: handed out last, and nothing is found in free ones."""
+    """Live blocks from here on are to go when nobody uses them."""
+    spares: Any
+    """Those of them that are free, a queue of its own: handed out when no other is, and nothing is found in them."""
 
     @classmethod
     def take_over(cls, pool: Any) -> ElasticBlockPool:
@@ -77,11 +79,13 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]  # vLLM has no types he
         pool.__class__ = cls
         pool.lingering = set()
         pool.spare_from = pool.num_gpu_blocks
+        pool.spares = FreeKVCacheBlockQueue([])
         taken: ElasticBlockPool = pool
         return taken
 
     def grow(self, end: int) -> None:
         """Blocks up to `end` may be used from now on; their memory is there, and zero."""
+        self.spare(self.num_gpu_blocks)
         new = self.blocks[self.num_gpu_blocks : end]
         # In front: what is cached is kept for as long as something else is free.
         self.free_block_queue.prepend_n([block for block in new if block.block_id not in self.lingering])
@@ -90,7 +94,11 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]  # vLLM has no types he
 
     def spare(self, end: int) -> int:
         """Blocks from `end` on are to go when nobody uses them. Returns the least end with none beyond it in use."""
-        self._put_last([block for block in self.blocks[end : self.spare_from] if not block.ref_cnt])
+        needed = [block for block in self.blocks[self.spare_from : end] if self._is_spare(block)]
+        for block in needed:
+            self.spares.remove(block)
+        self.free_block_queue.prepend_n(needed)
+        self._put_aside([block for block in self.blocks[end : self.spare_from] if not block.ref_cnt])
         self.spare_from = min(end, self.num_gpu_blocks)
         in_use = (block.block_id for block in reversed(self.blocks[end : self.num_gpu_blocks]) if block.ref_cnt)
         return next(in_use, self.spare_from - 1) + 1
@@ -103,6 +111,8 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]  # vLLM has no types he
             self._maybe_evict_cached_block(block)
             if block.ref_cnt:
                 self.lingering.add(block.block_id)
+            elif self._is_spare(block):
+                self.spares.remove(block)
             else:
                 self.free_block_queue.remove(block)
         self.num_gpu_blocks = min(end, self.num_gpu_blocks)
@@ -110,22 +120,36 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]  # vLLM has no types he
         return len(self.lingering)
 
     def free_blocks(self, ordered_blocks: Iterable[Any]) -> None:
-        """As vLLM's; what is beyond the end is parked instead, and what is to go comes last."""
+        """As vLLM's; what is beyond the end is parked instead, and what is to go is put aside."""
         freed = list(ordered_blocks)
         super().free_blocks(freed)
         going = [block for block in freed if block.block_id >= self.spare_from and not block.ref_cnt]
-        self._put_last([block for block in going if block.block_id < self.num_gpu_blocks])
+        self._put_aside([block for block in going if block.block_id < self.num_gpu_blocks])
         for block in going:
             if block.block_id in self.lingering:
                 self.lingering.remove(block.block_id)
                 self.free_block_queue.remove(block)
                 self._maybe_evict_cached_block(block)
 
-    def _put_last(self, free: list[Any]) -> None:
+    def get_new_blocks(self, num_blocks: int) -> list[Any]:
+        """As vLLM's; such as are to go only when there are not enough others."""
+        if 0 < (short := num_blocks - self.free_block_queue.num_free_blocks) <= self.spares.num_free_blocks:
+            self.free_block_queue.append_n(self.spares.popleft_n(short))
+        taken: list[Any] = super().get_new_blocks(num_blocks)
+        return taken
+
+    def get_num_free_blocks(self) -> int:
+        """As vLLM's: all that can be handed out."""
+        return int(self.free_block_queue.num_free_blocks + self.spares.num_free_blocks)
+
+    def _put_aside(self, free: list[Any]) -> None:
         for block in free:
             self.free_block_queue.remove(block)
-            self.free_block_queue.append(block)
+            self.spares.append(block)
             self._maybe_evict_cached_block(block)
+
+    def _is_spare(self, block: Any) -> bool:
+        return not block.ref_cnt and bool(self.spare_from <= block.block_id < self.num_gpu_blocks)
 
     def reset_prefix_cache(self) -> bool:
         """As vLLM's; False as well while a block beyond the end is in use."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,14 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 MOST = 24
 GROUPS = (0, 1)
+
+
+def request(names: list[bytes]) -> Any:
+    """As far as it matters to a pool, one with full blocks of these hashes."""
+    return SimpleNamespace(
+        block_hashes=names, all_token_ids=[0] * 16 * len(names), lora_request=None, mm_features=[],
+        cache_salt=None, prompt_embeds=None, session_id=None,
+    )  # fmt: skip
 
 
 class Pool(RuleBasedStateMachine):
@@ -78,11 +87,7 @@ class Pool(RuleBasedStateMachine):
         if any(block.block_hash is not None for block in blocks):
             return
         names = [bytes([seed, position]) * 16 for position in range(len(blocks))]
-        request = SimpleNamespace(
-            block_hashes=names, all_token_ids=[0] * 16 * len(blocks), lora_request=None, mm_features=[],
-            cache_salt=None, prompt_embeds=None, session_id=None,
-        )  # fmt: skip
-        self.pool.cache_full_blocks(request, blocks, 0, len(blocks), 16, group)
+        self.pool.cache_full_blocks(request(names), blocks, 0, len(blocks), 16, group)
         for name, block in zip(names, blocks, strict=True):
             self.hashes.setdefault((names.index(name) + 100 * seed, group), set()).add(block.block_id)
 
@@ -145,10 +150,10 @@ class Pool(RuleBasedStateMachine):
         assert not set(queued) & used
         assert set(queued) | {block for block in used if block < self.end} == set(range(1, self.end))
         assert self.pool.lingering == {block for block in used if block >= self.end}
+        references = Counter(block.block_id for blocks in self.held.values() for block in blocks)
         for block in self.pool.blocks[1:]:
-            references = sum(block is each for blocks in self.held.values() for each in blocks)
-            assert block.ref_cnt == references
-            if block.block_id >= self.end and not references:
+            assert block.ref_cnt == references[block.block_id]
+            if block.block_id >= self.end and not block.ref_cnt:
                 assert block.block_hash is None and block.prev_free_block is None is block.next_free_block
 
     @invariant()
@@ -167,7 +172,8 @@ class Pool(RuleBasedStateMachine):
             assert self.pool.get_usage() == pytest.approx(used / (self.end - 1))
 
     def free(self) -> list[int]:
-        return [block.block_id for block in self.pool.free_block_queue.get_all_free_blocks()]
+        queues = (self.pool.free_block_queue, self.pool.spares)
+        return [block.block_id for queue in queues for block in queue.get_all_free_blocks()]
 
     def in_use(self) -> set[int]:
         return {block.block_id for blocks in self.held.values() for block in blocks}
@@ -187,6 +193,33 @@ def test_blocks_without_memory_are_never_used() -> None:
         max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
     )
     run_state_machine_as_test(Pool, settings=examples)  # type: ignore[no-untyped-call]
+
+
+def test_blocks_that_are_to_go_are_handed_out_when_there_is_no_other() -> None:
+    pytest.importorskip("vllm")
+    from vllm.v1.core.block_pool import BlockPool
+
+    from vllm_engine.elastic import ElasticBlockPool
+
+    def numbers(count: int) -> list[int]:
+        return [block.block_id for block in pool.get_new_blocks(count)]
+
+    pool = ElasticBlockPool.take_over(BlockPool(7, True, hash_block_size=16))
+    low, high = pool.get_new_blocks(2), pool.get_new_blocks(2)
+    assert [block.block_id for block in low + high] == [1, 2, 3, 4]
+    assert pool.spare(3) == 5, "up to block 4 they are used"
+    assert pool.shrink(5) == 0
+    for blocks, seed in ((low, 1), (high, 2)):
+        pool.cache_full_blocks(request([bytes([seed, each]) * 16 for each in range(2)]), blocks, 0, 2, 16, 0)
+    pool.free_blocks(high)
+    pool.free_blocks(low)
+    assert pool.get_num_free_blocks() == 4
+    assert pool.get_cached_block(bytes([1, 0]) * 16, [0]) and not pool.get_cached_block(bytes([2, 0]) * 16, [0])
+    assert numbers(2) == [1, 2], "although it cached something, and longer"
+    assert pool.spare(3) == 3
+    assert numbers(1) == [3] and pool.spare(3) == 4, "better than none"
+    pool.grow(6)
+    assert sorted(numbers(2)) == [4, 5], "nothing is to go any more"
 
 
 def test_a_pool_of_another_kind_is_refused() -> None:
