@@ -33,7 +33,7 @@ bench: $(STAMP) ## speed, as JSON, tables and a plot under out/ (half an hour)
 soak: $(STAMP) ## half an hour of mixed load, 10,000 swap cycles, and what is too slow for the suite; fails on the first lost request
 	@TRITON_SWAP_SOAK=1 $(BIN)/python -m pytest -q tests/unit/test_policy_machine.py
 	@TRITON_SWAP_SOAK=1 $(BIN)/python -m pytest -q tests/contract/test_rank_link.py tests/contract/test_cuda_device.py tests/contract/test_gpu_probe.py
-	@TRITON_SWAP_SOAK=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/integration/test_model_families.py tests/e2e/test_bursts.py
+	@TRITON_SWAP_SOAK=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/integration/test_model_families.py tests/integration/test_engine_kv.py tests/e2e/test_bursts.py
 	@$(BIN)/python -m loadtest.load --duration 30m --out out/soak.json
 
 gpu: ## what only an NVIDIA GPU can show, with the python3 that has vLLM: make gpu PYTHON=… (15 minutes)

@@ -26,7 +26,7 @@ class SwapInSpeed:
     model: str
     bytes: int
     seconds: float
-    """From taking frames to FILLED."""
+    """From taking frames to FILLED, without waiting for frames."""
     copy_seconds: float
     """From the first copied or zeroed byte to the last, without waiting for frames."""
     gb_per_s: float

@@ -37,7 +37,7 @@ class Row:
     swapped_ttft_s: float
     warm_ttft_s: float
     swap_in_s: float
-    """From taking frames to FILLED, as the agent measured it."""
+    """From taking frames to FILLED without waiting for frames, as the agent measured it."""
     swap_in_bytes: int
     swap_in_gb_per_s: float
 

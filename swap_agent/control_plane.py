@@ -113,11 +113,11 @@ class ControlPlane:
                         self._agent.post(ev.BurstWanted(now_s, replica, more, engine.kv.ranges))
                 case wire.KvGrown() | wire.KvShrunk():
                     engine.kv_blocks = message.blocks
-                    engine.acknowledged(message.epoch, type(message))
+                    engine.acknowledged(message.epoch, message)
                 case wire.SwappedOut() | wire.SwappedIn() | wire.SwapInFailed() | wire.KvGrowFailed():
                     if engine.kv and isinstance(message, wire.SwappedOut):  # it begins anew
                         engine.kv_wanted_frames, engine.kv_blocks = engine.kv.frames, engine.kv.blocks
-                    engine.acknowledged(message.epoch, type(message))
+                    engine.acknowledged(message.epoch, message)
                 case wire.OrderFailed():
                     engine.fail(message.message)
                     self._agent.kill(engine)

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 from swap_agent.allowance import Allowance
 from swap_agent.errors import Unavailable
@@ -17,6 +18,8 @@ from swap_agent.settings import ModelSettings
 from swap_agent.supervisor import EngineProcess
 from swap_agent.wire import messages as wire
 from swap_agent.wire.framing import AsyncChannel
+
+M = TypeVar("M", bound=wire.Message)
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Engine:
     """On each rank, of a KV cache that grows."""
     kv_blocks: int = 0
     """That its scheduler uses now."""
-    _acks: dict[tuple[int, type[wire.Message]], asyncio.Future[None]] = field(default_factory=dict)
+    _acks: dict[tuple[int, type[wire.Message]], asyncio.Future[Any]] = field(default_factory=dict)
 
     @property
     def ranks(self) -> list[RankLink]:
@@ -97,9 +100,9 @@ class Engine:
         """Remember why it ends."""
         self.failure = self.failure or reason
 
-    def expect(self, epoch: int, kind: type[wire.Message]) -> asyncio.Future[None]:
-        """Resolved by this answer of the host to an order, or by Unavailable at the engine's end."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    def expect(self, epoch: int, kind: type[M]) -> asyncio.Future[M]:
+        """Resolved with this answer of the host to an order, or by Unavailable at the engine's end."""
+        future: asyncio.Future[M] = asyncio.get_running_loop().create_future()
         self._acks[epoch, kind] = future
         return future
 
@@ -107,11 +110,11 @@ class Engine:
         """This answer is not expected any more."""
         self._acks.pop((epoch, kind), None)
 
-    def acknowledged(self, epoch: int, kind: type[wire.Message]) -> None:
+    def acknowledged(self, epoch: int, answer: wire.Message) -> None:
         """The host answered; a stale answer is nobody's."""
-        future = self._acks.pop((epoch, kind), None)
+        future = self._acks.pop((epoch, type(answer)), None)
         if future and not future.done():
-            future.set_result(None)
+            future.set_result(answer)
 
     def answer_nobody(self) -> None:
         """It has ended: no answer will come, and no frames."""

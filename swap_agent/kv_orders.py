@@ -14,10 +14,10 @@ from swap_agent.wire import messages as wire
 log = logging.getLogger(__name__)
 
 
-async def resize(engine: Engine, epoch: int, extra: int, within_s: float) -> int:
+async def resize(engine: Engine, epoch: int, extra: int, within_s: float | None) -> int:
     """Have `extra` frames of KV cache on each rank beyond those that the engine starts with. Returns how many it has.
 
-    Raises as `shrink` does.
+    Fewer when it cannot grow, more when `within_s` is None and requests use them. Raises as `shrink` does.
     """
     if engine.kv is None:  # the books were repaired: it has no more than it takes
         return 0
@@ -30,7 +30,7 @@ async def resize(engine: Engine, epoch: int, extra: int, within_s: float) -> int
             log.warning("%s", error)
             return held - least
     elif least + extra < held:
-        await shrink(engine, epoch, least + extra, within_s)
+        return await shrink(engine, epoch, least + extra, within_s) - least
     return extra
 
 
@@ -63,14 +63,15 @@ async def grow(engine: Engine, epoch: int, frames: int) -> None:
         engine.forget(epoch, wire.KvGrowFailed)
 
 
-async def shrink(engine: Engine, epoch: int, frames: int, deadline_s: float) -> None:
-    """Take back all frames of KV cache but `frames` on each rank, at least `engine.kv.frames`.
+async def shrink(engine: Engine, epoch: int, frames: int, deadline_s: float | None) -> int:
+    """Take back all frames of KV cache but `frames` on each rank, at least `engine.kv.frames`. Returns how many it has.
 
-    Requests may go on for `deadline_s`; then those that are in the way are computed again. Raises Unavailable,
-    PeerGone, TimeoutError: the engine is in an unknown state and has to be ended.
+    Requests may go on for `deadline_s`; then those that are in the way are computed again. None: what they use stays.
+    Raises Unavailable, PeerGone, TimeoutError: the engine is in an unknown state and has to be ended.
     """
     assert engine.host
     acked = engine.expect(epoch, wire.KvShrunk)
     engine.host.send(wire.ShrinkKv(epoch, frames, deadline_s))
-    await asyncio.wait_for(acked, deadline_s + BETWEEN_STEPS_S)
-    await together.shrink_kv(engine.ranks, epoch, frames)
+    kept = (await asyncio.wait_for(acked, (deadline_s or 0.0) + BETWEEN_STEPS_S)).frames
+    await together.shrink_kv(engine.ranks, epoch, kept)
+    return kept

@@ -193,12 +193,15 @@ class RankLink:
         have to follow. Raises PeerGone, Unavailable (no answer: the rank is in an unknown state).
         """
         started_s = time.monotonic()
-        copy_s, copied = 0.0, 0
+        wait_s, copy_s, copied = 0.0, 0.0, 0
         self._held = self.space.held
         try:
             while self.space.missing_frames:
                 held = self.space.held
-                self.space.grant(allowance.beyond(sum(held.values())))
+                asked_s = time.monotonic()
+                more = allowance.beyond(sum(held.values()))
+                wait_s += time.monotonic() - asked_s
+                self.space.grant(more)
                 for region, first in held.items():
                     self._send_grants(epoch, region, self.space.frames[region], first)
                 begun_s = time.monotonic()
@@ -206,12 +209,11 @@ class RankLink:
                 copy_s += time.monotonic() - begun_s
         except (OutOfFrames, OSError, MemoryError) as error:
             raise TakenBack(f"{self.space.holder} was not swapped in: {error or type(error).__name__}") from error
-        figures = SwapIn(time.monotonic() - started_s, copy_s, copied)
         ack = self._await(epoch, wire.Mapped, wire.MapFailed)
         if isinstance(ack, wire.MapFailed):
             message = f"its engine could not map the frames: {ack.message}"
             raise TakenBack(f"{self.space.holder} was not swapped in: {message}")
-        return figures
+        return SwapIn(time.monotonic() - started_s - wait_s, wait_s, copy_s, copied)
 
     def commit(self, epoch: int) -> None:
         """Second half of a swap-in, once every rank is prepared: the rank may run. Raises PeerGone."""

@@ -85,6 +85,7 @@ async def swap_in(ranks: Sequence[RankLink], epoch: int, allowance: Allowance) -
         rank.commit(epoch)
     return SwapIn(
         seconds=max(each.seconds for each in figures),
+        wait_seconds=max(each.wait_seconds for each in figures),
         copy_seconds=max(each.copy_seconds for each in figures),
         bytes=sum(each.bytes for each in figures),
     )

@@ -5,6 +5,7 @@ Knows neither torch nor vLLM.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from swap_agent.memory import mapping
@@ -23,8 +24,8 @@ class Addresses(Protocol):
         `touch`: have their pages mapped now rather than at their first use, where there is a difference.
         """
 
-    def vacate(self, address: int, size_bytes: int) -> None:
-        """When nothing runs on the range any more, take away what is mapped in it. Raises OSError."""
+    def vacate(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """When nothing runs on these any more (address and size), take away what is mapped in them. Raises OSError."""
 
 
 class HostAddresses:
@@ -41,9 +42,10 @@ class HostAddresses:
         if touch:
             mapping.touch(address, len(fds) * frame_bytes)
 
-    def vacate(self, address: int, size_bytes: int) -> None:
+    def vacate(self, ranges: Sequence[tuple[int, int]]) -> None:
         """PROT_NONE again, whatever was mapped; nothing runs beside the caller."""
-        mapping.vacate(address, size_bytes)
+        for address, size_bytes in ranges:
+            mapping.vacate(address, size_bytes)
 
 
 class CudaAddresses:
@@ -74,10 +76,13 @@ class CudaAddresses:
         if fds:
             self._context.allow(address, len(fds) * frame_bytes)
 
-    def vacate(self, address: int, size_bytes: int) -> None:
-        """Wait until the GPU is idle, then unmap frame by frame."""
+    def vacate(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Wait once until the GPU is idle, then unmap frame by frame."""
+        if not ranges:
+            return
         self._context.use()
         call("cuCtxSynchronize")
-        for start in sorted(start for start in self._mapped if address <= start < address + size_bytes):
-            self._context.unmap(start, self._mapped[start])
-            del self._mapped[start]
+        for address, size_bytes in ranges:
+            for start in sorted(start for start in self._mapped if address <= start < address + size_bytes):
+                self._context.unmap(start, self._mapped[start])
+                del self._mapped[start]

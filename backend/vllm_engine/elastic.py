@@ -44,8 +44,12 @@ def why_fixed(vllm_config: Any) -> str:
             return f"this vLLM has no {owner.__name__}.{name}"
     if "drop_stale_output" not in inspect.signature(Scheduler._preempt_request).parameters:
         return "this vLLM cannot preempt a request whose step is under way"
+    if vllm_config.scheduler_config.scheduler_cls is not None:
+        return "scheduler_cls names a scheduler that was not tried"
     if vllm_config.kv_transfer_config is not None:
         return "a KV connector may use any block"
+    if getattr(vllm_config.attention_config, "hisparse_config", None) is not None:
+        return "hisparse_config keeps blocks in several pools"
     if vllm_config.speculative_config is not None:
         return "speculative decoding was not tried"
     if vllm_config.cache_config.num_gpu_blocks_override is not None:
@@ -63,6 +67,10 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]  # vLLM has no types he
     lingering: set[int]
     """Blocks beyond the end that are in use."""
     num_gpu_blocks: int
+    spare_from: int
+    """Live blocks from here on are to go when nobody uses them."""
+    spares: Any
+    """Those of them that are free, a queue of its own: handed out when no other is, and nothing is found in them."""
 
     @classmethod
     def take_over(cls, pool: Any) -> ElasticBlockPool:
@@ -71,16 +79,30 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]  # vLLM has no types he
             raise Unsupported(f"this vLLM has another block pool ({type(pool).__name__}): use a supported version")
         pool.__class__ = cls
         pool.lingering = set()
+        pool.spare_from = pool.num_gpu_blocks
+        pool.spares = FreeKVCacheBlockQueue([])
         taken: ElasticBlockPool = pool
         return taken
 
     def grow(self, end: int) -> None:
         """Blocks up to `end` may be used from now on; their memory is there, and zero."""
+        self.spare(self.num_gpu_blocks)
         new = self.blocks[self.num_gpu_blocks : end]
         # In front: what is cached is kept for as long as something else is free.
         self.free_block_queue.prepend_n([block for block in new if block.block_id not in self.lingering])
         self.lingering.difference_update(block.block_id for block in new)
-        self.num_gpu_blocks = max(end, self.num_gpu_blocks)
+        self.spare_from = self.num_gpu_blocks = max(end, self.num_gpu_blocks)
+
+    def spare(self, end: int) -> int:
+        """Blocks from `end` on are to go when nobody uses them. Returns the least end with none beyond it in use."""
+        needed = [block for block in self.blocks[self.spare_from : end] if self._is_spare(block)]
+        for block in needed:
+            self.spares.remove(block)
+        self.free_block_queue.prepend_n(needed)
+        self._put_aside([block for block in self.blocks[end : self.spare_from] if not block.ref_cnt])
+        self.spare_from = min(end, self.num_gpu_blocks)
+        in_use = (block.block_id for block in reversed(self.blocks[end : self.num_gpu_blocks]) if block.ref_cnt)
+        return next(in_use, self.spare_from - 1) + 1
 
     def shrink(self, end: int) -> int:
         """Nobody gets a block from `end` on any more, and their hashes are forgotten. Returns how many are in use."""
@@ -90,31 +112,56 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]  # vLLM has no types he
             self._maybe_evict_cached_block(block)
             if block.ref_cnt:
                 self.lingering.add(block.block_id)
+            elif self._is_spare(block):
+                self.spares.remove(block)
             else:
                 self.free_block_queue.remove(block)
         self.num_gpu_blocks = min(end, self.num_gpu_blocks)
+        self.spare_from = min(end, self.spare_from)
         return len(self.lingering)
 
     def keep(self, most: int) -> list[int]:
         """Forget what is cached but the `most` blocks used last. Returns which; raises as `ElasticBlocks.keep`."""
-        free = self.free_block_queue.get_all_free_blocks()
-        used = self.num_gpu_blocks - 1 - len(free) + len(self.lingering)
+        used = self.num_gpu_blocks - 1 - self.get_num_free_blocks() + len(self.lingering)
         if used:
             raise TritonSwapError(f"{used} KV blocks are in use by no running request")
-        cached = [block for block in reversed(free) if block.block_hash is not None]
+        by_age = self.free_block_queue.get_all_free_blocks()
+        cached = [block for block in reversed(by_age) if block.block_hash is not None]
         for block in cached[most:]:
             self._maybe_evict_cached_block(block)
         return sorted(block.block_id for block in cached[:most])
 
     def free_blocks(self, ordered_blocks: Iterable[Any]) -> None:
-        """As vLLM's; what is beyond the end is parked instead."""
+        """As vLLM's; what is beyond the end is parked instead, and what is to go is put aside."""
         freed = list(ordered_blocks)
         super().free_blocks(freed)
-        for block in freed if self.lingering else ():
-            if block.ref_cnt == 0 and block.block_id in self.lingering:
+        going = [block for block in freed if block.block_id >= self.spare_from and not block.ref_cnt]
+        self._put_aside([block for block in going if block.block_id < self.num_gpu_blocks])
+        for block in going:
+            if block.block_id in self.lingering:
                 self.lingering.remove(block.block_id)
                 self.free_block_queue.remove(block)
                 self._maybe_evict_cached_block(block)
+
+    def get_new_blocks(self, num_blocks: int) -> list[Any]:
+        """As vLLM's; such as are to go only when there are not enough others."""
+        if 0 < (short := num_blocks - self.free_block_queue.num_free_blocks) <= self.spares.num_free_blocks:
+            self.free_block_queue.append_n(self.spares.popleft_n(short))
+        taken: list[Any] = super().get_new_blocks(num_blocks)
+        return taken
+
+    def get_num_free_blocks(self) -> int:
+        """As vLLM's: all that can be handed out."""
+        return int(self.free_block_queue.num_free_blocks + self.spares.num_free_blocks)
+
+    def _put_aside(self, free: list[Any]) -> None:
+        for block in free:
+            self.free_block_queue.remove(block)
+            self.spares.append(block)
+            self._maybe_evict_cached_block(block)
+
+    def _is_spare(self, block: Any) -> bool:
+        return not block.ref_cnt and bool(self.spare_from <= block.block_id < self.num_gpu_blocks)
 
     def reset_prefix_cache(self) -> bool:
         """As vLLM's; False as well while a block beyond the end is in use."""
@@ -139,7 +186,11 @@ class ElasticBlocks:
     """A scheduler's blocks. Between steps only."""
 
     def __init__(self, scheduler: Any, blocks: int) -> None:
-        """Keep the first `blocks`. Raises Unsupported when the scheduler is not plainly vLLM's."""
+        """Keep the first `blocks`. Raises Unsupported when the scheduler is not plainly vLLM's.
+
+        By then addresses for the limit are in use, so that the engine cannot start. What is known before is in
+        `why_fixed`; this is for a vLLM that has come to choose another scheduler or pool by itself.
+        """
         manager = scheduler.kv_cache_manager
         pools = {id(each.block_pool) for each in manager.coordinator.single_type_managers}
         if pools != {id(manager.block_pool)} or scheduler.connector is not None:
@@ -166,6 +217,10 @@ class ElasticBlocks:
         left = self._pool.shrink(end)
         self._settle()
         return left
+
+    def spare(self, end: int) -> int:
+        """Blocks from `end` on are to go when nobody uses them. Returns the end down to which that holds now."""
+        return self._pool.spare(end)
 
     def shrink(self, end: int) -> int:
         """Let go of the blocks from `end` on. Returns how many requests were preempted, to be computed again.
@@ -291,11 +346,18 @@ class GrowingKV:
         """Ready a shrink to `frames`: returns how many blocks are in the way."""
         return self._blocks.park(self._at_least(frames))
 
-    def _shrink(self, epoch: int, frames: int) -> tuple[int, int]:
-        """Have every rank unmap all but `frames`. Returns the number of blocks and of preempted requests."""
-        preempted = self._blocks.shrink(self._at_least(frames))
+    def _shrink(self, epoch: int, frames: int, preempt: bool) -> tuple[int, int, int]:
+        """Have every rank unmap all but `frames`; unless `preempt`, but what requests use and all before that as well.
+
+        Returns the number of frames, of blocks and of preempted requests.
+        """
+        blocks = self._at_least(frames)
+        if not preempt:
+            frames = max(frames, *self._ranks("kv_frames", args=(self._blocks.spare(blocks),)))
+            blocks = self._at_least(frames)
+        preempted = self._blocks.shrink(blocks)
         self._ranks("shrink_kv", args=(epoch, frames))
-        return self._blocks.end, preempted
+        return frames, self._blocks.end, preempted
 
     def _swap_out(self, *args: Any) -> Any:
         self._blocks.shrink(self._least_blocks)

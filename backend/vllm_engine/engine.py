@@ -200,13 +200,13 @@ class Engine:
         (left,) = await self._order("park_kv", frames)
         return int(left)
 
-    async def shrink_kv(self, epoch: int, frames: int) -> tuple[int, int]:
-        """Have every rank unmap all but `frames`; who uses them is computed again.
+    async def shrink_kv(self, epoch: int, frames: int, *, preempt: bool) -> tuple[int, int, int]:
+        """Have every rank unmap all but `frames`; who uses them is computed again, or they stay, unless `preempt`.
 
-        Returns the number of blocks and of preempted requests.
+        Returns the number of frames, of blocks and of preempted requests.
         """
-        ((blocks, preempted),) = await self._order("shrink_kv", epoch, frames)
-        return blocks, preempted
+        ((kept, blocks, preempted),) = await self._order("shrink_kv", epoch, frames, preempt)
+        return kept, blocks, preempted
 
     async def _order(self, name: str, *args: int) -> list[Any]:
         answers: list[Any] = await self._llm.collective_rpc(name, RPC_TIMEOUT_S, args)

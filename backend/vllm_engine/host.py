@@ -4,7 +4,7 @@ One decision per message, in `Host._take`:
 1. Drain, wait: close the gate, answer Drained when nobody is inside.  Drain, no wait: refuse if somebody is inside;
    with preempt: answer Drained at once, and whoever is inside stands still while the engine is swapped out.
 2. SwapOut, SwapIn: carried out one at a time; the gate is closed before and open after.
-3. GrowKv, ShrinkKv: as 2, with the gate open. A shrink that gives requests time ends that when a Drain comes.
+3. GrowKv, ShrinkKv: as 2, with the gate open.
 4. RefuseWaiting: fail who waits at the gate, and who stands still inside.  QueueLimits: for who comes from now on.
 5. Shutdown, SIGTERM, or the agent gone: refuse the rest, finish what runs (bounded), exit.
 """
@@ -12,7 +12,6 @@ One decision per message, in `Host._take`:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
@@ -144,8 +143,6 @@ class Host:
         self._gate = Gate(replica, welcome.max_queue, welcome.queue_timeout_s, self._load_changed)
         self._plane = DataPlane(engine, self._gate, partial(parameters, replica, engine.embeds))
         self._order: asyncio.Task[None] | None = None
-        self._hurry: asyncio.Event | None = None
-        """Of an order under way that gives requests time: to be set when the next one waits for it."""
         self._kv: wire.KvCache | None = None
         self._preserves_kv = False
         self._pressure = Pressure(0, 0)
@@ -217,8 +214,7 @@ class Host:
             case wire.GrowKv():
                 self._start(message.epoch, self._grow_kv(message))
             case wire.ShrinkKv():
-                hurry = asyncio.Event()
-                self._start(message.epoch, self._shrink_kv(message, hurry), hurry)
+                self._start(message.epoch, self._shrink_kv(message))
             case wire.RefuseWaiting():
                 refusal = Refusal(message.code, message.message)
                 self._gate.refuse_waiting(refusal)
@@ -229,20 +225,14 @@ class Host:
             case _:
                 raise ProtocolError(f"{type(message).__name__} is out of place")
 
-    def _start(self, epoch: int, order: Coroutine[Any, Any, None], hurry: asyncio.Event | None = None) -> None:
-        before = None if self._order is None or self._order.done() else self._order
-        if before and self._hurry is None:
+    def _start(self, epoch: int, order: Coroutine[Any, Any, None]) -> None:
+        if self._order and not self._order.done():
             order.close()
             self._channel.send(wire.OrderFailed(epoch, f"{self._replica} carries out another order"))
             return
-        if before and self._hurry:
-            self._hurry.set()
-        self._hurry = hurry
-        self._order = asyncio.create_task(self._carry_out(epoch, order, before))
+        self._order = asyncio.create_task(self._carry_out(epoch, order))
 
-    async def _carry_out(self, epoch: int, order: Coroutine[Any, Any, None], before: asyncio.Task[None] | None) -> None:
-        if before:
-            await before
+    async def _carry_out(self, epoch: int, order: Coroutine[Any, Any, None]) -> None:
         try:
             await order
         except Exception as error:
@@ -293,27 +283,31 @@ class Host:
         took_s = time.monotonic() - begin
         log.info("KV cache of %d frames, %d blocks, epoch %d: %.4f s", order.frames, blocks, order.epoch, took_s)
 
-    async def _shrink_kv(self, order: wire.ShrinkKv, hurry: asyncio.Event) -> None:
-        if not hurry.is_set():  # else what comes next has closed the gate
-            self._check_kv_order(order)
+    async def _shrink_kv(self, order: wire.ShrinkKv) -> None:
+        self._check_kv_order(order)
+        if order.deadline_s is not None:
+            await self._park_kv(order.frames, order.deadline_s)
         begin = time.monotonic()
-        deadline = begin + order.deadline_s
-        while await self._engine.park_kv(order.frames) and not hurry.is_set():
+        preempt = order.deadline_s is not None
+        frames, blocks, preempted = await self._engine.shrink_kv(order.epoch, order.frames, preempt=preempt)
+        self._channel.send(wire.KvShrunk(order.epoch, frames, blocks, preempted))
+        log.info(
+            "KV cache of %d frames (%d would do), %d blocks, epoch %d: %.4f s, %d requests preempted",
+            frames, order.frames, blocks, order.epoch, time.monotonic() - begin, preempted,
+        )  # fmt: skip
+
+    async def _park_kv(self, frames: int, deadline_s: float) -> None:
+        """Return when no request is in the way of a shrink to `frames`, or its time is over."""
+        begin = time.monotonic()
+        deadline = begin + deadline_s
+        while await self._engine.park_kv(frames):
             now = time.monotonic()
             # What follows waits for a step to end, as long as that took just now.
             left = deadline - now - 2 * (now - begin)
             if left <= 0:
-                break
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(hurry.wait(), min(left, PARKED_INTERVAL_S))
+                return
+            await asyncio.sleep(min(left, PARKED_INTERVAL_S))
             begin = time.monotonic()
-        begin = time.monotonic()
-        blocks, preempted = await self._engine.shrink_kv(order.epoch, order.frames)
-        self._channel.send(wire.KvShrunk(order.epoch, blocks, preempted))
-        log.info(
-            "KV cache of %d frames, %d blocks, epoch %d: %.4f s, %d requests preempted",
-            order.frames, blocks, order.epoch, time.monotonic() - begin, preempted,
-        )  # fmt: skip
 
     def _check_kv_order(self, order: wire.GrowKv | wire.ShrinkKv) -> None:
         if self._kv is None or not self._gate.is_open:

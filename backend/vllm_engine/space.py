@@ -90,15 +90,18 @@ class Space:
 
     def unmap(self, keep: Mapping[Region, int]) -> None:
         """Take all frames of every region but the first `keep` out; the addresses stay reserved. Raises OSError."""
-        for region in self._addresses:
-            self.unmap_from(region, keep.get(region, 0))
+        self._unmap({region: keep.get(region, 0) for region in self._addresses})
 
     def unmap_from(self, region: Region, first: int) -> None:
         """Take the frames of one region out but the first `first`. Raises OSError."""
-        gone = {frame for frame in self._mapped[region] if frame >= first}
-        for address, count in self._runs(region, gone):
-            self._device.vacate(address, count * self.frame_bytes)
-        self._mapped[region] -= gone
+        self._unmap({region: first})
+
+    def _unmap(self, keep: Mapping[Region, int]) -> None:
+        gone = {region: {frame for frame in self._mapped[region] if frame >= kept} for region, kept in keep.items()}
+        runs = [run for region, frames in gone.items() for run in self._runs(region, frames)]
+        self._device.vacate([(address, count * self.frame_bytes) for address, count in runs])
+        for region, frames in gone.items():
+            self._mapped[region] -= frames
 
     def place(self, region: Region, offset: int, size: int) -> int:
         """Address of `size` bytes at `offset` of the region. Using it while frames are not mapped is a fault."""

@@ -26,7 +26,9 @@ class SwapIn:
     """Figures of one swap-in."""
 
     seconds: float
-    """From taking frames to FILLED."""
+    """From taking frames to FILLED, without waiting for frames."""
+    wait_seconds: float
+    """Waiting for frames that other engines were still unmapping, which comes on top."""
     copy_seconds: float
     """From the first copied or zeroed byte to the last, without waiting for frames."""
     bytes: int

@@ -34,6 +34,9 @@ _UNLOADED = "{} was unloaded while its load waited"
 CALL_BACK_S = 1.0
 """How long requests may go on in memory that is called back."""
 
+RETURN_AGAIN_S = 5.0
+"""Whoever uses frames that it does not want, and nobody waits for, is asked for them again after this time."""
+
 _LOOK_AGAIN_S = 1.0
 """Whoever waits for room on a device looks at least this often whether there is some."""
 
@@ -212,6 +215,8 @@ class Coordinator:
         if event.epoch == replica.epoch and replica.resize_to is not None:
             if event.frames < replica.resize_to:  # it could not grow
                 replica.burst_after_s = event.now_s + _LOOK_AGAIN_S
+            if event.frames > replica.resize_to:  # it uses them
+                replica.return_after_s = event.now_s + RETURN_AGAIN_S
             replica.resize_to = None
             replica.burst_frames = event.frames
             self._guarantee(replica)
@@ -684,7 +689,7 @@ class Coordinator:
             return False
         for name in [name for name in loans if name not in keeps]:
             debtor = self.inventory.replicas[name]
-            self._resize(debtor, max(0, loans[name] - debtor.footprint_frames))
+            self._resize(debtor, max(0, loans[name] - debtor.footprint_frames), CALL_BACK_S)
         for name, keep in keeps.items():
             victim = self.inventory.replicas[name]
             if victim.state is State.SWAPPED:
@@ -697,19 +702,20 @@ class Coordinator:
                 self._drain(victim, keep, wait=True, reason="turn")
         return True
 
-    def _resize(self, replica: Replica, frames: int) -> None:
-        """Have it have so many frames on loan."""
+    def _resize(self, replica: Replica, frames: int, within_s: float | None = None) -> None:
+        """Have it have so many frames on loan; unless `within_s` says by when, it keeps those that it uses."""
         replica.epoch += 1
         replica.resize_to = frames
         if frames > replica.burst_frames:
             replica.burst_frames = frames
             replica.reserved_frames = max(replica.reserved_frames, replica.footprint_frames + frames)
-        self._actions.append(ev.Resize(replica.name, replica.epoch, frames, CALL_BACK_S))
+        self._actions.append(ev.Resize(replica.name, replica.epoch, frames, within_s))
 
     def _serve_bursts(self, touched: set[str], now_s: float) -> None:
         """Lend free frames of the `touched` devices to who wants some, the same to each; take back what is too much.
 
-        What parked models have kept goes for that as well, unless somebody waits for them.
+        Beyond its limit nobody keeps any; of what it does not want any more it keeps what it uses, and is asked again.
+        What parked models have kept goes for loans as well, unless somebody waits for them.
         """
         names = sorted(name for name in self._bursting if not touched.isdisjoint(self.inventory.replicas[name].devices))
         wanting = []
@@ -717,12 +723,16 @@ class Coordinator:
             if not eviction.lends(replica):
                 continue
             most = replica.most_frames if replica.most_frames is not None else replica.need_frames
-            wanted = max(0, min(replica.burst_wanted_frames, most - replica.footprint_frames))
-            if wanted < replica.burst_frames:
-                self._resize(replica, wanted)
-            elif wanted > replica.burst_frames and now_s < replica.burst_after_s:
+            most = max(0, most - replica.footprint_frames)
+            wanted = max(0, min(replica.burst_wanted_frames, most))
+            after_s = replica.return_after_s if wanted < replica.burst_frames else replica.burst_after_s
+            if most < replica.burst_frames:
+                self._resize(replica, most, CALL_BACK_S)
+            elif wanted != replica.burst_frames and now_s < after_s:
                 for device in replica.devices:
-                    self._look_again(device, replica.burst_after_s)
+                    self._look_again(device, after_s)
+            elif wanted < replica.burst_frames:
+                self._resize(replica, wanted)
             elif wanted > replica.burst_frames:
                 wanting.append((replica, wanted))
             elif not replica.burst_wanted_frames:

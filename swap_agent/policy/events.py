@@ -93,7 +93,10 @@ class BurstWanted(Event):
 
 @dataclass(frozen=True)
 class Resized(Event):
-    """After Resize: the engine has `frames` more of each device than it takes at least; what it was to give is back."""
+    """After Resize: the engine has `frames` more of each device than it takes at least; what it had beyond is back.
+
+    Fewer than ordered when it could not grow, more when it keeps what it uses.
+    """
 
     name: str
     epoch: int
@@ -341,8 +344,9 @@ class Resize(Action):
 
     epoch: int
     frames: int
-    within_s: float
-    """When frames are called back: after this time it does without them, whatever they are used for."""
+    within_s: float | None = None
+    """When frames are called back: after this time it does without them, whatever they are used for. None: nobody waits
+    for them; it keeps what it uses."""
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,8 @@ class Replica:
     """It has use for multiples of these."""
     burst_after_s: float = 0.0
     """It could not grow: not before then is it lent any again."""
+    return_after_s: float = 0.0
+    """It uses what it does not want: not before then is it asked again to return that."""
     resize_to: int | None = None
     """The number of them that an order under way will leave it with."""
     keep_frames: int = 0
@@ -134,7 +136,7 @@ class Replica:
 
     @property
     def called_back_frames(self) -> int:
-        """Frames of each device that it gives back by an order under way."""
+        """Frames of each device that it gives back by an order under way; where nobody waited for them, at most."""
         if self.resize_to is None:
             return 0
         return max(0, self.reserved_frames - max(self.need_frames, self.footprint_frames + self.resize_to))

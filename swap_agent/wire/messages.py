@@ -244,18 +244,22 @@ class ShrinkKv(Message, frozen=True):
 
     `frames` is at least that of `KvCache`. At once nobody gets a block of the others any more. Requests that use some
     may go on until `deadline_s` seconds from now; then they are preempted, the youngest first, and computed again.
-    While the gate is open, and no other order is under way; one that comes while requests go on ends that time.
+    While the gate is open, and no other order is under way.
     """
 
     epoch: int
     frames: int
-    deadline_s: float = 0.0
+    deadline_s: float | None = 0.0
+    """None: nobody waits for them. What requests use stays, with all that lies before it; blocks beyond `frames` are
+    handed out last from then on, so that more can go when this is ordered again."""
 
 
 class KvShrunk(Message, frozen=True):
-    """The KV cache has so many blocks now, and so many requests were preempted for it."""
+    """The KV cache has so many frames and blocks now, and so many requests were preempted for it."""
 
     epoch: int
+    frames: int
+    """As ordered; or more, without a deadline."""
     blocks: int
     preempted: int
 

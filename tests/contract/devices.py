@@ -84,7 +84,7 @@ class Mapped:
 
     def close(self) -> None:
         """Unmap."""
-        self._addresses.vacate(self._address, FRAME_BYTES)
+        self._addresses.vacate([(self._address, FRAME_BYTES)])
 
 
 def _read(context: Context, address: int) -> Bytes:

@@ -8,7 +8,8 @@ the host (`dies_starting`, `garbage`: a malformed message) or a rank misbehave, 
 With a "fingerprint" a rank asks for a mirror; "reversed" lays its tensors out the other way round; "dtype" names their
 type; mapping or unmapping a frame takes "map_s" seconds. Weights hold a pattern made from model and rank; state counts
 swaps; KV must arrive as zeros, and grows to "most_kv_frames", a block each; [seconds after the start, frames] in
-"wants" is what it then asks for. SIGUSR1 has the host take "hoard" bytes of private memory, SIGUSR2 give them back.
+"wants" is what it then asks for; of those it uses as many as "uses" says in the same way, which go with a deadline
+only. SIGUSR1 has the host take "hoard" bytes of private memory, SIGUSR2 give them back.
 Told to stop, it "lingers" so many seconds.
 """
 
@@ -197,7 +198,7 @@ class Rank:
             time.sleep(self.map_s * (count - kept))
             if kept < count:
                 start = self.addresses[region] + kept * self.frame_bytes
-                self.device.vacate(start, (count - kept) * self.frame_bytes)
+                self.device.vacate([(start, (count - kept) * self.frame_bytes)])
 
     def swap_in(self, epoch: int) -> str | None:
         """Returns why not, when it was taken back."""
@@ -366,6 +367,9 @@ async def main() -> None:
     agent.send(wire.HostReady(1024, wire.KvCache(least, most, least, most, 1) if most else None))
     for delay_s, frames in model.get("wants", []):
         loop.call_later(delay_s, agent.send, wire.KvWanted(frames))
+    uses = [0]
+    for delay_s, frames in model.get("uses", []):
+        loop.call_later(delay_s, uses.append, frames)
     while True:
         message = await agent.receive()
         match message:
@@ -387,8 +391,10 @@ async def main() -> None:
                 grown = wire.KvGrown(message.epoch, min(message.frames, most))
                 agent.send(wire.KvGrowFailed(message.epoch, undone[0]) if undone[0] else grown)
             case wire.ShrinkKv():
-                await in_all(ranks, "shrink_kv", [(message.epoch, message.frames)] * len(ranks))
-                agent.send(wire.KvShrunk(message.epoch, message.frames, 0))
+                kept = max(message.frames, uses[-1]) if message.deadline_s is None else message.frames
+                await in_all(ranks, "shrink_kv", [(message.epoch, kept)] * len(ranks))
+                agent.send(wire.KvShrunk(message.epoch, kept, kept, int(uses[-1] > kept)))
+                uses.append(min(uses[-1], kept))
             case wire.QueueLimits():
                 print("told to limit:", message.max_queue, message.queue_timeout_s, flush=True)
             case wire.RefuseWaiting():

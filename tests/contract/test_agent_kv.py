@@ -13,6 +13,7 @@ from swap_agent import kv_orders
 from swap_agent.daemon import Agent
 from swap_agent.engine import Engine
 from swap_agent.errors import TakenBack
+from swap_agent.policy import coordinator
 from swap_agent.wire import messages as wire
 
 
@@ -113,6 +114,24 @@ async def test_a_loan_is_called_back_for_a_model_that_starts(agent: Agent) -> No
     assert pool.held_by("lent/1#0") == 10 and lent.report["state"] == late.report["state"] == "RESIDENT"
     await late.detach()
     await until(lambda: pool.held_by("lent/1#0") == 16, timeout_s=5)
+    assert agent.books_violations == 0
+
+
+async def test_what_is_in_use_stays_until_it_is_not_or_somebody_waits_for_it(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coordinator, "RETURN_AGAIN_S", 0.2)
+    (pool,) = agent.pools.values()
+    stub = await Stub.connect(agent, "a")
+    wants = [[0.0, 13], [0.6, 3]]
+    await stub.attach(frames=5, limit_frames=16, most_kv_frames=13, wants=wants, uses=[[0.0, 12], [1.2, 9]])
+    await until(lambda: pool.held_by("a/1#0") == 16)
+    await until(lambda: pool.held_by("a/1#0") == 15)
+    assert stub.report["kv"]["blocks"] == 12  # type: ignore[index]
+    await until(lambda: pool.held_by("a/1#0") == 12)
+    late = await Stub.connect(agent, "late")
+    assert isinstance(await late.attach(frames=6), wire.Attached)
+    assert pool.held_by("a/1#0") == 10 and stub.report["state"] == late.report["state"] == "RESIDENT"
     assert agent.books_violations == 0
 
 

@@ -16,6 +16,23 @@ from fakes.cuda import FakeCuda
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.timeout(300)
 
+UNMAP = f"""
+import sys; sys.path.insert(0, {str(HERE)!r})
+from driver_scenes import *
+from vllm_engine.addresses import CudaAddresses
+from vllm_engine.space import Space
+begin()
+space = Space(FRAME, CudaAddresses(0))
+space.reserve("weights", 2)
+space.reserve("kv", 4, order=[0, 2, 1, 3])
+fds = [ok(cuda.cuMemExportToShareableHandle(create(), POSIX_FD, 0)) for _ in range(6)]
+space.map("weights", 0, fds[:2])
+space.map("kv", 0, fds[2:])
+space.unmap({{"weights": 1, "kv": 2}})
+space.unmap({{"weights": 1, "kv": 2}})
+assert space.mapped == {{"weights": 1, "kv": 2}}
+"""
+
 
 def run_suite(machine: FakeCuda, *arguments: str, **environment: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
@@ -44,3 +61,10 @@ def test_what_engines_take_outside_of_frames(fake_cuda: FakeCuda, tmp_path: Path
     environment = {"LD_LIBRARY_PATH": libraries, nvml.PROCESSES: str(tmp_path / "processes")}
     run_suite(fake_cuda, str(HERE / "test_usage.py"), **environment)
     assert fake_cuda.used_bytes() == 0
+
+
+def test_one_wait_for_the_gpu_before_all_that_an_order_unmaps(fake_cuda: FakeCuda) -> None:
+    subprocess.run([sys.executable, "-c", UNMAP], env=fake_cuda.environment(), check=True, timeout=60)
+    calls = fake_cuda.calls("cuCtxSynchronize", "cuMemUnmap")
+    names = [line.split()[1].partition("(")[0] for line in calls]
+    assert names == ["cuCtxSynchronize", *["cuMemUnmap"] * 3], "of two regions, in three places"

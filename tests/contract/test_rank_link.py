@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,6 +104,18 @@ def test_frames_are_filled_and_mapped_before_the_rank_is_told(rank: Rank) -> Non
     assert (first == 7).all() and (second[:-10] == 7).all() and not second[-10:].any()
     rank.link.commit(3)
     assert rank.receive_grants() == 4
+
+
+def test_waiting_for_frames_is_told_apart_from_the_swap_in_itself(rank: Rank) -> None:
+    rank.swap_out(1)
+    allowance = Allowance(2, 2)
+    threading.Timer(0.3, allowance.raise_to, (2, 4)).start()
+    threading.Timer(0.6, rank.peer.send, (wire.Mapped(2),)).start()
+    begin_s = time.monotonic()
+    figures = rank.link.prepare(2, allowance)
+    assert 0.2 < figures.wait_seconds < 0.5
+    assert figures.seconds + figures.wait_seconds == pytest.approx(time.monotonic() - begin_s, abs=0.05)
+    assert figures.copy_seconds < 0.2 < figures.seconds, "it ends when the rank has mapped"
 
 
 def test_a_rank_that_cannot_map_says_why_and_is_taken_back(rank: Rank) -> None:

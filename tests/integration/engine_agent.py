@@ -164,17 +164,19 @@ class FakeAgent:
         failed: wire.KvGrowFailed = self.receive(wire.KvGrowFailed)
         return failed
 
-    def shrink_kv(self, epoch: int, frames: int, deadline_s: float = 0.0) -> wire.KvShrunk:
+    def shrink_kv(self, epoch: int, frames: int, deadline_s: float | None = 0.0) -> wire.KvShrunk:
         """Have the engine give up all frames of its KV cache but so many, and poison them."""
         self.host.send(wire.ShrinkKv(epoch, frames, deadline_s))
-        return self.shrunk(epoch, frames)
+        shrunk = self.shrunk(epoch)
+        assert shrunk.frames == frames or (shrunk.frames > frames and deadline_s is None)
+        return shrunk
 
-    def shrunk(self, epoch: int, frames: int) -> wire.KvShrunk:
+    def shrunk(self, epoch: int) -> wire.KvShrunk:
         """Take the frames of a shrink that was ordered."""
         assert self._ack() == wire.Unmapped(epoch)
-        self._take({region: len(held) if region != "kv" else frames for region, held in self.frames.items()})
         shrunk: wire.KvShrunk = self.receive(wire.KvShrunk)
         assert shrunk.epoch == epoch
+        self._take({region: len(held) if region != "kv" else shrunk.frames for region, held in self.frames.items()})
         return shrunk
 
     @property

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -29,6 +33,9 @@ PROMPTS = [prompt(seed, 200) for seed in range(6)] + [f"{prompt(0, 160)} {prompt
 """Longer than a step; the last ones begin as the first one does."""
 LIMIT_BYTES = 128 << 20
 PRESERVED_BLOCKS = 14
+SOAK_S = 180.0
+IN_FLIGHT = 24
+"""More than run at a time."""
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +169,7 @@ def test_who_is_in_the_way_has_until_the_deadline(
     numbers = [stub.submit(each, GREEDY) for each in PROMPTS]
     time.sleep(0.2)
     shrunk = agent.shrink_kv(epoch(), kv.frames, deadline_s=60)
-    assert shrunk == wire.KvShrunk(agent.epoch, kv.blocks, 0), "they were let finish"
+    assert shrunk == wire.KvShrunk(agent.epoch, kv.frames, kv.blocks, 0), "they were let finish"
     assert answers(stub, numbers) == alone
 
     agent.grow_kv(epoch(), kv.frames + 40)
@@ -174,6 +181,30 @@ def test_who_is_in_the_way_has_until_the_deadline(
     assert shrunk.preempted and 0.2 < time.monotonic() - begin < 0.6
     cut = answers(stub, numbers)
     assert all(each.startswith(short) for each, short in zip(cut, alone, strict=True)), "nothing is lost"
+
+
+def test_what_nobody_waits_for_goes_as_requests_leave_it(
+    agent: FakeAgent, kv: wire.KvCache, stub: Stub, alone: list[str], epoch: Callable[[], int]
+) -> None:
+    """A request that came while others filled the rest holds blocks at the top; who comes later gets lower ones."""
+    agent.grow_kv(epoch(), kv.frames + 40)
+    numbers = [stub.submit(each, GREEDY) for each in PROMPTS]
+    time.sleep(0.1)
+    late = stub.submit(prompt(20, 200), LONG)
+    time.sleep(0.2)
+    first = agent.shrink_kv(epoch(), kv.frames, deadline_s=None)
+    assert kv.frames < first.frames < kv.frames + 40 and first.preempted == 0, "the top is free, the rest is used"
+    assert kv_mapped(agent) == first.frames
+    assert first.blocks >= kv.blocks
+    assert answers(stub, numbers) == alone
+    second = agent.shrink_kv(epoch(), kv.frames, deadline_s=None)
+    assert second.preempted == 0
+    assert [text(stub.ask(each, GREEDY)) for each in PROMPTS[:2]] == alone[:2], "beside it, in lower blocks"
+    text(list(stub.items(late, 120)))
+    numbers = [stub.submit(PROMPTS[0], GREEDY)]
+    time.sleep(0.1)
+    assert agent.shrink_kv(epoch(), kv.frames, deadline_s=None) == wire.KvShrunk(agent.epoch, kv.frames, kv.blocks, 0)
+    assert answers(stub, numbers) == alone[:1]
 
 
 def test_growth_that_is_taken_back_leaves_all_as_it_was(
@@ -241,25 +272,77 @@ def test_what_was_cached_last_outlives_a_swap(
     assert answers(stub, [stub.submit(each, GREEDY) for each in PROMPTS]) == alone
 
 
-def test_a_drain_ends_the_time_of_a_shrink(
+@pytest.mark.timeout(600)
+@pytest.mark.skipif("TRITON_SWAP_SOAK" not in os.environ, reason="slow: `make soak` runs it")
+def test_minutes_of_load_while_frames_come_and_go(
     agent: FakeAgent, kv: wire.KvCache, stub: Stub, alone: list[str], epoch: Callable[[], int]
 ) -> None:
-    agent.grow_kv(epoch(), kv.frames + 40)
-    numbers = [stub.submit(each, GREEDY) for each in PROMPTS]
-    time.sleep(0.3)
-    shrinking = epoch()
-    agent.host.send(wire.ShrinkKv(shrinking, kv.frames, 60.0))
-    draining = epoch()
-    agent.host.send(wire.Drain(draining, wait=True))
-    assert agent.shrunk(shrinking, kv.frames).blocks == kv.blocks
-    assert agent.receive(wire.Drained) == wire.Drained(draining)
-    assert answers(stub, numbers) == alone
+    """Every answer is what the engine says when it is asked alone; in the end nothing is in use any more."""
+    rng = random.Random(5)
+    texts = [prompt(seed, rng.randint(20, 380)) for seed in range(30)]
+    texts += [f"{each[: len(each) // 2].rpartition(' ')[0]} {prompt(99 + seed, 60)}" for seed, each in enumerate(texts)]
+    asked = [(each, GREEDY.replace("64", str(rng.randint(4, 64)))) for each in texts]
+    expected = [text(stub.ask(*each)) for each in asked]
+    done, seen = threading.Event(), Counter[str]()
+
+    def resize() -> None:
+        orders = random.Random(6)
+        while not done.wait(orders.uniform(0.3, 1.2)):
+            held, frames = len(agent.frames["kv"]), kv.frames + orders.choice((0, 0, 6, 15, 28, 40))
+            if frames > held:
+                assert agent.grow_kv(epoch(), frames).blocks > kv.blocks
+                seen["grown"] += 1
+            elif frames < held:
+                deadline_s = orders.choice((0.0, 0.5, None))
+                shrunk = agent.shrink_kv(epoch(), frames, deadline_s)
+                assert not (deadline_s is None and shrunk.preempted)
+                seen["preempted"] += shrunk.preempted
+                seen["returned" if deadline_s is None else "called back"] += 1
+                seen["kept"] += shrunk.frames > frames
+            assert kv_mapped(agent) == len(agent.frames["kv"])
+
+    flight: dict[int, int] = {}
+    with ThreadPoolExecutor(1) as pool:
+        resizing = pool.submit(resize)
+        try:
+            until = time.monotonic() + SOAK_S
+            while flight or time.monotonic() < until:
+                while len(flight) < IN_FLIGHT and time.monotonic() < until:
+                    which = rng.randrange(len(asked))
+                    flight[stub.submit(*asked[which])] = which
+                first = min(flight)
+                assert text(list(stub.items(first, 120))) == expected[flight.pop(first)]
+                seen["answered"] += 1
+                assert not resizing.done(), resizing.exception()
+        finally:
+            done.set()
+        resizing.result()
+    print(dict(seen))
+    assert seen["grown"] > 40 and seen["called back"] > 20 and seen["returned"] > 10 and seen["kept"] > 5
+    assert seen["preempted"] > 100 and seen["answered"] > 1000
+    if len(agent.frames["kv"]) > kv.frames:
+        assert agent.shrink_kv(epoch(), kv.frames, None) == wire.KvShrunk(agent.epoch, kv.frames, kv.blocks, 0)
+    logged = len(agent.log.read_text())
     agent.swap_out(epoch())
     agent.swap_in(epoch())
+    log = agent.log.read_text()[logged:]
+    assert "Successfully reset prefix cache" in log and "Failed to reset" not in log and "is not reset" not in log
+    assert [text(stub.ask(each, GREEDY)) for each in PROMPTS] == alone
 
 
-def test_an_order_that_does_not_fit_is_refused(agent: FakeAgent, kv: wire.KvCache, epoch: Callable[[], int]) -> None:
+def test_an_order_that_does_not_fit_is_refused(
+    agent: FakeAgent, kv: wire.KvCache, stub: Stub, alone: list[str], epoch: Callable[[], int]
+) -> None:
     """Last: the agent would end the engine."""
+    agent.grow_kv(epoch(), kv.frames + 40)
+    numbers = [stub.submit(each, GREEDY) for each in PROMPTS]
+    time.sleep(0.2)
+    shrinking = epoch()
+    agent.host.send(wire.ShrinkKv(shrinking, kv.frames, 60.0))
+    agent.host.send(wire.GrowKv(epoch(), kv.frames + 41))
+    assert agent.receive(wire.OrderFailed) == wire.OrderFailed(agent.epoch, "tiny/1#0 carries out another order")
+    assert agent.shrunk(shrinking) == wire.KvShrunk(shrinking, kv.frames, kv.blocks, 0)
+    assert answers(stub, numbers) == alone
     agent.host.send(wire.ShrinkKv(epoch(), kv.frames - 1))
     failed = agent.receive(wire.OrderFailed)
     assert f"{kv.frames - 1} frames of KV cache are" in failed.message

@@ -45,6 +45,8 @@ class FakeEngine:
     order: ev.Drain | ev.SwapOut | ev.SwapIn | ev.Resize | ev.StopEngine | None = None
     extra: int = 0
     """Frames of each rank beyond its size."""
+    uses: int = 0
+    """Those of them that it uses while something is in flight, whatever it wants."""
     residue: dict[str, int] = field(default_factory=dict)
     """Outside of frames, by device, as last told."""
     may_hold: int = 0
@@ -172,8 +174,9 @@ class World:
             engine.asked[rank] = frames
         self.post(ev.FramesWanted(self.now_s, name, frames, rank))
 
-    def want(self, name: str, frames: int) -> None:
-        """Its engine would use so many frames more."""
+    def want(self, name: str, frames: int, uses: int = 0) -> None:
+        """Its engine would use so many frames more; and it uses so many."""
+        self.engines[name].uses = uses
         self.post(ev.BurstWanted(self.now_s, name, frames))
 
     def ask_host(self, name: str, total_bytes: int) -> None:
@@ -262,7 +265,12 @@ class World:
                 self.post(ev.FramesReturned(self.now_s, name, order.epoch, still))
             case ev.Resize():
                 engine.order = None
-                engine.extra = min(engine.extra, order.frames) if fail else order.frames
+                if fail and order.frames > engine.extra:
+                    pass  # it could not grow
+                elif order.within_s is None:
+                    engine.extra = max(order.frames, min(engine.extra, engine.uses if engine.in_flight else 0))
+                else:
+                    engine.extra = order.frames
                 engine.held = [size + engine.extra for size in engine.sizes]
                 self.post(ev.Resized(self.now_s, name, order.epoch, engine.extra))
             case ev.SwapOut():
@@ -371,6 +379,11 @@ class World:
         waiting = [name for name, e in self.engines.items() if e.waiting or (e.frozen and e.in_flight) or not e.ready]
         return sorted({*waiting, *(name for name, record in self.records.items() if record.loading)})
 
+    def _owed(self) -> list[str]:
+        """Who is owed memory."""
+        owed = [name for name, r in self.policy.inventory.replicas.items() if r.activation_wanted or r.missing_frames]
+        return owed + [name for name, engine in self.engines.items() if engine.asked]
+
     # --- orders -------------------------------------------------------------------------------------------------------
 
     def _perform(self, action: ev.Action, before: State | None) -> None:
@@ -432,6 +445,8 @@ class World:
                 most = self.replica(name).most_frames
                 sizes = [size + action.frames for size in engine.sizes]
                 assert action.frames < engine.extra or (most is not None and max(sizes) <= most), "beyond its limit"
+                if action.within_s is not None:
+                    assert action.frames < engine.extra and (self._owed() or max(sizes) == most), "nobody waits for it"
                 engine.order = action
             case ev.SwapIn():
                 assert engine.ready and not engine.gate_open and engine.order is None

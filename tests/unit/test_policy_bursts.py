@@ -6,7 +6,7 @@ import pytest
 from test_policy_coordinator import Machinery, kinds, machinery
 
 from swap_agent.policy import events as ev
-from swap_agent.policy.coordinator import CALL_BACK_S
+from swap_agent.policy.coordinator import CALL_BACK_S, RETURN_AGAIN_S
 from swap_agent.policy.eviction import LEAST_IDLE_S
 from swap_agent.policy.lifecycle import State
 
@@ -85,6 +85,52 @@ def test_what_is_on_loan_is_called_back_first_and_only_as_much_as_is_needed() ->
     assert held(machine) == {"a": 70, "b": 10, "c": 20}
 
 
+def test_what_is_not_wanted_any_more_stays_as_long_as_it_is_used_and_nobody_waits_for_it() -> None:
+    machine = bursting(a=(30, 90), b=(10, 60))
+    want(machine, "a", 60)
+    machine.settle()
+    replica = machine.replica("a")
+    assert want(machine, "a", 0) == [ev.Resize("a", replica.epoch, 0, None)]
+    machine.post(ev.Resized, "a", replica.epoch, 45)
+    assert held(machine) == {"a": 75, "b": 10}
+    assert want(machine, "b", 40) == [ev.Resize("b", machine.replica("b").epoch, 15, None)], "it is lent what came"
+    machine.settle()
+    assert machine.tick(RETURN_AGAIN_S / 2) == [], "not all the time"
+    assert machine.tick(RETURN_AGAIN_S / 2) == [ev.Resize("a", replica.epoch, 0, None)]
+    machine.post(ev.Resized, "a", replica.epoch, 5)
+    machine.settle()
+    assert held(machine) == {"a": 35, "b": 50}
+    machine.open.clear()
+    assert want(machine, "a", 10) == [ev.Resize("a", replica.epoch, 10, None)], "growth need not wait"
+    machine.settle()
+    want(machine, "a", 0)
+    machine.tick(RETURN_AGAIN_S)
+    machine.settle()
+    assert held(machine) == {"a": 30, "b": 50}
+
+
+def test_what_a_model_uses_is_called_back_when_somebody_comes_to_wait_for_it() -> None:
+    """While and after it is asked what it can do without."""
+    for moment in ("while", "after"):
+        machine = bursting(a=(30, 90), b=(10, None))
+        machine.register("c", 40)
+        want(machine, "a", 60)
+        machine.settle()
+        machine.report("a", in_flight=1)
+        machine.now_s += LEAST_IDLE_S
+        (order,) = want(machine, "a", 0)
+        assert isinstance(order, ev.Resize) and order.within_s is None
+        if moment == "while":
+            assert machine.post(ev.LoadWanted, "c") == [], "that may do"
+            called_back = machine.post(ev.Resized, "a", order.epoch, 50)
+        else:
+            assert machine.post(ev.Resized, "a", order.epoch, 50) == []
+            called_back = machine.post(ev.LoadWanted, "c")
+        assert called_back == [ev.Resize("a", order.epoch + 1, 20, CALL_BACK_S)], moment
+        assert kinds(machine.post(ev.Resized, "a", order.epoch + 1, 20)) == [("StartEngine", "c")]
+        assert held(machine) == {"a": 50, "b": 10, "c": 40}
+
+
 def test_an_idle_model_that_has_to_leave_anyway_is_not_asked_twice() -> None:
     machine = bursting(a=(30, 90))
     machine.register("c", 100)
@@ -128,7 +174,7 @@ def test_a_lower_limit_is_followed_at_once() -> None:
     want(machine, "a", 60)
     machine.settle()
     (order,) = declare(machine, "a", 30, 50)
-    assert isinstance(order, ev.Resize) and order.frames == 20
+    assert order == ev.Resize("a", machine.replica("a").epoch, 20, CALL_BACK_S), "whatever it is used for"
     machine.settle()
     assert held(machine) == {"a": 50}
 

@@ -146,9 +146,9 @@ class Policy(RuleBasedStateMachine):
         self.world.ask(data.draw(st.sampled_from(self.engines(ready=True))), 0, 10)
 
     @precondition(lambda self: self.engines(ready=True))
-    @rule(data=st.data(), frames=st.sampled_from([0, 5, 20, 50]))
-    def want(self, data: st.DataObject, frames: int) -> None:
-        self.world.want(data.draw(st.sampled_from(self.engines(ready=True))), frames)
+    @rule(data=st.data(), frames=st.sampled_from([0, 5, 20, 50]), uses=st.sampled_from([0, 5, 20, 50]))
+    def want(self, data: st.DataObject, frames: int, uses: int) -> None:
+        self.world.want(data.draw(st.sampled_from(self.engines(ready=True))), frames, uses)
 
     @precondition(lambda self: self.engines(ready=False, doomed=False, host_asked=False))
     @rule(total=st.sampled_from([10, 30, 50, 70]))
@@ -223,14 +223,20 @@ class Policy(RuleBasedStateMachine):
         self.world.pass_time(passed)
 
     @precondition(lambda self: self.engines(ready=True))
-    @rule(passed=seconds, rounds=st.integers(1, 6), bursting=st.booleans())
-    def busy_time(self, passed: float, rounds: int, bursting: bool) -> None:
+    @rule(
+        passed=seconds,
+        rounds=st.integers(1, 6),
+        wants=st.one_of(st.none(), st.lists(st.sampled_from([0, 5, 20, 50]), min_size=1, max_size=3)),
+    )
+    def busy_time(self, passed: float, rounds: int, wants: list[int] | None) -> None:
         """Everybody is asked all the time, and engines obey at once."""
+        turn = 0
         for _ in range(rounds):
             for name in self.engines(ready=True):
                 self.world.arrive(name, 1)
-                if bursting:
-                    self.world.want(name, 20)
+                if wants:
+                    self.world.want(name, wants[turn % len(wants)], uses=wants[-1])
+                    turn += 1
             self.world.catch_up()
             self.world.pass_time(passed)
             for name in self.engines(in_flight=True):
