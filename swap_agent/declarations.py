@@ -158,8 +158,10 @@ class Declarations:
             return f"{spec.replica}: its engine stays on {here}; its next one will be on {there}, as {CONFIG} says"
         engine, preserved = self._agent.engines.get(spec.replica), spec.settings.preserve_kv_bytes
         if engine and engine.spec.settings.preserve_kv_bytes != preserved:
-            then, now = format_bytes(preserved), format_bytes(engine.spec.settings.preserve_kv_bytes)
-            return f"{spec.replica}: its engine preserves {now} of KV cache; its next one {then}, as {CONFIG} says"
+            now, then = (format_bytes(n) for n in (engine.preserved_kv_bytes, preserved))
+            return f"{spec.replica}: its engine has {now} for PRESERVE_KV; its next one gets up to {then} ({CONFIG})"
+        if engine and engine.ready and preserved and not engine.preserved_kv_bytes:
+            return f"{spec.replica}: PRESERVE_KV has no effect; the log of its engine says why"
         full = beyond_pins(replica, self._agent.coordinator.inventory)
         if full and replica.state is State.RESIDENT and replica.missing_frames:
             has, needs = (format_bytes(n * self._frame_bytes) for n in (replica.reserved_frames, replica.need_frames))

@@ -93,8 +93,13 @@ class Engine:
 
     @property
     def mirror_bytes(self) -> int:
-        """Host memory of mirrors and stagings."""
+        """Host memory of mirrors and stagings, and of what KV cache is preserved."""
         return sum(rank.space.mirror_bytes for rank in self.ranks)
+
+    @property
+    def preserved_kv_bytes(self) -> int:
+        """Host memory in which its prefix cache outlives swaps."""
+        return sum(preserved.size_bytes for rank in self.ranks if (preserved := rank.space.preserved))
 
     def fail(self, reason: str) -> None:
         """Remember why it ends."""

@@ -23,6 +23,7 @@ from swap_agent.errors import (
 from swap_agent.memory.device import Frame
 from swap_agent.memory.mirrors import Desk, Mirror, end, same_layout
 from swap_agent.memory.space import RankSpace, SwapIn
+from swap_agent.policy.units import format_bytes
 from swap_agent.wire import messages as wire
 from swap_agent.wire.framing import FDS_PER_MESSAGE, Channel
 
@@ -114,13 +115,20 @@ class RankLink:
             if message.region == "kv":
                 self.most_kv_frames = message.most
             if message.preserved_bytes:
-                self._want_host_memory(message.preserved_bytes)
-                self.space.preserve(message.preserved_bytes)
+                self._preserve(message.preserved_bytes)
             self._send_grants(0, message.region, frames)
         except PeerGone:
             raise
         except (TritonSwapError, OSError) as error:
             self._refuse(error)
+
+    def _preserve(self, size_bytes: int) -> None:
+        try:
+            self._want_host_memory(size_bytes)
+            self.space.preserve(size_bytes)
+        except (OutOfFrames, Unavailable) as error:
+            part = f"{format_bytes(size_bytes)} of that are for PRESERVE_KV"
+            raise Unavailable(f"{error} ({part} in config.pbtxt; lower it or remove it)") from error
 
     def _refuse(self, error: Exception) -> None:
         self._on_failure(str(error))

@@ -195,6 +195,10 @@ class Engine:
             raise TakenBack(answer)
         return int(answer)
 
+    async def want_kv(self, blocks: int) -> None:
+        """Requests want so many blocks again: what it was to give back of these it keeps and fills."""
+        await self._order("want_kv", blocks)
+
     async def park_kv(self, frames: int) -> int:
         """Use no block any more that more than `frames` frames back. Returns how many of them requests hold yet."""
         (left,) = await self._order("park_kv", frames)

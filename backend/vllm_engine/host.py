@@ -330,6 +330,8 @@ class Host:
         load = await self._engine.kv_load()
         wanted = self._pressure.update(time.monotonic(), load.blocks, load.used, load.waiting)
         frames = kv.frames if wanted == kv.blocks else await self._engine.kv_frames(wanted)
+        if frames > self._kv_told:
+            await self._engine.want_kv(wanted)
         if frames != self._kv_told and self._gate.is_open:
             self._kv_told = frames
             self._channel.send(wire.KvWanted(frames))

@@ -25,8 +25,8 @@ from vllm_engine.rank import Endpoint, RankConnection
 from vllm_engine.space import Space
 from vllm_engine.weights import Weights
 
-_MOST_PARTS = 500_000
-"""Of the KV cache that outlive a swap: more would be too long a message."""
+_MOST_PARTS = 100_000
+"""Of the KV cache that outlive a swap: with more, small ones, the copies take longer than their bytes."""
 
 log = logging.getLogger(__name__)
 logging.getLogger("vllm_engine").parent = logging.getLogger("vllm")  # the only one that vLLM sets up in EngineCore
@@ -69,7 +69,7 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
         self._most_kv_bytes = 0
         """To which the KV cache may grow; 0: it does not."""
         self._kv_layout: KVLayout | None = None
-        """Of a KV cache that grows."""
+        """Of a KV cache that grows or outlives swaps."""
         self._first_kv_bytes = 0
         """What it may have at first."""
         self._kv_frames = 0
@@ -110,9 +110,15 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
         )  # fmt: skip
 
     def get_supported_kv_cache_layouts(self) -> list[str]:
-        """As vLLM's worker, which is asked once the model is loaded; of one that may grow the finest steps first."""
+        """As vLLM's worker, which is asked once the model is loaded; first those in which a block lies in one place.
+
+        That counts where blocks come and go: when the KV cache may grow, or outlives swaps.
+        """
         layouts: list[str] = super().get_supported_kv_cache_layouts()
-        return kv_cache.blocks_outermost_first(layouts) if self._most_kv_bytes > self._kv_bytes else layouts
+        touched = self._most_kv_bytes > self._kv_bytes or self._agent.welcome.preserve_kv_bytes
+        return (
+            kv_cache.blocks_outermost_first(layouts) if touched and not elastic.why_fixed(self.vllm_config) else layouts
+        )
 
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache, as planned in load_model."""
@@ -204,7 +210,7 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
         return self._kv_layout.blocks(self._space.mapped["kv"] if frames is None else frames)
 
     def kv_frames(self, blocks: int) -> int:
-        """How many frames back so many blocks, of a KV cache that grows."""
+        """How many frames back so many blocks."""
         assert self._kv_layout
         return self._kv_layout.frames(blocks)
 
@@ -322,19 +328,24 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
             self._kv_layout = kv_cache.planned_layout(self.vllm_config, config, self._space.frame_bytes)
             self._kv_frames = self._kv_layout.most_frames
         except Unsupported as error:
-            log.warning("PRESERVE_KV has no effect: %s", error)
+            log.warning("PRESERVE_KV has no effect: %s; remove one of both", error)
 
     def _plan_preserved(self) -> int:
         """How many blocks outlive a swap; returns their bytes. Raises InvalidModel when there can be none."""
         size, layout = self._agent.welcome.preserve_kv_bytes, self._kv_layout
         if not size or layout is None:
             return 0
-        blocks = min(size // layout.block_bytes, layout.blocks(self._kv_frames) - 1, _MOST_PARTS // len(layout.ranges))
+        blocks = min(size // layout.block_bytes, layout.blocks(self._kv_frames) - 1)
         if not blocks:
             raise InvalidModel(
                 f"PRESERVE_KV in config.pbtxt: {size} bytes for each rank hold no block of {layout.block_bytes} bytes: "
                 "raise it or remove it"
             )
+        if (most := max(1, _MOST_PARTS // len(layout.ranges))) < blocks:
+            log.warning(
+                "%d KV blocks instead of %d outlive a swap: each lies in %d places", most, blocks, len(layout.ranges)
+            )
+            blocks = most
         self._preserved_blocks = blocks
         log.info("up to %d KV blocks of the prefix cache outlive a swap", blocks)
         return blocks * layout.block_bytes

@@ -85,6 +85,7 @@ def _model(agent: Agent, replica: Replica) -> dict[str, Any]:
         "state_bytes": sum(rank.state_bytes for rank in ranks),
         "kv_bytes": sum(rank.space.region_bytes("kv") for rank in ranks),
         "kv": _kv(engine, frame_bytes) if engine else None,
+        "preserved_kv_bytes": engine.preserved_kv_bytes if engine else 0,
         "swaps_in": engine.swaps_in if engine else 0,
         "swaps_out": engine.swaps_out if engine else 0,
         "last_swap_in": dataclasses.asdict(engine.last_swap_in) if engine and engine.last_swap_in else None,

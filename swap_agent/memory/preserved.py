@@ -19,8 +19,8 @@ class PreservedKV:
         self.size_bytes = size_bytes
         self._frame_bytes = device.frame_bytes
         self._memory = device.host_buffer("triton-swap-kv", size_bytes)
-        self._places: list[tuple[int, int, int, int]] = []
-        """Parts, each with its place in the buffer."""
+        self._places: dict[int, list[tuple[int, int, int]]] = {}
+        """By frame: first byte in it, number of bytes, place in the buffer."""
 
     @property
     def resident_bytes(self) -> int:
@@ -38,7 +38,9 @@ class PreservedKV:
         ends = list(accumulate((size for _, _, size in parts), initial=0))
         if ends[-1] > self.size_bytes:
             raise ProtocolError(f"{ends[-1]} bytes of a KV cache do not fit {self.size_bytes} bytes of host memory")
-        self._places = [(*part, place) for part, place in zip(parts, ends, strict=False)]
+        self._places = {}
+        for (frame, start, size), place in zip(parts, ends, strict=False):
+            self._places.setdefault(frame, []).append((start, size, place))
 
     def save(self, transfer: Transfer, frames: Sequence[Frame], first: int) -> None:
         """Copy what is in frames `first`… of the region; `frames` are all that it has."""
@@ -55,10 +57,10 @@ class PreservedKV:
 
     def close(self) -> None:
         """Free the memory."""
-        self._places = []
+        self._places = {}
         self._memory.close()
 
     def _of(self, frames: range) -> Iterator[tuple[int, int, Bytes]]:
-        for frame, start, size, place in self._places:
-            if frame in frames:
+        for frame in frames:
+            for start, size, place in self._places.get(frame, ()):
                 yield frame, start, self._memory.bytes[place : place + size]

@@ -26,8 +26,8 @@ FRAME_BYTES = 2 << 20
 
 COPY_THREADS = min(4, os.cpu_count() or 1)
 """One core alone does not saturate the memory of a machine."""
-_BATCH = 4
-"""Frames a thread takes at once: handing one over costs about 30 µs, copying it 200."""
+_BATCH_BYTES = 4 * FRAME_BYTES
+"""What a thread takes at once: handing it over costs about 30 µs, copying a frame 200."""
 
 
 @dataclass(frozen=True)
@@ -161,21 +161,22 @@ class SimulatedTransfer:
         self._during = during
         self._background = background
         self._held: list[Callable[[], None]] = []
+        self._held_bytes = 0
         self._running: list[Future[None]] = []
 
     def copy_in(self, frame: Frame, source: Bytes, region: Region, start: int = 0) -> None:
         """Copy host memory to bytes `start`… of the frame."""
-        self._queue(lambda: self._device.copy_in(frame, source, region, start, self._during))
+        self._queue(lambda: self._device.copy_in(frame, source, region, start, self._during), source.size)
 
     def copy_out(self, frame: Frame, target: Bytes, region: Region, start: int = 0) -> None:
         """Copy bytes `start`… of the frame to host memory."""
-        self._queue(lambda: self._device.copy_out(frame, target, region, start, self._during))
+        self._queue(lambda: self._device.copy_out(frame, target, region, start, self._during), target.size)
 
     def fill(self, frame: Frame, value: int, start: int = 0) -> None:
         """Set bytes `start`… to `value`."""
-        self._queue(lambda: self._device.fill(frame, value, start))
+        self._queue(lambda: self._device.fill(frame, value, start), FRAME_BYTES - start)
 
-    def _queue(self, work: Callable[[], None]) -> None:
+    def _queue(self, work: Callable[[], None], size_bytes: int) -> None:
         if self._background:
             self._device.pace.give_way()
             if len(self._running) >= COPY_THREADS:  # no more in flight than run: what is urgent comes next
@@ -183,11 +184,12 @@ class SimulatedTransfer:
             self._running.append(self._device.threads.submit(work))
             return
         self._held.append(work)
-        if len(self._held) == _BATCH and not self._device.latencies.copy_s:
+        self._held_bytes += size_bytes
+        if self._held_bytes >= _BATCH_BYTES and not self._device.latencies.copy_s:
             self._submit()
 
     def _submit(self) -> None:
-        held, self._held = self._held, []
+        held, self._held, self._held_bytes = self._held, [], 0
         self._running.append(self._device.threads.submit(_all, held))
 
     def finish(self) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "backend"), str(ROOT / "tests" / "integration")]
 
+import vllm  # noqa: E402
 from tiny_llama import make_tiny_llama, prompt  # noqa: E402
 
 from swap_agent.config import AgentConfig, RuntimeDir  # noqa: E402
@@ -92,7 +93,7 @@ async def measure(folder: Path) -> dict[str, Any]:
         await engine.closed()
         await stub.closed()
     return {
-        "grows": kv is not None,  # vLLM before 0.32: it keeps its size
+        "grows": kv is not None,
         "places": kv.ranges if kv else 0,
         "blocks_at_least_and_most": [kv.blocks, kv.most_blocks] if kv else [],
         "blocks": blocks,
@@ -106,7 +107,7 @@ async def measure(folder: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Exit code 1 when an answer changed."""
+    """Exit code 1 when something does not hold."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--folder", type=Path, help="for weights and the agent's files; else a temporary one")
@@ -117,7 +118,17 @@ def main() -> int:
         figures = asyncio.run(measure(folder))
     options.out.write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures))
-    return 0 if all(figures["same_answers"]) else 1
+    least_and_most, grows = figures["blocks_at_least_and_most"], figures["grows"]
+    wrong = {
+        "answers changed": not all(figures["same_answers"]),
+        "it does not grow": not grows and vllm.__version__ >= "0.32",
+        "it did not grow and shrink": figures["blocks"] != least_and_most[::-1] * (ROUNDS if grows else 0),
+        "nothing of it outlived a swap": grows and not figures["kv_bytes_back"],
+        "a swapped-out engine has frames": any(figures["frames_when_swapped"]),
+        "the books do not balance": figures["books_violations"] > 0,
+    }
+    print("\n".join(text for text, found in wrong.items() if found))
+    return 1 if any(wrong.values()) else 0
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class Pool(RuleBasedStateMachine):
     def make(self, caching: bool, end: int) -> None:
         from vllm.v1.core.block_pool import BlockPool
 
-        from vllm_engine.elastic import ElasticBlockPool
+        from vllm_engine.block_pool import ElasticBlockPool
 
         self.caching = caching
         self.pool = ElasticBlockPool.take_over(
@@ -213,7 +213,7 @@ def test_blocks_that_are_to_go_are_handed_out_when_there_is_no_other() -> None:
     pytest.importorskip("vllm")
     from vllm.v1.core.block_pool import BlockPool
 
-    from vllm_engine.elastic import ElasticBlockPool
+    from vllm_engine.block_pool import ElasticBlockPool
 
     def numbers(count: int) -> list[int]:
         return [block.block_id for block in pool.get_new_blocks(count)]
@@ -240,7 +240,7 @@ def test_a_pool_of_another_kind_is_refused() -> None:
     pytest.importorskip("vllm")
     from vllm.v1.core.block_pool import BlockPool
 
-    from vllm_engine.elastic import ElasticBlockPool
+    from vllm_engine.block_pool import ElasticBlockPool
 
     class Other(BlockPool):  # type: ignore[misc]  # vLLM has no types here
         pass
@@ -264,9 +264,14 @@ def test_what_would_keep_a_kv_cache_from_growing_is_known_before_it_has_addresse
 
     assert why_fixed(config) == ""
     for part, name, value, why in (
-        ("scheduler_config", "scheduler_cls", "some.Scheduler", "scheduler_cls names a scheduler"),
-        ("attention_config", "hisparse_config", HiSparseConfig(), "hisparse_config keeps blocks in several pools"),
-        ("cache_config", "num_gpu_blocks_override", 9, "num_gpu_blocks_override sets it"),
+        ("scheduler_config", "scheduler_cls", "some.Scheduler", "scheduler_cls is set"),
+        (
+            "attention_config",
+            "hisparse_config",
+            HiSparseConfig(),
+            "hisparse_config is set, which keeps blocks in several pools",
+        ),
+        ("cache_config", "num_gpu_blocks_override", 9, "num_gpu_blocks_override is set"),
     ):
         owner = getattr(config, part)
         before = getattr(owner, name)
@@ -274,4 +279,4 @@ def test_what_would_keep_a_kv_cache_from_growing_is_known_before_it_has_addresse
         assert why in why_fixed(config)
         setattr(owner, name, before)
     config.kv_transfer_config = KVTransferConfig()
-    assert why_fixed(config) == "a KV connector may use any block"
+    assert why_fixed(config) == "kv_transfer_config is set, and a KV connector may use any block"

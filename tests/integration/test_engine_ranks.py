@@ -33,6 +33,8 @@ GREEDY = '{"temperature": "0", "max_tokens": "32", "ignore_eos": true}'
 FIRST = '{"temperature": "0", "max_tokens": "1", "ignore_eos": true}'
 PROMPTS = [prompt(seed) for seed in range(3)]
 MANY = [prompt(seed, 6 + seed % 5) for seed in range(20)]
+PRESERVED_BYTES = 2 << 20
+"""Of each of two ranks, of 4 MiB."""
 FRAMES = 32
 """Of each device: too few for a rank of the one model and a rank of the other."""
 
@@ -113,6 +115,21 @@ async def check_growth(pair: Model, answers: list[str]) -> None:
     record.reserved_frames, pair.agent.books_violations = reserved, 0  # these orders were not the policy's
 
 
+async def check_preserved(pair: Model) -> None:
+    """What was said comes back to both ranks after a swap."""
+    devices = [rank.space.pool.device for rank in pair.agent.engines[pair.replica].ranks]
+    said = [prompt(7, 300)]
+    before = await pair.answers(said)
+    back_bytes = [device.host_to_device["kv", "swap_in"] for device in devices]
+    await pair.agent.unload(pair.replica, purge=False)
+    await pair.agent.load(pair.replica)
+    # Two full blocks of 128 tokens; of each, 4 layers of 2 of 4 heads of 64, keys and values of 2 bytes.
+    preserved = 2 * 128 * 4 * 2 * 64 * 2 * 2
+    assert [device.host_to_device["kv", "swap_in"] for device in devices] == [old + preserved for old in back_bytes]
+    assert await pair.answers(said) == before
+    assert pair.report["preserved_kv_bytes"] == 2 * PRESERVED_BYTES
+
+
 async def test_two_ranks_and_one_share_two_devices(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     weights = make_tiny_llama(tmp_path / "weights", hidden=512, layers=4, tied=True)
@@ -121,7 +138,7 @@ async def test_two_ranks_and_one_share_two_devices(tmp_path: Path) -> None:
     pair, single = Model(agent, "pair"), Model(agent, "single")
     with no_names_left():
         async with agent.started():
-            declared = {"GPU_MEMORY_REQUEST": "48MiB", "GPU_MEMORY_LIMIT": "60MiB"}
+            declared = {"GPU_MEMORY_REQUEST": "48MiB", "GPU_MEMORY_LIMIT": "60MiB", "PRESERVE_KV": "4MiB"}
             await pair.attach(declared, model=str(weights), tensor_parallel_size=2, kv_cache_memory_bytes=None)
             engine = agent.engines[pair.replica]
             ranks = [rank.pid for rank in engine.ranks]
@@ -134,6 +151,7 @@ async def test_two_ranks_and_one_share_two_devices(tmp_path: Path) -> None:
             assert len(set(halves)) == 3 and all(len(text.split()) == 32 for text in halves)
             first_of_two = await pair.answers(MANY, FIRST)
             await check_growth(pair, halves)
+            await check_preserved(pair)
 
             await single.attach(model=str(weights))
             whole = await single.answers()
@@ -147,7 +165,7 @@ async def test_two_ranks_and_one_share_two_devices(tmp_path: Path) -> None:
                 assert pair.report["device_bytes"] == 2 * kept * FRAME_BYTES < pair.report["weights_bytes"]
                 assert await pair.answers() == halves, "a request brings both ranks back"
                 assert (single.report["state"], pair.report["state"]) == ("SWAPPED", "RESIDENT")
-                assert [rank.pid for rank in engine.ranks] == ranks and pair.report["swaps_in"] == turn + 1
+                assert [rank.pid for rank in engine.ranks] == ranks and pair.report["swaps_in"] == turn + 2
                 assert await single.answers() == whole
 
             # A rank that vanishes between two swaps: its engine ends on both devices, the other model goes on.
