@@ -77,7 +77,7 @@ def _run(console: Console) -> dict[str, Any]:
     with Steps(console, "plain vLLM", 2) as step:
         costs += overhead.without_server(OVERHEAD_MODEL, kv_bytes, OUT, step)
     _print_costs(console, costs)
-    turns = followup.bench(console)
+    turns = followup.bench(console, OUT)
     fraction = fractions.bench(console, OUT)
     with Steps(console, "decisions", decisions.STEPS) as step:
         decided = decisions.measure(step)

@@ -9,7 +9,6 @@ is a next turn without a swap, whose prefix vLLM has cached on the device: nothi
 from __future__ import annotations
 
 import asyncio
-import json
 import statistics
 import sys
 import tempfile
@@ -22,12 +21,13 @@ from rich.console import Console
 from rich.table import Table
 
 from loadtest import models
-from loadtest.clients import Client, RequestFailed
+from loadtest.alone import alone
+from loadtest.clients import Client
 from loadtest.measure import NotAsExpected
 from loadtest.progress import Steps
 from loadtest.prompts import Prompts
 from loadtest.rounds import Answer
-from loadtest.server import Server, ServerFailed
+from loadtest.server import Server
 
 MODES = ("discards", "preserves")
 MODEL = "qwen3-300m"
@@ -109,8 +109,8 @@ async def _ask(client: Client, mode: str, prompt: str) -> Answer:
     return answer
 
 
-def bench(console: Console) -> dict[str, Any]:
-    """Measure on a server of its own, print the table. Returns the figures as JSON values."""
+def bench(console: Console, out: Path) -> dict[str, Any]:
+    """Measure on a server of its own, print the table. Returns the figures as JSON values; `out` stays as it is."""
     models.prepare()
     with tempfile.TemporaryDirectory(prefix="followup-") as folder:
         write_repository(Path(folder))
@@ -145,20 +145,5 @@ def _print(console: Console, found: Sequence[Turns]) -> None:
     console.print(table)
 
 
-def main() -> int:
-    """Measure this alone. Exit code 1 and one line when something does not run or answers wrongly."""
-    console = Console(highlight=False)
-    out = models.ROOT / "out"
-    out.mkdir(exist_ok=True)
-    try:
-        result = bench(console)
-    except (NotAsExpected, RequestFailed, RuntimeError, ServerFailed) as error:
-        print(f"followup: {error}", file=sys.stderr)
-        return 1
-    (out / "followup.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
-    console.print("figures in out/followup.json")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(alone("followup", bench))

@@ -17,7 +17,6 @@ end, so that the median latency would tell little.
 from __future__ import annotations
 
 import asyncio
-import json
 import statistics
 import sys
 import tempfile
@@ -31,12 +30,13 @@ from rich.console import Console
 from rich.table import Table
 
 from loadtest import models, timeline
-from loadtest.clients import Client, RequestFailed
+from loadtest.alone import alone
+from loadtest.clients import Client
 from loadtest.measure import NotAsExpected
 from loadtest.progress import Steps
 from loadtest.prompts import Prompts
 from loadtest.rounds import Answer, Round, run
-from loadtest.server import Server, ServerFailed
+from loadtest.server import Server
 from loadtest.tally import percentile
 
 MODES = ("static", "dynamic")
@@ -243,20 +243,5 @@ def _print(console: Console, found: Sequence[Figures]) -> None:
     console.print(table)
 
 
-def main() -> int:
-    """Measure this alone. Exit code 1 and one line when something does not run or answers wrongly."""
-    console = Console(highlight=False)
-    out = models.ROOT / "out"
-    out.mkdir(exist_ok=True)
-    try:
-        result = bench(console, out)
-    except (NotAsExpected, RequestFailed, RuntimeError, ServerFailed) as error:
-        print(f"fractions: {error}", file=sys.stderr)
-        return 1
-    (out / "fractions.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
-    console.print("figures in out/fractions.json, over time in out/fractions.png")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(alone("fractions", bench))
