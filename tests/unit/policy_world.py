@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from policy_waits import Waits
 
 from swap_agent.policy import events as ev
-from swap_agent.policy.coordinator import Coordinator
+from swap_agent.policy.coordinator import RETURN_AGAIN_S, Coordinator
 from swap_agent.policy.eviction import LEAST_IDLE_S, coming_frames, returning_frames
 from swap_agent.policy.inventory import Device, Replica
 from swap_agent.policy.lifecycle import MOVES, State
@@ -45,6 +45,10 @@ class FakeEngine:
     order: ev.Drain | ev.SwapOut | ev.SwapIn | ev.Resize | ev.StopEngine | None = None
     extra: int = 0
     """Frames of each rank beyond its size."""
+    wants: int = 0
+    """As many of these as it has said."""
+    kept_s: float = float("-inf")
+    """When it last kept some that nobody waits for, since it uses them."""
     uses: int = 0
     """Those of them that it uses while something is in flight, whatever it wants."""
     residue: dict[str, int] = field(default_factory=dict)
@@ -176,7 +180,7 @@ class World:
 
     def want(self, name: str, frames: int, uses: int = 0) -> None:
         """Its engine would use so many frames more; and it uses so many."""
-        self.engines[name].uses = uses
+        self.engines[name].uses, self.engines[name].wants = uses, frames
         self.post(ev.BurstWanted(self.now_s, name, frames))
 
     def ask_host(self, name: str, total_bytes: int) -> None:
@@ -269,12 +273,13 @@ class World:
                     pass  # it could not grow
                 elif order.within_s is None:
                     engine.extra = max(order.frames, min(engine.extra, engine.uses if engine.in_flight else 0))
+                    engine.kept_s = self.now_s if engine.extra > order.frames else engine.kept_s
                 else:
                     engine.extra = order.frames
                 engine.held = [size + engine.extra for size in engine.sizes]
                 self.post(ev.Resized(self.now_s, name, order.epoch, engine.extra))
             case ev.SwapOut():
-                engine.order, engine.extra = None, 0
+                engine.order, engine.extra, engine.wants = None, 0, 0
                 engine.held = [min(held, order.keep_frames) for held in engine.held]
                 self.post(ev.SwappedOut(self.now_s, name, order.epoch))
             case ev.SwapIn() if fail:
@@ -445,6 +450,9 @@ class World:
                 most = self.replica(name).most_frames
                 sizes = [size + action.frames for size in engine.sizes]
                 assert action.frames < engine.extra or (most is not None and max(sizes) <= most), "beyond its limit"
+                if action.within_s is None and action.frames < engine.extra:
+                    assert action.frames == engine.wants, "it is asked for what it does not want, no more"
+                    assert self.now_s >= engine.kept_s + RETURN_AGAIN_S, "it has just said that it uses them"
                 if action.within_s is not None:
                     assert action.frames < engine.extra and (self._owed() or max(sizes) == most), "nobody waits for it"
                 engine.order = action
@@ -620,6 +628,9 @@ class World:
             assert isinstance(engine.order, ev.Resize)
         else:
             assert engine.order is None or (isinstance(engine.order, ev.StopEngine) and replica.stopping)
+            if replica.state is State.RESIDENT and engine.extra:
+                most = replica.most_frames or 0
+                assert max(engine.sizes) + engine.extra <= most, f"{name} has more than its limit, and may keep it"
 
 
 def _reachable(state: State) -> frozenset[State]:
