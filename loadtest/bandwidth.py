@@ -86,12 +86,16 @@ def copy_gb_per_s(size_bytes: int, threads: int) -> float:
 
 
 def swap_in_speeds(server: Server, step: Callable[[str], None]) -> list[SwapInSpeed]:
-    """Swap every model in `REPEATS` times, in turn, each time from zero device bytes; one call of `step` per turn."""
+    """Swap every model in `REPEATS` times, in turn, each time from zero device bytes; one call of `step` per turn.
+
+    All are parked before, so that no other engine unmaps meanwhile, for which two cores are too few: see `switches`.
+    """
     swaps: dict[str, list[dict[str, Any]]] = {model: [] for model in server.models}
     for number in range(1, REPEATS + 1):
         step(f"turn {number}/{REPEATS}")
         for model in server.models:
-            server.park(model)
+            for parked in server.models:
+                server.park(parked)
             server.load(model)
             swaps[model].append(server.model(model)["last_swap_in"])
     return [_speed(model, taken) for model, taken in swaps.items()]
