@@ -4,7 +4,7 @@ vLLM is given tensors of the most blocks that there may ever be. Blocks from the
 parked (see `block_pool.py`). All calls come between two steps of EngineCore, as utility calls; steps that are on their
 way to a GPU by then are over before memory goes (see `CudaAddresses.vacate`).
 
-Tried on vLLM 0.32.0, CPU; untested on a GPU. Hooks: `BlockPool` and its free queue, `Scheduler.running`, `waiting`,
+Tried on vLLM 0.32.0, CPU; untested on a GPU. Hooks: those of `block_pool.py`, `Scheduler.running`, `waiting`,
 `_preempt_request` and `prev_step_scheduled_req_ids`, `get_scheduler_cls` of its configuration, and of executors
 `initialize_from_config` and `collective_rpc`. 0.26.0 does not have all of what is needed: see `why_fixed`.
 """
@@ -18,13 +18,12 @@ from itertools import islice
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from swap_agent.errors import TritonSwapError, Unsupported
+from vllm_engine import block_pool
 from vllm_engine.arguments import SWAPPABLE_WORKER
 from vllm_engine.block_pool import ElasticBlockPool
 
@@ -34,13 +33,8 @@ def why_fixed(vllm_config: Any) -> str:
 
     Then its KV cache keeps its size, and none of it outlives a swap.
     """
-    hooks: list[tuple[Any, str]] = [
-        (BlockPool, "_maybe_evict_cached_block"), (BlockPool, "free_blocks"), (BlockPool, "reset_prefix_cache"),
-        (FreeKVCacheBlockQueue, "remove"), (FreeKVCacheBlockQueue, "prepend_n"),
-        (FreeKVCacheBlockQueue, "get_all_free_blocks"), (Scheduler, "_preempt_request"),
-        (type(vllm_config.scheduler_config), "get_scheduler_cls"),
-    ]  # fmt: skip
-    for owner, name in hooks:
+    schedulers = type(vllm_config.scheduler_config)
+    for owner, name in (*block_pool.HOOKS, (Scheduler, "_preempt_request"), (schedulers, "get_scheduler_cls")):
         if not hasattr(owner, name):
             return f"this vLLM has no {owner.__name__}.{name}"
     if "drop_stale_output" not in inspect.signature(Scheduler._preempt_request).parameters:

@@ -115,10 +115,10 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
         That counts where blocks come and go: when the KV cache may grow, or outlives swaps.
         """
         layouts: list[str] = super().get_supported_kv_cache_layouts()
-        touched = self._most_kv_bytes > self._kv_bytes or self._agent.welcome.preserve_kv_bytes
-        return (
-            kv_cache.blocks_outermost_first(layouts) if touched and not elastic.why_fixed(self.vllm_config) else layouts
-        )
+        wanted = self._most_kv_bytes > self._kv_bytes or self._agent.welcome.preserve_kv_bytes
+        if wanted and not elastic.why_fixed(self.vllm_config):
+            layouts = kv_cache.blocks_outermost_first(layouts)
+        return layouts
 
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache, as planned in load_model."""
@@ -328,7 +328,7 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
             self._kv_layout = kv_cache.planned_layout(self.vllm_config, config, self._space.frame_bytes)
             self._kv_frames = self._kv_layout.most_frames
         except Unsupported as error:
-            log.warning("PRESERVE_KV has no effect: %s; remove one of both", error)
+            log.warning("PRESERVE_KV has no effect: %s", error)
 
     def _plan_preserved(self) -> int:
         """How many blocks outlive a swap; returns their bytes. Raises InvalidModel when there can be none."""
