@@ -29,8 +29,8 @@ SHIM = "from triton_backend.model import TritonPythonModel  # noqa: D100, F401\n
 """Content of `vllm/model.py`; the same as `backend/vllm/model.py` of the source tree."""
 
 SHM_BYTES = 16 << 20
-"""Memory that tritonserver shares with each stub: all requests in flight at once. It can grow, but a server whose
-region grew while requests were in flight often hangs when it unloads the model (seen in 2.51; Triton's default: 1 MiB).
+"""Memory that tritonserver shares with each stub, for what goes to and fro at any one time. It can grow, but that is
+suspected of unloads that hang (docs/triton-contract.md). Triton's default: 1 MiB.
 """
 
 _STUB = "triton_python_backend_stub"

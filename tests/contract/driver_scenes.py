@@ -285,7 +285,6 @@ def late() -> None:
     ok(cuda.cuMemcpyHtoDAsync(address, source, FRAME, stream))
     ok(cuda.cuMemcpyDtoHAsync(target, address, FRAME, stream))
     ok(cuda.cuEventRecord(event, stream))
-    assert time.monotonic() - started < 0.04
     refused(cuda.cuEventQuery(event), "NOT_READY")
     refused(cuda.cuStreamQuery(stream), "NOT_READY")
     assert ctypes.string_at(target, 1) == b"\0"

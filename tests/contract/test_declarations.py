@@ -113,7 +113,7 @@ async def test_an_edit_is_in_force_within_one_poll_interval_and_the_engine_goes_
     world.write("a", **ALL)
     started_s = time.monotonic()
     await until(lambda: stub.report["priority"] == 10)
-    assert time.monotonic() - started_s < POLL_S + 0.5  # on busy cores
+    assert time.monotonic() - started_s < POLL_S + 2  # on busy cores
     assert shown(stub) == SHOWN
     assert (await world.stub("a", request=frames(9)))[1] == attached, "neither engine nor settings are others"
     assert shown(stub) == SHOWN

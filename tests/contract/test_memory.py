@@ -293,7 +293,7 @@ def test_trim_and_the_frames_of_the_killed_leave_the_device(pool: FramePool) -> 
 def test_a_grant_waits_for_memory_of_the_killed_and_blocks_nobody(
     pool: FramePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with ThreadPoolExecutor(1) as threads, killed_stay_busy(monkeypatch, pool.device, 0.6):
+    with ThreadPoolExecutor(1) as threads, killed_stay_busy(monkeypatch, pool.device, 1.5):
         killed, _ = pool.grant("a", 6)
         other, _ = pool.grant("b", 2)
         pool.give_back("a", killed, recycle=False)
@@ -303,10 +303,10 @@ def test_a_grant_waits_for_memory_of_the_killed_and_blocks_nobody(
         pool.give_back("b", other)
         again, dirty = pool.grant("b", 2)
         assert dirty == 2 and set(again) == set(other), "what was put back is for whoever comes"
-        assert time.monotonic() < started_s + 0.5, "it waits without the lock"
+        assert not waiting.done(), "it waits without the lock"
         assert pool.free_frames == 6
         granted, _ = waiting.result(10)
-        assert time.monotonic() > started_s + 0.5
+        assert time.monotonic() > started_s + 1.4
     assert len(set(granted) | set(again)) == 7 and (pool.held_by("c"), pool.free_frames) == (5, 1)
 
 
@@ -318,11 +318,11 @@ def test_a_grant_does_not_wait_for_ever_nor_without_a_death(pool: FramePool, mon
         started_s = time.monotonic()
         with pytest.raises(OutOfFrames, match="no memory left"):
             pool.grant("b", 5)
-        assert 0.25 < time.monotonic() - started_s < 2
-        started_s = time.monotonic()
+        assert time.monotonic() > started_s + 0.25
+        monkeypatch.setattr("swap_agent.memory.frames.BUSY_S", 60)
         with pytest.raises(OutOfFrames, match="no memory left"):
             pool.grant("b", 5)
-        assert time.monotonic() - started_s < 0.2
+        assert time.monotonic() < started_s + 30
         assert pool.granted_frames == 0 and pool.trim() == 2, "both kept what they could create"
 
 
@@ -360,7 +360,7 @@ def test_a_gpu_that_is_being_cleared_away_is_waited_for(
         started_s = time.monotonic()
         with pytest.raises(InvalidUsage, match="0 bytes free, 16777216 were asked for"):
             make_device(FRAMES)
-        assert 0.25 < time.monotonic() - started_s < 2
+        assert time.monotonic() > started_s + 0.25
         monkeypatch.setattr("swap_agent.memory.cuda.BUSY_S", 30)
         with pytest.raises(InvalidUsage):  # no GPU has that much
             make_device(1 << 20)

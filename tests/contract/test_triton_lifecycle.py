@@ -238,7 +238,7 @@ def test_without_an_agent_a_load_fails_at_once_and_says_what_to_do(world: World)
     try:
         started_s = time.monotonic()
         message = load_error(world, "orphan")
-        assert time.monotonic() - started_s < 5
+        assert time.monotonic() - started_s < 10, "not the 15 s that a lost agent may take"
     finally:
         world.agent.start()
     assert message.startswith("model 'orphan': no swap agent answers at ")

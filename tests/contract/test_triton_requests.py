@@ -296,7 +296,6 @@ def test_a_client_that_goes_away_in_the_middle_of_an_http_stream_is_noticed(worl
 
 
 def test_unload_after_many_long_requests_at_once(world: World) -> None:
-    """All fit into the memory shared with the stub: where it has to grow, tritonserver may never unload the model."""
     text = "w" * 100_000
     with world.triton.grpc() as stream:
         for number in range(64):

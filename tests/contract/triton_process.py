@@ -141,7 +141,11 @@ Response = dict[str, Any]
 
 
 class GrpcStream:
-    """One bidirectional stream; a context manager that cancels what still runs."""
+    """One bidirectional stream; a context manager that closes it as clients do that have all their answers.
+
+    Whoever cancels just as a response comes leaves a model that this tritonserver may never unload
+    (docs/triton-contract.md).
+    """
 
     def __init__(self, port: int) -> None:
         self._client = tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{port}")
@@ -151,8 +155,9 @@ class GrpcStream:
     def __enter__(self) -> GrpcStream:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.cancel()
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._client.stop_stream(cancel_requests=kind is not None)
+        self._client.close()
 
     def cancel(self) -> None:
         self._client.stop_stream(cancel_requests=True)

@@ -45,7 +45,7 @@ async def test_the_idle_timer_parks_and_a_request_brings_back(
     try:
         edited_s = time.monotonic()
         await until(lambda: server.model(SMOLLM)["keep_alive_s"] == 1)
-        assert time.monotonic() - edited_s < 2, "one poll interval, on busy cores"
+        assert time.monotonic() - edited_s < 4, "one poll interval of 1 s, on busy cores"
         assert (await running).output_tokens == 64
         await until(lambda: server.model(SMOLLM)["state"] == "SWAPPED")
         assert server.model(SMOLLM)["device_bytes"] == 0

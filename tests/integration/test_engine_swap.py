@@ -346,14 +346,19 @@ def test_cancelling_or_leaving_while_waiting_leaves_nothing_behind(
 
 def test_leaving_while_running_aborts_in_the_engine(agent: FakeAgent) -> None:
     agent.settle()
+    long = '{"max_tokens": 480, "ignore_eos": true}'
     other = Stub(agent)
-    other.submit(PROMPTS[2], '{"max_tokens": 480, "ignore_eos": true}', stream=True)
+    begin = time.monotonic()
+    other.ask(PROMPTS[2], long)
+    whole_s = time.monotonic() - begin
+    agent.settle()
+    other.submit(PROMPTS[2], long, stream=True)
     wait_for_report(agent, 1, 0)
     other.channel.receive(20)
     begin = time.monotonic()
     other.channel.close()
     wait_for_report(agent, 0, 0)
-    assert time.monotonic() - begin < 0.5
+    assert time.monotonic() - begin < whole_s / 2
 
 
 def test_an_order_out_of_turn_fails_in_words(agent: FakeAgent) -> None:
