@@ -14,19 +14,15 @@ from typing import Any
 import torch
 from vllm.platforms import current_platform
 
-from swap_agent.errors import InvalidModel, TakenBack, TritonSwapError, Unsupported
+from swap_agent.errors import TakenBack, TritonSwapError, Unsupported
 from swap_agent.wire.messages import Region
-from vllm_engine import between_ranks, elastic, gpu, kv_cache, quantized, rehome
+from vllm_engine import between_ranks, gpu, kv_cache, quantized, rehome
 from vllm_engine.addresses import CudaAddresses, HostAddresses
-from vllm_engine.budget import bound_of, most_kv_cache, plan_kv_cache
 from vllm_engine.headers import read_past_cache
-from vllm_engine.kv_layout import KVLayout
+from vllm_engine.kv_plan import KVPlan
 from vllm_engine.rank import Endpoint, RankConnection
 from vllm_engine.space import Space
 from vllm_engine.weights import Weights
-
-_MOST_PARTS = 100_000
-"""Of the KV cache that outlive a swap: with more, small ones, the copies take longer than their bytes."""
 
 log = logging.getLogger(__name__)
 logging.getLogger("vllm_engine").parent = logging.getLogger("vllm")  # the only one that vLLM sets up in EngineCore
@@ -64,20 +60,9 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
         self._graphs: gpu.GraphsInFrames | None = None
         self._resident = True
         cache = vllm_config.cache_config
-        self._declared_kv_bytes: int | None = cache.kv_cache_memory_bytes
-        self._kv_bytes = 0
-        self._most_kv_bytes = 0
-        """To which the KV cache may grow; 0: it does not."""
-        self._kv_layout: KVLayout | None = None
-        """Of a KV cache that grows or outlives swaps."""
-        self._first_kv_bytes = 0
-        """What it may have at first."""
-        self._kv_frames = 0
-        """With which it starts and comes back from a swap."""
-        self._preserved_blocks = 0
-        """Of the prefix cache, that outlive a swap."""
+        self._kv = KVPlan(vllm_config, self._agent.welcome)
         # Unset, vLLM would claim a share of the whole machine's memory. The true size is known after load_model.
-        cache.kv_cache_memory_bytes = self._declared_kv_bytes or self._space.frame_bytes
+        cache.kv_cache_memory_bytes = self._kv.declared_bytes or self._space.frame_bytes
         if self._on_gpu:
             gpu.claim_no_share(cache)
         with self._agent.reporting("create the worker"):
@@ -106,29 +91,18 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
             layout = weights.bring()
         log.info(
             "weights %d bytes, state %d bytes in frames, KV cache of %d bytes planned",
-            layout.size("weights"), layout.size("state"), self._kv_bytes,
+            layout.size("weights"), layout.size("state"), self._kv.size,
         )  # fmt: skip
 
     def get_supported_kv_cache_layouts(self) -> list[str]:
-        """As vLLM's worker, which is asked once the model is loaded; first those in which a block lies in one place.
-
-        That counts where blocks come and go: when the KV cache may grow, or outlives swaps.
-        """
+        """As vLLM's worker, which is asked once the model is loaded; first those in which a block lies in one place."""
         layouts: list[str] = super().get_supported_kv_cache_layouts()
-        wanted = self._most_kv_bytes > self._kv_bytes or self._agent.welcome.preserve_kv_bytes
-        if wanted and not elastic.why_fixed(self.vllm_config):
-            layouts = kv_cache.blocks_outermost_first(layouts)
-        return layouts
+        return kv_cache.blocks_outermost_first(layouts) if self._kv.blocks_come_and_go else layouts
 
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache, as planned in load_model."""
         with self._agent.reporting("warm up the model"):
-            kv_cache.check_holds_one_sequence(self.vllm_config, self.get_kv_cache_spec(), self._kv_bytes)
-            if self._most_kv_bytes > self._kv_bytes:
-                self._prepare_growth()
-            if self._agent.welcome.preserve_kv_bytes:
-                self._prepare_preserving()
-            size = max(self._kv_bytes, self._most_kv_bytes)
+            size = self._kv.prepare()
             if self._on_gpu:
                 self.cache_config.kv_cache_memory_bytes = size
                 super().determine_available_memory()  # a profiling run, whose answer is this size
@@ -141,14 +115,10 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
         with self._agent.reporting("create the KV cache"):
             sizes = kv_cache.buffer_sizes(kv_cache_config)
             aligned = sum(-(-size // rehome.ALIGNMENT_BYTES) * rehome.ALIGNMENT_BYTES for size in sizes)
-            frames, most = self._frames(aligned), self._frames(aligned)
-            layout = self._kv_layout
-            if layout:  # this time with the number of blocks that all ranks can have
-                layout = kv_cache.planned_layout(self.vllm_config, kv_cache_config, self._space.frame_bytes)
-                self._kv_layout = layout
-                frames = self._kv_frames = min(self._kv_frames, layout.most_frames)
-            preserved = self._plan_preserved()
-            self._agent.reserve(self._space, "kv", frames, most, layout.order if layout else None, preserved)
+            self._kv.settle(kv_cache_config)
+            layout, most = self._kv.layout, self._frames(aligned)
+            frames, order = (self._kv.frames, layout.order) if layout else (most, None)
+            self._agent.reserve(self._space, "kv", frames, most, order, self._kv.preserved_bytes)
             with kv_cache.KVCacheInFrames(sizes, self._kv_buffers(sizes)) as hook:
                 super().initialize_from_config(kv_cache_config)
             hook.check_all_replaced()
@@ -168,15 +138,15 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
 
         These blocks of the KV cache are to be the same after the swap-in. Nothing may run on it after this.
         """
-        if self._resident and self._preserved_blocks:
-            assert self._kv_layout
-            self._agent.preserved(self._kv_layout.parts(blocks))
+        if self._resident and self._kv.preserved_blocks:
+            assert self._kv.layout
+            self._agent.preserved(self._kv.layout.parts(blocks))
         self._resident = False
         steps = keep[self.rank] if keep else [{}]
         for number, step in enumerate(steps, 1):
             self._space.unmap(step)
-            if self._kv_layout and number == len(steps):
-                self._space.resize("kv", self._kv_frames)
+            if self._kv.layout and number == len(steps):
+                self._space.resize("kv", self._kv.frames)
             self._agent.unmapped(epoch)
         if self._on_gpu:
             gpu.let_go_of_unused_memory()
@@ -197,32 +167,32 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
 
     def kv_size(self) -> tuple[int, ...]:
         """What the KV cache can be: the fields of KvCache; empty when it keeps its size."""
-        layout = self._kv_layout
-        if layout is None or self._kv_frames == layout.most_frames:
+        layout, frames = self._kv.layout, self._kv.frames
+        if layout is None or frames == layout.most_frames:
             return ()
-        blocks = layout.blocks(self._kv_frames)
-        return self._kv_frames, layout.most_frames, blocks, layout.most_blocks, len(layout.ranges)
+        blocks = layout.blocks(frames)
+        return frames, layout.most_frames, blocks, layout.most_blocks, len(layout.ranges)
 
     def kv_blocks(self, frames: int | None = None) -> int:
         """How many blocks so many frames back (None: those that are mapped); 0 when nobody has to know."""
-        if self._kv_layout is None:
+        if self._kv.layout is None:
             return 0
-        return self._kv_layout.blocks(self._space.mapped["kv"] if frames is None else frames)
+        return self._kv.layout.blocks(self._space.mapped["kv"] if frames is None else frames)
 
     def kv_frames(self, blocks: int) -> int:
         """How many frames back so many blocks."""
-        assert self._kv_layout
-        return self._kv_layout.frames(blocks)
+        assert self._kv.layout
+        return self._kv.layout.frames(blocks)
 
     def preserved_blocks(self) -> int:
         """How many blocks of the prefix cache outlive a swap, at most."""
-        return self._preserved_blocks
+        return self._kv.preserved_blocks
 
     def grow_kv(self, epoch: int, frames: int) -> int | str:
         """Map what was granted for `epoch`. Returns how many blocks are backed now, or why it was taken back."""
-        assert self._kv_layout
+        assert self._kv.layout
         try:
-            self._agent.grow(self._space, "kv", epoch, min(frames, self._kv_layout.most_frames))
+            self._agent.grow(self._space, "kv", epoch, min(frames, self._kv.layout.most_frames))
         except TakenBack as error:
             return str(error)
         return self.kv_blocks()
@@ -250,105 +220,17 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
 
     def _reserve(self, layout: rehome.Layout) -> None:
         """Obtain the frames of weights and state, unless a try to restore them from a mirror has."""
-        self._kv_bytes = self._plan_kv_cache(layout)
-        for region in ("weights", "state"):
-            frames = self._frames(layout.size(region))
+        held: dict[Region, int] = {region: self._frames(layout.size(region)) for region in ("weights", "state")}
+        fixed = held | {"scratch": self._space.regions.get("scratch", 0)}
+        self._kv.fit(
+            self.get_kv_cache_spec(), {region: frames * self._space.frame_bytes for region, frames in fixed.items()}
+        )
+        for region, frames in held.items():
             if self._space.regions.get(region) != frames:
                 self._agent.reserve(self._space, region, frames)
 
     def _frames(self, size: int) -> int:
         return -(-size // self._space.frame_bytes)
-
-    def _plan_kv_cache(self, layout: rehome.Layout) -> int:
-        """Size of the KV cache, so that everything fits what it may have. Raises InvalidModel with the sum."""
-        specs = self.get_kv_cache_spec()
-        kv_key, kv_name = "kv_cache_memory_bytes", "KV cache (kv_cache_memory_bytes)"
-        needed = (self._declared_kv_bytes or 0) if specs else 0
-        if self._declared_kv_bytes is None:
-            length = self.model_config.max_model_len
-            kv_key, kv_name = "max_model_len", f"KV cache of one sequence of max_model_len={length} tokens"
-            needed = kv_cache.one_sequence_bytes(self.vllm_config, specs)
-        frame_bytes = self._space.frame_bytes
-        fixed: dict[Region, int] = {
-            "weights": self._frames(layout.size("weights")) * frame_bytes,
-            "state": self._frames(layout.size("state")) * frame_bytes,
-            "scratch": self._space.regions.get("scratch", 0) * frame_bytes,
-        }
-        grows = bool(specs) and self._declared_kv_bytes is None
-        size = plan_kv_cache(self._agent.welcome, fixed, needed, kv_name, kv_key, grows=grows)
-        if grows:
-            self._most_kv_bytes = most_kv_cache(self._agent.welcome, fixed)
-            self._first_kv_bytes = bound_of(self._agent.welcome)[0] - sum(fixed.values())
-            if self._agent.welcome.request_bytes is None:  # it takes what it needs, and not much more
-                self._first_kv_bytes = min(self._first_kv_bytes, 2 * size)
-        return size
-
-    def _prepare_growth(self) -> None:
-        """Plan for the most KV cache, and with how much of it the engine starts; or leave it as it is, and say why.
-
-        A first part of it takes more frames than a cache of the same size, by a few for each range.
-        """
-        try:
-            if reason := elastic.why_fixed(self.vllm_config):
-                raise Unsupported(reason)
-            specs, frame_bytes = self.get_kv_cache_spec(), self._space.frame_bytes
-            config = kv_cache.planned_config(self.vllm_config, specs, self._most_kv_bytes)
-            layout = kv_cache.planned_layout(self.vllm_config, config, frame_bytes)
-            if (blocks := layout.even_blocks(frame_bytes)) < layout.most_blocks:
-                self._most_kv_bytes = blocks * kv_cache.block_bytes(config)
-                config = kv_cache.planned_config(self.vllm_config, specs, self._most_kv_bytes)
-                layout = kv_cache.planned_layout(self.vllm_config, config, frame_bytes)
-            needed = layout.frames(kv_cache.blocks_of_one_sequence(self.vllm_config, specs, config))
-            first = min(max(self._kv_bytes // frame_bytes, needed), layout.most_frames)
-            if first * frame_bytes > self._first_kv_bytes:
-                raise Unsupported(
-                    f"one sequence takes {needed} frames of one that grows, in {len(layout.ranges)} places, and there "
-                    f"may be {self._first_kv_bytes // frame_bytes} at first: raise GPU_MEMORY_REQUEST"
-                )
-        except Unsupported as error:
-            log.warning("the KV cache keeps its size: %s", error)
-            self._most_kv_bytes = 0
-            return
-        self._kv_frames, self._kv_layout = first, layout
-        log.info(
-            "the KV cache starts with %d of %d frames and %d of %d blocks, in %d places",
-            first, layout.most_frames, layout.blocks(first), layout.most_blocks, len(layout.ranges),
-        )  # fmt: skip
-
-    def _prepare_preserving(self) -> None:
-        """Plan where the blocks lie also of a KV cache that keeps its size; where that cannot be, say why."""
-        if not self.cache_config.enable_prefix_caching:
-            raise InvalidModel("PRESERVE_KV in config.pbtxt: there is no prefix cache to preserve: remove it")
-        if self._kv_layout:
-            return
-        try:
-            if reason := elastic.why_fixed(self.vllm_config):
-                raise Unsupported(reason)
-            config = kv_cache.planned_config(self.vllm_config, self.get_kv_cache_spec(), self._kv_bytes)
-            self._kv_layout = kv_cache.planned_layout(self.vllm_config, config, self._space.frame_bytes)
-            self._kv_frames = self._kv_layout.most_frames
-        except Unsupported as error:
-            log.warning("PRESERVE_KV has no effect: %s", error)
-
-    def _plan_preserved(self) -> int:
-        """How many blocks outlive a swap; returns their bytes. Raises InvalidModel when there can be none."""
-        size, layout = self._agent.welcome.preserve_kv_bytes, self._kv_layout
-        if not size or layout is None:
-            return 0
-        blocks = min(size // layout.block_bytes, layout.blocks(self._kv_frames) - 1)
-        if not blocks:
-            raise InvalidModel(
-                f"PRESERVE_KV in config.pbtxt: {size} bytes for each rank hold no block of {layout.block_bytes} bytes: "
-                "raise it or remove it"
-            )
-        if (most := max(1, _MOST_PARTS // len(layout.ranges))) < blocks:
-            log.warning(
-                "%d KV blocks instead of %d outlive a swap: each lies in %d places", most, blocks, len(layout.ranges)
-            )
-            blocks = most
-        self._preserved_blocks = blocks
-        log.info("up to %d KV blocks of the prefix cache outlive a swap", blocks)
-        return blocks * layout.block_bytes
 
     def _kv_buffers(self, sizes: list[int]) -> Any:
         """An allocator of int8 tensors, one after the other in region `kv`, which the agent has zeroed."""
