@@ -27,7 +27,7 @@ check: $(STAMP) ## format, lint, types
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-bench: $(STAMP) ## speed, as JSON, tables and a plot under out/ (half an hour)
+bench: $(STAMP) ## speed, as JSON, tables and a plot under out/ (three quarters of an hour)
 	@$(BIN)/python -m loadtest.bench
 
 soak: $(STAMP) ## half an hour of mixed load, 10,000 swap cycles, and what is too slow for the suite; fails on the first lost request

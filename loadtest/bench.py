@@ -1,6 +1,6 @@
 """`make bench`: swap-in bandwidth, time to first token, the cost of the path and of swappable weights, a load test,
-engines restored from their mirrors, a conversation's next turn after a swap, static against dynamic fractions, and the
-policy's decisions.
+engines restored from their mirrors, a conversation's next turn after a swap, static against dynamic fractions, three
+models on half of their memory, and the policy's decisions.
 
 Every ratio is between figures of this one run. Writes out/bench.json, out/locust.json and out/fractions.png, prints
 tables.
@@ -23,7 +23,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from loadtest import bandwidth, decisions, followup, fractions, load, models, overhead, restore
+from loadtest import bandwidth, consolidation, decisions, followup, fractions, load, models, overhead, restore
 from loadtest.baseline import BaselineFailed
 from loadtest.clients import Client, RequestFailed
 from loadtest.measure import PROMPT_TOKENS, NotAsExpected, Row, Ttft, print_rows
@@ -79,6 +79,7 @@ def _run(console: Console) -> dict[str, Any]:
     _print_costs(console, costs)
     turns = followup.bench(console, OUT)
     fraction = fractions.bench(console, OUT)
+    consolidated = consolidation.bench(console, OUT)
     with Steps(console, "decisions", decisions.STEPS) as step:
         decided = decisions.measure(step)
     _print_decisions(console, decided)
@@ -97,6 +98,7 @@ def _run(console: Console) -> dict[str, Any]:
         },
         "next_turn": turns,
         "fractions": fraction,
+        "consolidation": consolidated,
         "locust": loaded,
         "decisions": decided.as_json(),
     }

@@ -34,11 +34,11 @@ from loadtest.server import REPOSITORY, Server, ServerFailed
 from swap_agent.wire.framing import DATA_LIMIT_BYTES, AsyncChannel
 from swap_agent.wire.messages import Failed, Output, Step, Submit
 
-CONCURRENCIES = (1, 16)
+CONCURRENCIES = (1, 16, 64)
 WAYS = ("triton", "our worker", "reference", "unmodified")
 ROUNDS = 3
 PROMPT_TOKENS, OUTPUT_TOKENS = 128, 32
-_REQUESTS = {1: 6, 16: 32}
+_REQUESTS = {1: 6, 16: 32, 64: 128}
 
 
 @dataclass(frozen=True)
