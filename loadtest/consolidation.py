@@ -40,8 +40,8 @@ from swap_agent.settings import read_settings
 
 SHARE = 0.2
 """Of each model's capacity."""
-DURATION_S, SETTLE_S = 90.0, 20.0
-PROMPT_TOKENS, OUTPUT_TOKENS = 128, 32
+DURATION_S, SETTLE_S = 60.0, 15.0
+PROMPT_TOKENS, OUTPUT_TOKENS = 32, 16
 CAPACITY_IN_FLIGHT, CAPACITY_REQUESTS = 8, 48
 NAMES = tuple(recipe.name for recipe in models.RECIPES)
 
@@ -190,7 +190,7 @@ def bench(console: Console, out: Path) -> dict[str, Any]:
 
 def _print(console: Console, figures: list[Figures], claimed: int) -> None:
     what = f"{len(NAMES)} models that claim {format_bytes(claimed)}, on half of it"
-    console.print(f"{what}; each gets {SHARE:.0%} of the load that it can bear")
+    console.print(f"{what}; each gets {SHARE:.0%} of the load that it can bear", soft_wrap=True)
     table = Table("model", "", "requests", "output tokens/s", "TTFT p50", "TTFT p95", "swap-ins", box=None)
     gains = ratios(figures)
     for one in sorted(figures, key=lambda one: (NAMES.index(one.model), one.together)):

@@ -38,7 +38,7 @@ CONCURRENCIES = (1, 16, 64)
 WAYS = ("triton", "our worker", "reference", "unmodified")
 ROUNDS = 3
 PROMPT_TOKENS, OUTPUT_TOKENS = 128, 32
-_REQUESTS = {1: 6, 16: 32, 64: 128}
+_REQUESTS = {1: 6, 16: 32, 64: 96}
 
 
 @dataclass(frozen=True)
