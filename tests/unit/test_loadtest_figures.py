@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from loadtest.measure import Row
-from loadtest.overhead import WAYS, Cost, ratios
+from loadtest.overhead import CONCURRENCIES, WAYS, Cost, ratios
 from loadtest.rounds import Answer, Outcome, Round, run
 from loadtest.tally import Tally, percentile
 
@@ -57,7 +57,7 @@ def test_speed_up_is_divided_by_no_less_than_the_swap_in() -> None:
 
 def test_ratios_compare_ours_with_theirs_at_the_same_concurrency() -> None:
     speed = {"triton": 90.0, "our worker": 100.0, "reference": 100.0, "unmodified": 125.0}
-    costs = [Cost(way, n, ttft_s=0.1 * n, output_tokens_per_s=speed[way] * n) for way in WAYS for n in (1, 16)]
+    costs = [Cost(way, n, ttft_s=0.1 * n, output_tokens_per_s=speed[way] * n) for way in WAYS for n in CONCURRENCIES]
     found = {(row["cost_of"], row["concurrency"]): row["throughput_ratio"] for row in ratios(costs)}
     assert found["path", 1] == found["path", 16] == pytest.approx(0.9)
     assert found["swappable weights", 16] == pytest.approx(0.8)
