@@ -15,7 +15,7 @@ BIN := .venv/bin
 help: ## these lines
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
 
-demo: $(STAMP) ## real Triton, vLLM and swap agent on a simulated device: TTFT cold, swapped, warm (6 minutes)
+demo: $(STAMP) ## real Triton, vLLM and swap agent on a simulated device: TTFT cold, swapped, warm (7 minutes)
 	@$(BIN)/python -m loadtest.demo
 
 test: $(STAMP) ## the suite: unit, contract, integration, e2e (15 minutes)
