@@ -28,7 +28,7 @@ from rich.table import Table
 from loadtest import models
 from loadtest.alone import alone
 from loadtest.clients import Client
-from loadtest.measure import NotAsExpected
+from loadtest.measure import check_books, check_tokens
 from loadtest.progress import Steps
 from loadtest.prompts import Prompts
 from loadtest.rounds import Answer, Round, run
@@ -115,8 +115,7 @@ async def play(client: Client, model: str, load: list[Arrival]) -> list[Done]:
     async def one(arrival: Arrival) -> Done:
         await asyncio.sleep(began_s + arrival.at_s - time.monotonic())
         answer = await client.stream(model, arrival.prompt, OUTPUT_TOKENS)
-        if (answer.input_tokens, answer.output_tokens) != (PROMPT_TOKENS, OUTPUT_TOKENS):
-            raise NotAsExpected(f"{model}: {answer.input_tokens} and {answer.output_tokens} tokens were not asked for")
+        check_tokens(model, answer, PROMPT_TOKENS, OUTPUT_TOKENS)
         return Done(time.monotonic() - began_s, answer)
 
     return await asyncio.gather(*(one(arrival) for arrival in load))
@@ -143,8 +142,7 @@ async def _together(server: Server, loads: Mapping[str, list[Arrival]], step: Ca
         for model in NAMES:
             await client.stream(model, loads[model][0].prompt, 1)
         done = await asyncio.gather(*(play(client, model, loads[model]) for model in NAMES))
-    if violations := server.books_violations:
-        raise NotAsExpected(f"the agent found its books wrong {violations} times: see its log")
+    check_books(server)
     return [
         Figures.of(model, True, each, server.model(model)["swaps_in"] - before[model])
         for model, each in zip(NAMES, done, strict=True)

@@ -23,7 +23,7 @@ from rich.table import Table
 from loadtest import models
 from loadtest.alone import alone
 from loadtest.clients import Client
-from loadtest.measure import NotAsExpected
+from loadtest.measure import NotAsExpected, check_books
 from loadtest.progress import Steps
 from loadtest.prompts import Prompts
 from loadtest.rounds import Answer
@@ -97,8 +97,7 @@ async def _measure(server: Server, step: Callable[[str], None]) -> list[Turns]:
                     turns.swap_in_s.append(swap["seconds"])
                     turns.swap_in_bytes.append(swap["bytes"])
                     turns.texts.append(answer.text)
-    if violations := server.books_violations:
-        raise NotAsExpected(f"the agent found its books wrong {violations} times: see its log")
+    check_books(server)
     return list(found.values())
 
 

@@ -32,7 +32,7 @@ from rich.table import Table
 from loadtest import models, timeline
 from loadtest.alone import alone
 from loadtest.clients import Client
-from loadtest.measure import NotAsExpected
+from loadtest.measure import check_books, check_tokens
 from loadtest.progress import Steps
 from loadtest.prompts import Prompts
 from loadtest.rounds import Answer, Round, run
@@ -103,8 +103,7 @@ async def _measure(server: Server, step: Callable[[str], None]) -> list[Run]:
                     step(f"{mode}, {concurrency} concurrent, round {number}/{ROUNDS}")
                     texts = tuple(prompts.next(PROMPT_TOKENS) for _ in range(requests))
                     runs.append(await _level(server, client, mode, Round(texts, OUTPUT_TOKENS, concurrency)))
-    if violations := server.books_violations:
-        raise NotAsExpected(f"the agent found its books wrong {violations} times: see its log")
+    check_books(server)
     return runs
 
 
@@ -118,11 +117,7 @@ async def _level(server: Server, client: Client, mode: str, work: Round) -> Run:
     async def ask(prompt: str, max_tokens: int) -> Answer:
         sent_s = time.monotonic()
         answer = await client.stream(mode, prompt, max_tokens)
-        if (answer.input_tokens, answer.output_tokens) != (PROMPT_TOKENS, OUTPUT_TOKENS):
-            raise NotAsExpected(
-                f"{mode}: asked with {PROMPT_TOKENS} tokens for {OUTPUT_TOKENS}, "
-                f"the answer says {answer.input_tokens} and {answer.output_tokens}"
-            )
+        check_tokens(mode, answer, PROMPT_TOKENS, OUTPUT_TOKENS)
         span.answered(sent_s + answer.ttft_s, sent_s + answer.total_s, answer.output_tokens)
         return answer
 

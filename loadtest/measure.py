@@ -17,6 +17,7 @@ from rich.table import Column, Table
 
 from loadtest.clients import Client
 from loadtest.prompts import Prompts
+from loadtest.rounds import Answer
 from loadtest.server import Server
 
 PROMPT_TOKENS = (128, 2048)
@@ -25,6 +26,21 @@ _MAX_TOKENS = 4
 
 class NotAsExpected(Exception):
     """The server is not in the state that a measurement needs, or an answer is not what was asked for."""
+
+
+def check_tokens(model: str, answer: Answer, prompt_tokens: int, output_tokens: int) -> None:
+    """Raise NotAsExpected unless `answer` is to so many tokens, and has as many as were asked for."""
+    if (answer.input_tokens, answer.output_tokens) != (prompt_tokens, output_tokens):
+        raise NotAsExpected(
+            f"{model}: asked with {prompt_tokens} tokens for {output_tokens}, "
+            f"the answer says {answer.input_tokens} and {answer.output_tokens}"
+        )
+
+
+def check_books(server: Server) -> None:
+    """Raise NotAsExpected when the agent has found its books wrong."""
+    if violations := server.books_violations:
+        raise NotAsExpected(f"the agent found its books wrong {violations} times: see its log")
 
 
 @dataclass(frozen=True)
@@ -133,9 +149,5 @@ class Ttft:
 
     async def _ask_s(self, prompt_tokens: int) -> float:
         answer = await self._client.stream(self._model, self._prompts.next(prompt_tokens), _MAX_TOKENS)
-        if (answer.input_tokens, answer.output_tokens) != (prompt_tokens, _MAX_TOKENS):
-            raise NotAsExpected(
-                f"{self._model}: asked with {prompt_tokens} tokens for {_MAX_TOKENS}, "
-                f"the answer says {answer.input_tokens} and {answer.output_tokens}"
-            )
+        check_tokens(self._model, answer, prompt_tokens, _MAX_TOKENS)
         return answer.ttft_s

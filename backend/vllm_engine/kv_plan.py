@@ -34,7 +34,6 @@ class KVPlan:
         """Of the prefix cache, that outlive a swap."""
         self._vllm_config = vllm_config
         self._welcome = welcome
-        self._specs: dict[str, Any] = {}
         self._most_bytes = 0
         """To which it may grow; 0: it does not."""
         self._first_bytes = 0
@@ -45,7 +44,6 @@ class KVPlan:
 
         `specs` are vLLM's KV cache specs by layer. Raises InvalidModel with the sum.
         """
-        self._specs = specs
         key, name = "kv_cache_memory_bytes", "KV cache (kv_cache_memory_bytes)"
         needed = (self.declared_bytes or 0) if specs else 0
         if self.declared_bytes is None:
@@ -66,13 +64,16 @@ class KVPlan:
         wanted = self._may_grow or self._welcome.preserve_kv_bytes
         return bool(wanted) and not elastic.why_fixed(self._vllm_config)
 
-    def prepare(self) -> int:
-        """Look whether it can grow and outlive swaps. Returns the bytes for vLLM to plan with. Raises InvalidModel."""
-        kv_cache.check_holds_one_sequence(self._vllm_config, self._specs, self.size)
+    def prepare(self, specs: dict[str, Any]) -> int:
+        """Look whether it can grow and outlive swaps. Returns the bytes for vLLM to plan with. Raises InvalidModel.
+
+        `specs` anew: vLLM has settled the layout of the KV cache since `fit`.
+        """
+        kv_cache.check_holds_one_sequence(self._vllm_config, specs, self.size)
         if self._may_grow:
-            self._prepare_growth()
+            self._prepare_growth(specs)
         if self._welcome.preserve_kv_bytes:
-            self._prepare_preserving()
+            self._prepare_preserving(specs)
         return max(self.size, self._most_bytes)
 
     def settle(self, kv_cache_config: Any) -> None:
@@ -94,7 +95,7 @@ class KVPlan:
     def _may_grow(self) -> bool:
         return self._most_bytes > self.size
 
-    def _prepare_growth(self) -> None:
+    def _prepare_growth(self, specs: dict[str, Any]) -> None:
         """Plan for the most KV cache, and with how much of it the engine starts; or leave it as it is, and say why.
 
         A first part of it takes more frames than a cache of the same size, by a few for each range.
@@ -103,13 +104,13 @@ class KVPlan:
             if reason := elastic.why_fixed(self._vllm_config):
                 raise Unsupported(reason)
             vllm_config, frame_bytes = self._vllm_config, self._welcome.frame_bytes
-            config = kv_cache.planned_config(vllm_config, self._specs, self._most_bytes)
+            config = kv_cache.planned_config(vllm_config, specs, self._most_bytes)
             layout = kv_cache.planned_layout(vllm_config, config, frame_bytes)
             if (blocks := layout.even_blocks(frame_bytes)) < layout.most_blocks:
                 self._most_bytes = blocks * kv_cache.block_bytes(config)
-                config = kv_cache.planned_config(vllm_config, self._specs, self._most_bytes)
+                config = kv_cache.planned_config(vllm_config, specs, self._most_bytes)
                 layout = kv_cache.planned_layout(vllm_config, config, frame_bytes)
-            needed = layout.frames(kv_cache.blocks_of_one_sequence(vllm_config, self._specs, config))
+            needed = layout.frames(kv_cache.blocks_of_one_sequence(vllm_config, specs, config))
             first = min(max(self.size // frame_bytes, needed), layout.most_frames)
             if first * frame_bytes > self._first_bytes:
                 raise Unsupported(
@@ -126,7 +127,7 @@ class KVPlan:
             first, layout.most_frames, layout.blocks(first), layout.most_blocks, len(layout.ranges),
         )  # fmt: skip
 
-    def _prepare_preserving(self) -> None:
+    def _prepare_preserving(self, specs: dict[str, Any]) -> None:
         """Plan where the blocks lie also of a KV cache that keeps its size; where that cannot be, say why."""
         if not self._vllm_config.cache_config.enable_prefix_caching:
             raise InvalidModel("PRESERVE_KV in config.pbtxt: there is no prefix cache to preserve: remove it")
@@ -135,7 +136,7 @@ class KVPlan:
         try:
             if reason := elastic.why_fixed(self._vllm_config):
                 raise Unsupported(reason)
-            config = kv_cache.planned_config(self._vllm_config, self._specs, self.size)
+            config = kv_cache.planned_config(self._vllm_config, specs, self.size)
             self.layout = kv_cache.planned_layout(self._vllm_config, config, self._welcome.frame_bytes)
             self.frames = self.layout.most_frames
         except Unsupported as error:

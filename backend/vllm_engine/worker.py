@@ -102,7 +102,7 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache, as planned in load_model."""
         with self._agent.reporting("warm up the model"):
-            size = self._kv.prepare()
+            size = self._kv.prepare(self.get_kv_cache_spec())
             if self._on_gpu:
                 self.cache_config.kv_cache_memory_bytes = size
                 super().determine_available_memory()  # a profiling run, whose answer is this size
