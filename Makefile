@@ -18,22 +18,23 @@ help: ## these lines
 demo: $(STAMP) ## real Triton, vLLM and swap agent on a simulated device: TTFT cold, swapped, warm (7 minutes)
 	@$(BIN)/python -m loadtest.demo
 
-test: $(STAMP) ## the suite: unit, contract, integration, e2e (15 minutes)
+test: $(STAMP) ## the suite: unit, agent, engine, e2e (15 minutes)
 	@$(BIN)/python -m loadtest.models
-	@bash .ci/tiers unit contract integration e2e
+	@bash .ci/tiers unit agent engine e2e
 
-check: $(STAMP) ## format, lint, types
+check: $(STAMP) ## format, lint, types, import contracts
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
 
 bench: $(STAMP) ## speed, as JSON, tables and a plot under out/ (three quarters of an hour)
 	@$(BIN)/python -m loadtest.bench
 
 soak: $(STAMP) ## half an hour of mixed load, 10,000 swap cycles, and what is too slow for the suite; fails on the first lost request
 	@TRITON_SWAP_SOAK=1 $(BIN)/python -m pytest -q tests/unit/test_policy_machine.py
-	@TRITON_SWAP_SOAK=1 $(BIN)/python -m pytest -q tests/contract/test_rank_link.py tests/contract/test_cuda_device.py tests/contract/test_gpu_probe.py
-	@TRITON_SWAP_SOAK=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/integration/test_model_families.py tests/integration/test_engine_kv.py tests/e2e/test_bursts.py
+	@TRITON_SWAP_SOAK=1 $(BIN)/python -m pytest -q tests/agent/test_rank_link.py tests/agent/test_cuda_device.py tests/agent/test_gpu_probe.py
+	@TRITON_SWAP_SOAK=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/engine/test_model_families.py tests/engine/test_engine_kv.py tests/e2e/test_bursts.py
 	@$(BIN)/python -m loadtest.load --duration 30m --out out/soak.json
 
 gpu: ## what only an NVIDIA GPU can show, with the python3 that has vLLM: make gpu PYTHON=… (15 minutes)

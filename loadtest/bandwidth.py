@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from loadtest.server import Server
-from swap_agent.memory.simulated import COPY_THREADS
+from swap_agent.device.simulated import COPY_THREADS
 
 REPEATS = 7
 IDLE_S = 1.0

@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from loadtest.rounds import Answer, Outcome, Round, run
 from loadtest.server import end_with_parent
+from loadtest.workload import Answer, Outcome, Round, run
 
 
 class BaselineFailed(Exception):
@@ -76,7 +76,7 @@ async def _run(job: Job) -> dict[str, Any]:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    from vllm_engine.reference import reference_engine
+    from vllm_engine.adapter.reference import reference_engine
 
     started_s = time.perf_counter()
     arguments = _engine_arguments(job)

@@ -23,7 +23,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from loadtest import bandwidth, consolidation, decisions, followup, fractions, load, models, overhead, restore
+from loadtest import bandwidth, consolidation, decisions, fractions, load, models, next_turn, overhead, restore
 from loadtest.baseline import BaselineFailed
 from loadtest.clients import Client, RequestFailed
 from loadtest.measure import PROMPT_TOKENS, NotAsExpected, Row, Ttft, print_rows
@@ -77,7 +77,7 @@ def _run(console: Console) -> dict[str, Any]:
     with Steps(console, "plain vLLM", 2) as step:
         costs += overhead.without_server(OVERHEAD_MODEL, kv_bytes, OUT, step)
     _print_costs(console, costs)
-    turns = followup.bench(console, OUT)
+    turns = next_turn.bench(console, OUT)
     fraction = fractions.bench(console, OUT)
     consolidated = consolidation.bench(console, OUT)
     with Steps(console, "decisions", decisions.STEPS) as step:

@@ -18,7 +18,7 @@ import numpy as np
 import tritonclient.grpc.aio as grpc_aio
 from tritonclient.utils import InferenceServerException
 
-from loadtest.rounds import Answer
+from loadtest.workload import Answer
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 

@@ -26,17 +26,17 @@ from rich.console import Console
 from rich.table import Table
 
 from loadtest import models
-from loadtest.alone import alone
 from loadtest.clients import Client
-from loadtest.measure import check_books, check_tokens
+from loadtest.counts import percentile
+from loadtest.measure import check_ledger, check_tokens
 from loadtest.progress import Steps
 from loadtest.prompts import Prompts
-from loadtest.rounds import Answer, Round, run
+from loadtest.run_one import alone
 from loadtest.server import REPOSITORY, Server
-from loadtest.tally import percentile
-from swap_agent.policy.units import MIB, TIB, format_bytes
-from swap_agent.repository import parse_config, string_parameters
-from swap_agent.settings import read_settings
+from loadtest.workload import Answer, Round, run
+from swap_agent.models.repository import parse_config, string_parameters
+from swap_agent.models.settings import read_settings
+from swap_agent.units import MIB, TIB, format_bytes
 
 SHARE = 0.2
 """Of each model's capacity."""
@@ -142,7 +142,7 @@ async def _together(server: Server, loads: Mapping[str, list[Arrival]], step: Ca
         for model in NAMES:
             await client.stream(model, loads[model][0].prompt, 1)
         done = await asyncio.gather(*(play(client, model, loads[model]) for model in NAMES))
-    check_books(server)
+    check_ledger(server)
     return [
         Figures.of(model, True, each, server.model(model)["swaps_in"] - before[model])
         for model, each in zip(NAMES, done, strict=True)

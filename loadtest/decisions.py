@@ -13,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from loadtest.tally import percentile
+from loadtest.counts import percentile
 from swap_agent.policy import events as ev
 from swap_agent.policy.coordinator import Coordinator
-from swap_agent.policy.inventory import Device
-from swap_agent.policy.lifecycle import State
+from swap_agent.policy.ledger import Device
+from swap_agent.policy.states import State
 
 MODELS = 1_000
 DEVICES = 64
@@ -79,7 +79,7 @@ class _Node:
         started_s = time.thread_time()
         actions = self.policy.on_event(event)
         decided_s = time.thread_time()
-        self.policy.check_books()
+        self.policy.check_ledger()
         ended_s = time.thread_time()
         self.times_s.append(ended_s - started_s)
         self.check_s += ended_s - decided_s
@@ -91,7 +91,7 @@ class _Node:
         self.orders[index], self.orders[-1] = self.orders[-1], self.orders[index]
         order = self.orders.pop()
         name, now_s = order.name, self.now_s
-        replica = self.policy.inventory.replicas[name]
+        replica = self.policy.ledger.replicas[name]
         match order:
             case ev.StartEngine():
                 for rank in range(len(order.devices)):
@@ -102,7 +102,7 @@ class _Node:
                     self.post(ev.MirrorKept(now_s, name, f"mirror of {name}, rank {rank}", 1, rank))
                 self.post(ev.EngineReady(now_s, name))
             case ev.Drain():
-                self.post(ev.LoadReported(now_s, name, 0, replica.waiting))
+                self.post(ev.TrafficReported(now_s, name, 0, replica.waiting))
                 self.post(ev.Drained(now_s, name, order.epoch))
             case ev.SwapOut():
                 self.post(ev.SwappedOut(now_s, name, order.epoch))
@@ -122,8 +122,8 @@ class _Node:
         """Every model has an engine; most are parked then."""
         for name in self.names:
             self.now_s += 1.0
-            self.post(ev.LoadWanted(self.now_s, name))
-            while self.policy.inventory.replicas[name].load_wanted:
+            self.post(ev.ActivateRequested(self.now_s, name))
+            while self.policy.ledger.replicas[name].load_wanted:
                 if self.orders:
                     self.obey_one()
                 else:
@@ -133,7 +133,7 @@ class _Node:
         """Requests come and go, orders are carried out, engines die, time passes."""
         kind = self.rng.random()
         name = self.rng.choice(self.names)
-        replica = self.policy.inventory.replicas[name]
+        replica = self.policy.ledger.replicas[name]
         if kind < 0.15 and self.orders:
             self.obey_one()
         elif kind < 0.2:
@@ -142,13 +142,13 @@ class _Node:
             self.orders = [order for order in self.orders if order.name != name]
             self.post(ev.EngineExited(self.now_s, name, "killed"))
         elif kind < 0.21:
-            self.post(ev.LoadWanted(self.now_s, name))
+            self.post(ev.ActivateRequested(self.now_s, name))
         elif kind < 0.212:
-            self.post(ev.UnloadWanted(self.now_s, name, False))
+            self.post(ev.ParkRequested(self.now_s, name, False))
         elif replica.state is State.RESIDENT:
-            self.post(ev.LoadReported(self.now_s, name, self.rng.choice([0, 0, 1, 2, 3]), 0))
+            self.post(ev.TrafficReported(self.now_s, name, self.rng.choice([0, 0, 1, 2, 3]), 0))
         elif replica.devices and self.rng.random() < 0.3:
-            self.post(ev.LoadReported(self.now_s, name, replica.in_flight, self.rng.choice([0, 1, 2])))
+            self.post(ev.TrafficReported(self.now_s, name, replica.in_flight, self.rng.choice([0, 1, 2])))
         self.waited += len(self.policy.waiting)
 
 
@@ -178,14 +178,14 @@ def _report_us(host_limit_bytes: int | None) -> float:
     """The usual event: a resident model tells its counts, and nobody waits."""
     node = _Node(1, host_limit_bytes)
     for name in node.names[:100]:
-        node.post(ev.LoadWanted(node.now_s, name))
+        node.post(ev.ActivateRequested(node.now_s, name))
         while node.orders:
             node.obey_one()
-    residents = [r.name for r in node.policy.inventory.replicas.values() if r.state is State.RESIDENT]
+    residents = [r.name for r in node.policy.ledger.replicas.values() if r.state is State.RESIDENT]
     started_s = time.thread_time()
     for index in range(FAST_PATH):
-        node.policy.on_event(ev.LoadReported(node.now_s, residents[index % len(residents)], index // 7 % 3, 0))
-        node.policy.check_books()
+        node.policy.on_event(ev.TrafficReported(node.now_s, residents[index % len(residents)], index // 7 % 3, 0))
+        node.policy.check_ledger()
     return (time.thread_time() - started_s) / FAST_PATH * 1e6
 
 

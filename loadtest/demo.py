@@ -19,12 +19,12 @@ from rich.console import Console
 from loadtest import models
 from loadtest.baseline import BaselineFailed, Job, run_baseline
 from loadtest.clients import Client, RequestFailed
+from loadtest.demo_scenarios import QUESTION, Story
 from loadtest.measure import PROMPT_TOKENS, NotAsExpected, Row, Ttft, print_rows
 from loadtest.progress import Steps
 from loadtest.prompts import Prompts
-from loadtest.rounds import Outcome, Round
 from loadtest.server import REPOSITORY, Server, ServerFailed
-from loadtest.story import QUESTION, Story
+from loadtest.workload import Outcome, Round
 
 OUT = models.ROOT / "out"
 REPEATS = 3

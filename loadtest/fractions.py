@@ -30,14 +30,14 @@ from rich.console import Console
 from rich.table import Table
 
 from loadtest import models, timeline
-from loadtest.alone import alone
 from loadtest.clients import Client
-from loadtest.measure import check_books, check_tokens
+from loadtest.counts import percentile
+from loadtest.measure import check_ledger, check_tokens
 from loadtest.progress import Steps
 from loadtest.prompts import Prompts
-from loadtest.rounds import Answer, Round, run
+from loadtest.run_one import alone
 from loadtest.server import Server
-from loadtest.tally import percentile
+from loadtest.workload import Answer, Round, run
 
 MODES = ("static", "dynamic")
 REQUEST, LIMIT = "108MiB", "1216MiB"
@@ -103,7 +103,7 @@ async def _measure(server: Server, step: Callable[[str], None]) -> list[Run]:
                     step(f"{mode}, {concurrency} concurrent, round {number}/{ROUNDS}")
                     texts = tuple(prompts.next(PROMPT_TOKENS) for _ in range(requests))
                     runs.append(await _level(server, client, mode, Round(texts, OUTPUT_TOKENS, concurrency)))
-    check_books(server)
+    check_ledger(server)
     return runs
 
 

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from loadtest import models
 from loadtest.server import Server, ServerFailed, end_with_parent
-from swap_agent.policy.units import parse_seconds
+from swap_agent.units import parse_seconds
 
 OUT = models.ROOT / "out" / "locust.json"
 DURATION_S = 60.0

@@ -22,9 +22,9 @@ import requests
 import tritonclient.grpc as triton
 from locust import User, constant, events, task
 
+from loadtest.counts import Tally
 from loadtest.models import MODELS_DIR, RECIPES
 from loadtest.prompts import Prompts
-from loadtest.tally import Tally
 
 # gRPC's own threads and gevent's greenlets need to be introduced to each other before the first channel is opened.
 grpc_gevent.init_gevent()

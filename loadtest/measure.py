@@ -17,8 +17,8 @@ from rich.table import Column, Table
 
 from loadtest.clients import Client
 from loadtest.prompts import Prompts
-from loadtest.rounds import Answer
 from loadtest.server import Server
+from loadtest.workload import Answer
 
 PROMPT_TOKENS = (128, 2048)
 _MAX_TOKENS = 4
@@ -37,9 +37,9 @@ def check_tokens(model: str, answer: Answer, prompt_tokens: int, output_tokens: 
         )
 
 
-def check_books(server: Server) -> None:
+def check_ledger(server: Server) -> None:
     """Raise NotAsExpected when the agent has found its books wrong."""
-    if violations := server.books_violations:
+    if violations := server.accounting_errors:
         raise NotAsExpected(f"the agent found its books wrong {violations} times: see its log")
 
 

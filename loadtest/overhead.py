@@ -29,8 +29,8 @@ from loadtest.baseline import Job, run_baseline
 from loadtest.clients import GREEDY, Client, RequestFailed
 from loadtest.models import MODELS_DIR
 from loadtest.prompts import Prompts
-from loadtest.rounds import Answer, Outcome, Round, run
 from loadtest.server import REPOSITORY, Server, ServerFailed
+from loadtest.workload import Answer, Outcome, Round, run
 from swap_agent.wire.framing import DATA_LIMIT_BYTES, AsyncChannel
 from swap_agent.wire.messages import Failed, Output, Step, Submit
 

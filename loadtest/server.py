@@ -186,9 +186,9 @@ class Server:
         return devices
 
     @property
-    def books_violations(self) -> int:
+    def accounting_errors(self) -> int:
         """How often the agent has found its books wrong: a bug."""
-        return int(self._admin.get("/v1/devices").raise_for_status().json()["books_violations"])
+        return int(self._admin.get("/v1/devices").raise_for_status().json()["accounting_errors"])
 
     def park(self, name: str, *, purge: bool = False) -> None:
         """Take the model off the device; with `purge`, end its engine and drop its mirror, too."""

@@ -5,11 +5,11 @@ TritonSwapError
 ├── InvalidUsage       a flag, a device, a path or a port cannot work: the user has to change it
 ├── Unavailable        cannot be served now; trying later can succeed
 ├── Unsupported        this version does not do it
-├── OutOfFrames        a device has not that many free frames
-├── TakenBack          a swap-in failed and was undone: the model is SWAPPED as before
-├── Unfit              a mirror is not of what an engine has: its weights come from disk
-├── Damaged            weights in memory are not what they were: bad memory, or a bug
-├── BooksDoNotBalance  frames were lost or counted twice: a bug
+├── OutOfDeviceMemory        a device has not that many free frames
+├── RolledBack          a swap-in failed and was undone: the model is SWAPPED as before
+├── MirrorMismatch              a mirror is not of what an engine has: its weights come from disk
+├── WeightsCorrupted            weights in memory are not what they were: bad memory, or a bug
+├── AccountingError  frames were lost or counted twice: a bug
 ├── Refusal            another process of triton-swap said no; carries its code
 ├── PeerGone           the process at the other end of a connection closed it or died
 └── ProtocolError      a peer sent what this conversation does not allow
@@ -49,23 +49,23 @@ class Unsupported(TritonSwapError):
     code = "UNSUPPORTED"
 
 
-class OutOfFrames(Unavailable):
+class OutOfDeviceMemory(Unavailable):
     """A device has not that many free frames."""
 
 
-class TakenBack(Unavailable):
+class RolledBack(Unavailable):
     """A swap-in failed and was undone: the model is SWAPPED as before, its mirror intact."""
 
 
-class Unfit(TritonSwapError):
+class MirrorMismatch(TritonSwapError):
     """A mirror does not hold what an engine asks of it."""
 
 
-class Damaged(TritonSwapError):
+class WeightsCorrupted(TritonSwapError):
     """Weights in memory are not what they were."""
 
 
-class BooksDoNotBalance(TritonSwapError):
+class AccountingError(TritonSwapError):
     """Frames were lost or counted twice."""
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from swap_agent.errors import TritonSwapError, Unavailable
 from swap_agent.wire.messages import Attach
-from swap_agent.wire.rendezvous import AGENT_SOCKET
+from swap_agent.wire.runtime_dir import AGENT_SOCKET
 from triton_backend.agent_link import AgentLink
 from triton_backend.call import Call
 from triton_backend.engine_link import EngineLink

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from swap_agent.wire.rendezvous import default_runtime_dir
+from swap_agent.wire.runtime_dir import default_runtime_dir
 
 
 def native(path: str) -> str:

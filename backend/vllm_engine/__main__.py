@@ -21,10 +21,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--token", required=True, help="proves to the agent that it started this process")
     options = parser.parse_args(argv)
 
-    from vllm_engine.zygote import importing
+    from vllm_engine.adapter.fork import importing
 
     with importing():
-        from vllm_engine.host import run
+        from vllm_engine.host.host import run
 
     return run(options.runtime_dir, options.replica, options.token)
 
@@ -34,6 +34,6 @@ if __name__ == "__main__":
     __spec__ = None
     sys.exit(main())
 elif __name__ == "__mp_main__":
-    from vllm_engine.lifetime import die_with_parent
+    from swap_agent.linux import die_with_parent
 
     die_with_parent()

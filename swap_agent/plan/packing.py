@@ -7,12 +7,12 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from swap_agent.errors import BooksDoNotBalance
-from swap_agent.plan.models import Wanted
+from swap_agent.errors import AccountingError
+from swap_agent.plan.repository_scan import Wanted
 from swap_agent.policy import events as ev
 from swap_agent.policy.coordinator import Coordinator
-from swap_agent.policy.inventory import Device, Replica
-from swap_agent.policy.lifecycle import State
+from swap_agent.policy.ledger import Device, Replica
+from swap_agent.policy.states import State
 
 START_S = 10.0
 """How long an engine takes to start: whoever was loaded before it has been idle, and may give up its frames."""
@@ -49,7 +49,7 @@ class Packing:
     @property
     def placed(self) -> list[Replica]:
         """Replicas that have an engine and can be resident."""
-        replicas = self.coordinator.inventory.replicas.values()
+        replicas = self.coordinator.ledger.replicas.values()
         return [replica for replica in replicas if replica.devices and replica.name not in self.refused]
 
     def load(self, wanted: Sequence[Wanted]) -> None:
@@ -59,7 +59,7 @@ class Packing:
             self._tell(one.registered)
             self._load(one.name, frames[one.name])
             self._now_s += START_S
-        for replica in list(self.coordinator.inventory.replicas.values()):
+        for replica in list(self.coordinator.ledger.replicas.values()):
             if replica.devices and replica.state is not State.RESIDENT:
                 self._load(replica.name, frames[replica.name])
                 self._now_s += START_S
@@ -67,13 +67,13 @@ class Packing:
     def on(self, device: str) -> list[Replica]:
         """Who is placed there, by name."""
         names = {replica.name for replica in self.placed}
-        replicas = self.coordinator.inventory.on(device)
+        replicas = self.coordinator.ledger.on(device)
         return sorted((replica for replica in replicas if replica.name in names), key=lambda replica: replica.name)
 
     def turns(self) -> list[Turns]:
         """Of each device whose engines need more than it has."""
         found = []
-        for device in self.coordinator.inventory.devices.values():
+        for device in self.coordinator.ledger.devices.values():
             replicas = self.on(device.name)
             if sum(replica.need_frames for replica in replicas) > device.frames:
                 room = device.frames - sum(replica.need_frames for replica in replicas if replica.pinned)
@@ -89,16 +89,16 @@ class Packing:
     def _load(self, name: str, frames: Sequence[int]) -> None:
         self._answers.pop(name, None)
         self._left[name] = list(frames)
-        self._tell(ev.LoadWanted(self._now_s, name))
+        self._tell(ev.ActivateRequested(self._now_s, name))
         for _ in range(_MOST_TICKS):
             if name in self._answers:
                 break
             self._now_s = max(self._now_s, self.coordinator.next_tick_s)
             if self._now_s == float("inf"):
-                raise BooksDoNotBalance(f"{name} waits, and nothing is going to happen")
+                raise AccountingError(f"{name} waits, and nothing is going to happen")
             self._tell(ev.Tick(self._now_s))
         else:
-            raise BooksDoNotBalance(f"{name} waits for ever")
+            raise AccountingError(f"{name} waits for ever")
         if self._answers[name]:
             self.refused[name] = self._answers[name]
 
@@ -107,7 +107,7 @@ class Packing:
         while self._events:
             for action in self.coordinator.on_event(self._events.popleft()):
                 self._perform(action)
-            self.coordinator.inventory.check_integrity()
+            self.coordinator.ledger.check_integrity()
 
     def _perform(self, action: ev.Action) -> None:
         """What agent, hosts and ranks would answer."""
@@ -135,10 +135,10 @@ class Packing:
             case ev.SwapOut():
                 self._events.append(ev.SwappedOut(now_s, name, action.epoch))
             case ev.SwapIn() | ev.MoreFrames():
-                if not self.coordinator.inventory.replicas[name].promised_frames:
+                if not self.coordinator.ledger.replicas[name].promised_frames:
                     self._events.append(ev.SwappedIn(now_s, name, action.epoch))
             case _:
-                raise BooksDoNotBalance(f"a plan has no answer to {type(action).__name__}")
+                raise AccountingError(f"a plan has no answer to {type(action).__name__}")
 
     def _want_more(self, name: str) -> None:
         left = self._left[name]
@@ -147,7 +147,7 @@ class Packing:
             self._events.append(ev.EngineReady(self._now_s, name))
             return
         frames = left.pop(0)
-        ranks = self.coordinator.inventory.replicas[name].ranks
+        ranks = self.coordinator.ledger.replicas[name].ranks
         self._ungranted[name] = ranks
         self._events.extend(ev.FramesWanted(self._now_s, name, frames, rank) for rank in range(ranks))
 

@@ -16,12 +16,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from swap_agent.policy import events as ev
-from swap_agent.policy import eviction, placement, residues
+from swap_agent.policy import eviction, placement, residue_budget
 from swap_agent.policy.eviction import LEAVING, Regret, expected_regret
-from swap_agent.policy.host_memory import HostMemory
-from swap_agent.policy.inventory import Device, Inventory, Mirror, Replica
-from swap_agent.policy.lifecycle import State
+from swap_agent.policy.host_budget import HostMemory
+from swap_agent.policy.ledger import Device, Ledger, Mirror, Replica
 from swap_agent.policy.queue import Queue
+from swap_agent.policy.states import State
 
 _QUEUES = frozenset({State.COLD, State.FAILED, State.SWAPPED, *LEAVING})
 """States in which a replica that somebody wants waits in the queue."""
@@ -63,7 +63,7 @@ class Coordinator:
         self._host_memory = HostMemory(host_limit_bytes)
         self._residue_budget_bytes = residue_budget_bytes
         self._regret = regret
-        self.inventory = Inventory({device.name: device for device in devices})
+        self.ledger = Ledger({device.name: device for device in devices})
         self._queue = Queue()
         """Replicas that wait for activation."""
         self._starting = ""
@@ -111,14 +111,14 @@ class Coordinator:
         3. Swap out what has been idle for its keep-alive (`_expire`).
         4. Serve the queue, making room where needed (`_serve_queue`).
         5. Keep within the host's memory (`_fit_host_memory`), drop mirrors that nobody needs (`_drop_mirrors`).
-        6. Keep residues within their budget (`residues.victims`).
+        6. Keep residues within their budget (`residue_budget.victims`).
         """
         self._actions = []
         now_s = event.now_s
         touched = set() if isinstance(event, ev.Tick) else set(self._note(event))
         while self._expiries and self._expiries[0][0] <= now_s:
             name = heapq.heappop(self._expiries)[1]
-            self._expire(self.inventory.replicas[name], now_s)
+            self._expire(self.ledger.replicas[name], now_s)
         while self._alarms and self._alarms[0][0] <= now_s:
             _, device = heapq.heappop(self._alarms)
             self._alarm_s.pop(device, None)
@@ -129,33 +129,33 @@ class Coordinator:
             self._fit_host_memory()
         if self._mirrors_changed:
             self._drop_mirrors()
-        if not isinstance(event, (ev.LoadReported, ev.Tick)):
-            for victim, reason in residues.victims(self.inventory, self._residue_budget_bytes, now_s):
+        if not isinstance(event, (ev.TrafficReported, ev.Tick)):
+            for victim, reason in residue_budget.victims(self.ledger, self._residue_budget_bytes, now_s):
                 self._stop(victim, reason)
         return self._actions
 
-    def check_books(self) -> None:
-        """Check the books where the last event may have changed them. Raises BooksDoNotBalance."""
+    def check_ledger(self) -> None:
+        """Check the books where the last event may have changed them. Raises AccountingError."""
         for action in self._actions:
-            if replica := self.inventory.replicas.get(action.name):  # else it is a mirror
+            if replica := self.ledger.replicas.get(action.name):  # else it is a mirror
                 self._touched.update(replica.devices)
         for device in self._touched:
-            self.inventory.check_device(device)
+            self.ledger.check_device(device)
 
     # --- 1. notes -----------------------------------------------------------------------------------------------------
 
     def _note(self, event: ev.Event) -> Iterable[str]:
         """Steps 1 to 3 for the replica of `event`; the devices on which something may have changed."""
         name: str = event.name  # type: ignore[attr-defined]
-        replica = self.inventory.replicas.get(name) or Replica(name)
+        replica = self.ledger.replicas.get(name) or Replica(name)
         if isinstance(event, ev.Registered):
-            self.inventory.replicas.setdefault(name, replica)
+            self.ledger.replicas.setdefault(name, replica)
         before = replica.devices
         _HANDLERS[type(event)](self, replica, event)
         self._follow_wishes(replica)
         self._expire(replica, event.now_s)
         if replica.activation_wanted and replica.state in _QUEUES:
-            if replica.name in self.inventory.replicas:
+            if replica.name in self.ledger.replicas:
                 self._queue.enter(replica, event.now_s)
             return replica.devices or before or self._targets.get(name, ())
         self._queue.leave(replica)
@@ -174,21 +174,21 @@ class Coordinator:
         if replica.state is State.RESIDENT:
             self._guarantee(replica)
 
-    def _load_wanted(self, replica: Replica, event: ev.LoadWanted) -> None:
+    def _load_wanted(self, replica: Replica, event: ev.ActivateRequested) -> None:
         replica.unload_wanted = replica.purge_wanted = replica.drop_wanted = False
         replica.load_wanted = replica.state is not State.RESIDENT
         if replica.state is State.RESIDENT:
             replica.idle_since_s = event.now_s
             self._actions.append(ev.Activated(replica.name))
 
-    def _unload_wanted(self, replica: Replica, event: ev.UnloadWanted) -> None:
+    def _unload_wanted(self, replica: Replica, event: ev.ParkRequested) -> None:
         if replica.load_wanted and (replica.stopping or replica.state not in (State.STARTING, State.SWAPPING_IN)):
             self._actions.append(ev.Refuse(replica.name, _UNLOADED.format(replica.name)))
         replica.load_wanted = False
         replica.unload_wanted = True
         replica.purge_wanted |= event.purge
 
-    def _load_reported(self, replica: Replica, event: ev.LoadReported) -> None:
+    def _load_reported(self, replica: Replica, event: ev.TrafficReported) -> None:
         was_busy = not replica.idle
         if (arrived := event.in_flight + event.waiting - replica.in_flight - replica.waiting) > 0:
             replica.demand.arrived(arrived, event.now_s)
@@ -252,7 +252,7 @@ class Coordinator:
         self._own_mirror((replica.name, event.rank), event.mirror)
 
     def _mirror_kept(self, replica: Replica, event: ev.MirrorKept) -> None:
-        self.inventory.mirrors[event.mirror] = Mirror(event.mirror, event.bytes, idle_since_s=event.now_s)
+        self.ledger.mirrors[event.mirror] = Mirror(event.mirror, event.bytes, idle_since_s=event.now_s)
         replica.host_bytes = max(0, replica.host_bytes - event.bytes)
         self._host_memory.kept(replica.name, event.bytes)
         self._own_mirror((replica.name, event.rank), event.mirror)
@@ -260,7 +260,7 @@ class Coordinator:
     def _own_mirror(self, rank: tuple[str, int], name: str) -> None:
         """This mirror and no other is the rank's; an empty name: none is."""
         self._mirrors_changed = True
-        for mirror in self.inventory.mirrors.values():
+        for mirror in self.ledger.mirrors.values():
             change = set.add if mirror.name == name else set.discard
             change(mirror.users, rank)
             change(mirror.owners, rank)
@@ -268,16 +268,16 @@ class Coordinator:
 
     def _forget_mirrors(self, replica: Replica) -> None:
         self._mirrors_changed = True
-        for mirror in self.inventory.mirrors.values():
+        for mirror in self.ledger.mirrors.values():
             mirror.owners = {owner for owner in mirror.owners if owner[0] != replica.name}
 
     def _mirror_voided(self, replica: Replica, event: ev.MirrorVoided) -> None:
         self._mirrors_changed = True
-        if event.mirror in self.inventory.mirrors:
-            self.inventory.mirrors[event.mirror].owners.clear()
+        if event.mirror in self.ledger.mirrors:
+            self.ledger.mirrors[event.mirror].owners.clear()
 
     def _mirror_dropped(self, replica: Replica, event: ev.MirrorDropped) -> None:
-        del self.inventory.mirrors[event.name]
+        del self.ledger.mirrors[event.name]
 
     def _engine_ready(self, replica: Replica, event: ev.EngineReady) -> None:
         replica.move(State.RESIDENT)
@@ -336,7 +336,7 @@ class Coordinator:
         if not replica.stopping:
             replica.failure = event.reason
             self._actions.append(ev.Refuse(replica.name, event.reason))
-        self.inventory.place(replica, ())
+        self.ledger.place(replica, ())
         self._owed.discard(replica.name)
         if self._starting == replica.name:
             self._starting = ""
@@ -348,7 +348,7 @@ class Coordinator:
         replica.residue_bytes = {}
         replica.reserved_frames = replica.in_flight = replica.waiting = replica.host_bytes = 0
         self._mirrors_changed = True
-        for mirror in self.inventory.mirrors.values():
+        for mirror in self.ledger.mirrors.values():
             if replica.name in {name for name, _ in mirror.users}:
                 mirror.users = {user for user in mirror.users if user[0] != replica.name}
                 mirror.idle_since_s = event.now_s
@@ -472,10 +472,10 @@ class Coordinator:
         """Steps 1 to 7."""
         blocked: set[str] = set()
         for (name, rank), frames in list(self._growth.items()):  # 1
-            touched.update(self.inventory.replicas[name].devices)
-            self._grow(self.inventory.replicas[name], rank, frames, blocked, now_s)
-        for creditor in [self.inventory.replicas[name] for name in sorted(self._owed)]:  # 2
-            if not placement.beyond_pins(creditor, self.inventory):
+            touched.update(self.ledger.replicas[name].devices)
+            self._grow(self.ledger.replicas[name], rank, frames, blocked, now_s)
+        for creditor in [self.ledger.replicas[name] for name in sorted(self._owed)]:  # 2
+            if not placement.blocked_by_pins(creditor, self.ledger):
                 touched.update(creditor.devices)
             self._settle_debt(creditor, blocked, now_s)
         served = None
@@ -518,35 +518,35 @@ class Coordinator:
         if starter.name not in self._targets or not touched.isdisjoint(self._targets[starter.name]):
             return False
         missing = starter.missing_frames
-        return not any(self.inventory.free_frames(device) >= missing for device in touched)
+        return not any(self.ledger.free_frames(device) >= missing for device in touched)
 
     def _waiting_on(self, devices: Iterable[str]) -> list[Replica]:
         places = self._queue.places
-        return [replica for device in devices for replica in self.inventory.on(device) if replica.name in places]
+        return [replica for device in devices for replica in self.ledger.on(device) if replica.name in places]
 
     def _activate(
         self, replica: Replica, blocked: set[str], claims: Counter[str], touched: set[str], now_s: float
     ) -> None:
         """`claims`: frames of each device that are being freed for those ahead of it."""
-        inventory = self.inventory
+        ledger = self.ledger
         was_coming = self._coming.pop(replica.name, None)
         old_target = self._targets.pop(replica.name, ())
-        devices = placement.candidates(replica, inventory)
-        able = placement.able(replica, devices, inventory)
+        devices = placement.candidates(replica, ledger)
+        able = placement.able(replica, devices, ledger)
         if len(able) < replica.ranks:  # 5
             replica.load_wanted = replica.preempted = False  # who stands still inside is refused as well
             replica.waiting = 0
             self._queue.leave(replica)
             touched.update(replica.devices, old_target)
-            self._actions.append(ev.Refuse(replica.name, placement.why_never(replica, devices, able, inventory)))
+            self._actions.append(ev.Refuse(replica.name, placement.why_never(replica, devices, able, ledger)))
             self._expire(replica, now_s)
             return
         missing = replica.missing_frames
         target = replica.devices
         if not target:
-            fitting = [device for device in able if device not in blocked and inventory.free_frames(device) >= missing]
+            fitting = [device for device in able if device not in blocked and ledger.free_frames(device) >= missing]
             if len(fitting) >= replica.ranks:
-                best = placement.preferred(replica, fitting, inventory, inventory.free_frames)
+                best = placement.preferred(replica, fitting, ledger, ledger.free_frames)
                 target = tuple(best[: replica.ranks])
             elif len(old_target) == replica.ranks and set(able).issuperset(old_target):
                 target = old_target  # room is being made there
@@ -575,13 +575,13 @@ class Coordinator:
         unblocked = [device for device in able if device not in blocked]
         choice = unblocked if len(unblocked) >= replica.ranks else able
         reach = lambda device: self._within_reach(device, replica, now_s)  # noqa: E731
-        return tuple(placement.preferred(replica, choice, self.inventory, reach)[: replica.ranks])
+        return tuple(placement.preferred(replica, choice, self.ledger, reach)[: replica.ranks])
 
     def _soon_free(self, device: str, who: Replica) -> int:
         """Frames that `who` may count on when it is activated."""
-        free = self.inventory.free_frames(device)
+        free = self.ledger.free_frames(device)
         if who.state is State.SWAPPED:
-            free += eviction.returning_frames(self.inventory.on(device))
+            free += eviction.returning_frames(self.ledger.on(device))
         return free
 
     def _promise(self, replica: Replica, frames: int) -> None:
@@ -593,10 +593,10 @@ class Coordinator:
 
     def _keep_promises(self, touched: set[str]) -> None:
         for name in list(self._promised):
-            replica = self.inventory.replicas[name]
+            replica = self.ledger.replicas[name]
             if touched.isdisjoint(replica.devices):
                 continue
-            back = max(0, min(self.inventory.unreserved_frames(device) for device in replica.devices))
+            back = max(0, min(self.ledger.unreserved_frames(device) for device in replica.devices))
             if more := min(back, replica.promised_frames):
                 replica.reserved_frames += more
                 self._promise(replica, replica.promised_frames - more)
@@ -609,7 +609,7 @@ class Coordinator:
             replica.epoch += 1
             replica.ordered_s = now_s
             missing = replica.missing_frames
-            free = max(0, min(self.inventory.unreserved_frames(device) for device in devices))
+            free = max(0, min(self.ledger.unreserved_frames(device) for device in devices))
             replica.reserved_frames += min(free, missing)
             self._promise(replica, max(0, missing - free))
             self._actions.append(ev.SwapIn(replica.name, replica.epoch, replica.reserved_frames))
@@ -617,14 +617,14 @@ class Coordinator:
             replica.reserved_frames = replica.need_frames
             replica.move(State.STARTING)
             self._starting = replica.name
-            self.inventory.place(replica, devices)
+            self.ledger.place(replica, devices)
             replica.failure = ""
             self._actions.append(ev.StartEngine(replica.name, replica.devices))
 
     def _grow(self, replica: Replica, rank: int, frames: int, blocked: set[str], now_s: float) -> None:
         """Grant what a rank of a starting engine wants, refuse it for good, or make room for it."""
         footprint = replica.footprints[rank]
-        if message := placement.why_no_more(replica, footprint, self.inventory):
+        if message := placement.why_no_more(replica, footprint, self.ledger):
             del self._growth[replica.name, rank]
             replica.footprints[rank] -= frames
             self._actions.append(ev.RefuseFrames(replica.name, message, rank))
@@ -634,7 +634,7 @@ class Coordinator:
 
     def _settle_debt(self, replica: Replica, blocked: set[str], now_s: float) -> None:
         if replica.state is State.RESIDENT and replica.missing_frames:
-            if placement.beyond_pins(replica, self.inventory):
+            if placement.blocked_by_pins(replica, self.ledger):
                 return  # it stays owed; meanwhile nobody has to leave for it
             free = blocked.isdisjoint(replica.devices)
             if not free or not self._take(replica, replica.missing_frames, blocked, now_s):
@@ -643,7 +643,7 @@ class Coordinator:
 
     def _take(self, replica: Replica, frames: int, blocked: set[str], now_s: float) -> bool:
         """Set `frames` more of each of its devices aside for one that is on them; or make room, and block them."""
-        if not frames or all(self.inventory.free_frames(device) >= frames for device in replica.devices):
+        if not frames or all(self.ledger.free_frames(device) >= frames for device in replica.devices):
             replica.reserved_frames += frames
             return True
         self._make_room(dict.fromkeys(replica.devices, frames), replica, now_s)
@@ -661,14 +661,14 @@ class Coordinator:
         """The same of those that are to give back what they have on loan: that comes first."""
         enough = True
         for device, frames in needs.items():
-            on_device = self.inventory.on(device)
-            coming = self.inventory.free_frames(device) + eviction.coming_frames(on_device)
+            on_device = self.ledger.on(device)
+            coming = self.ledger.free_frames(device) + eviction.coming_frames(on_device)
             coming += sum(r.reserved_frames - keeps[r.name] for r in on_device if r.name in keeps)
             coming += sum(r.reserved_frames - loans[r.name] for r in on_device if r.name in loans.keys() - keeps.keys())
             for debtor in on_device if coming < frames else ():
                 left = loans.get(debtor.name, debtor.reserved_frames)
-                lends = debtor is not who and eviction.lends(debtor) and debtor.loaned_frames
-                if lends and left > debtor.need_frames and coming < frames:
+                can_recall = debtor is not who and eviction.can_recall(debtor) and debtor.loaned_frames
+                if can_recall and left > debtor.need_frames and coming < frames:
                     loans[debtor.name] = max(debtor.need_frames, left - (frames - coming))
                     coming += left - loans[debtor.name]
             if coming >= frames:
@@ -688,10 +688,10 @@ class Coordinator:
         if not enough:
             return False
         for name in [name for name in loans if name not in keeps]:
-            debtor = self.inventory.replicas[name]
+            debtor = self.ledger.replicas[name]
             self._resize(debtor, max(0, loans[name] - debtor.footprint_frames), CALL_BACK_S)
         for name, keep in keeps.items():
-            victim = self.inventory.replicas[name]
+            victim = self.ledger.replicas[name]
             if victim.state is State.SWAPPED:
                 self._release(victim, keep)
             elif victim.idle:
@@ -717,10 +717,10 @@ class Coordinator:
         Beyond its limit nobody keeps any; of what it does not want any more it keeps what it uses, and is asked again.
         What parked models have kept goes for loans as well, unless somebody waits for them.
         """
-        names = sorted(name for name in self._bursting if not touched.isdisjoint(self.inventory.replicas[name].devices))
+        names = sorted(name for name in self._bursting if not touched.isdisjoint(self.ledger.replicas[name].devices))
         wanting = []
-        for replica in [self.inventory.replicas[name] for name in names]:
-            if not eviction.lends(replica):
+        for replica in [self.ledger.replicas[name] for name in names]:
+            if not eviction.can_recall(replica):
                 continue
             most = replica.most_frames if replica.most_frames is not None else replica.need_frames
             most = max(0, most - replica.footprint_frames)
@@ -738,14 +738,14 @@ class Coordinator:
             elif not replica.burst_wanted_frames:
                 self._bursting.discard(replica.name)
         claimed = {device for devices in self._targets.values() for device in devices}
-        for creditor in [self.inventory.replicas[name] for name in {name for name, _ in self._growth} | self._owed]:
-            if not placement.beyond_pins(creditor, self.inventory):
+        for creditor in [self.ledger.replicas[name] for name in {name for name, _ in self._growth} | self._owed]:
+            if not placement.blocked_by_pins(creditor, self.ledger):
                 claimed.update(creditor.devices)
         wanting.sort(key=lambda one: (-one[0].priority, one[1]))
         for number, (replica, wanted) in enumerate(wanting):
             if not claimed.isdisjoint(replica.devices) or self._waiting_on(replica.devices):
                 continue
-            free = min(self.inventory.free_frames(device) for device in replica.devices)
+            free = min(self.ledger.free_frames(device) for device in replica.devices)
             spare = max(0, replica.reserved_frames - replica.footprint_frames - replica.burst_frames)
             more = min(wanted - replica.burst_frames, spare + max(0, free) // (len(wanting) - number))
             more -= more % replica.burst_step
@@ -753,8 +753,8 @@ class Coordinator:
             if more > 0:
                 self._resize(replica, replica.burst_frames + more)
             for device in replica.devices if lacking >= replica.burst_step else ():
-                on_device = self.inventory.on(device)
-                coming = max(0, self.inventory.free_frames(device)) + eviction.returning_frames(on_device)
+                on_device = self.ledger.on(device)
+                coming = max(0, self.ledger.free_frames(device)) + eviction.returning_frames(on_device)
                 parked_ones = eviction.parked(on_device, now_s, self._regret)
                 if coming + sum(frames for _, frames in parked_ones) < replica.burst_step:
                     continue
@@ -772,21 +772,23 @@ class Coordinator:
 
     def _within_reach(self, device: str, who: Replica, now_s: float) -> int:
         """Frames that are free, coming, or held by models that could be asked for them now."""
-        on_device = self.inventory.on(device)
+        on_device = self.ledger.on(device)
         victims, _ = eviction.victims(on_device, who, {}, now_s, self._regret)
         held = sum(frames for _, frames in victims)
         asked = {id(victim) for victim, _ in victims}
-        held += sum(r.loaned_frames for r in on_device if r is not who and eviction.lends(r) and id(r) not in asked)
-        return self.inventory.free_frames(device) + eviction.coming_frames(on_device) + held
+        held += sum(
+            r.loaned_frames for r in on_device if r is not who and eviction.can_recall(r) and id(r) not in asked
+        )
+        return self.ledger.free_frames(device) + eviction.coming_frames(on_device) + held
 
     # --- 5. host memory -----------------------------------------------------------------------------------------------
 
     def _fit_host_memory(self) -> None:
         for name, message in self._host_memory.refused():
             self._actions.append(ev.RefuseHostMemory(name, message))
-        for name in self._host_memory.granted(self.inventory):
+        for name in self._host_memory.granted(self.ledger):
             self._actions.append(ev.GrantHostMemory(name))
-        for victim in self._host_memory.victims(self.inventory):
+        for victim in self._host_memory.victims(self.ledger):
             victim.drop_wanted = True
             if isinstance(victim, Mirror):
                 self._mirrors_changed = True
@@ -795,12 +797,12 @@ class Coordinator:
                 self._drain(victim, 0, wait=False, reason="host_memory")
             else:
                 self._drop(victim)
-        for name, message in self._host_memory.hopeless(self.inventory):
+        for name, message in self._host_memory.unsatisfiable(self.ledger):
             self._actions.append(ev.RefuseHostMemory(name, message))
 
     def _drop_mirrors(self) -> None:
         self._mirrors_changed = False
-        for mirror in self.inventory.mirrors.values():
+        for mirror in self.ledger.mirrors.values():
             if not mirror.users and not mirror.dropping and (mirror.drop_wanted or not mirror.owners):
                 reason = ""
                 if mirror.drop_wanted:
@@ -812,9 +814,9 @@ class Coordinator:
 
 _HANDLERS: dict[type[ev.Event], Callable[..., None]] = {
     ev.Registered: Coordinator._registered,
-    ev.LoadWanted: Coordinator._load_wanted,
-    ev.UnloadWanted: Coordinator._unload_wanted,
-    ev.LoadReported: Coordinator._load_reported,
+    ev.ActivateRequested: Coordinator._load_wanted,
+    ev.ParkRequested: Coordinator._unload_wanted,
+    ev.TrafficReported: Coordinator._load_reported,
     ev.FramesWanted: Coordinator._frames_wanted,
     ev.BurstWanted: Coordinator._burst_wanted,
     ev.Resized: Coordinator._resized,

@@ -47,14 +47,14 @@ class Registered(Event):
 
 
 @dataclass(frozen=True)
-class LoadWanted(Event):
+class ActivateRequested(Event):
     """Triton or an operator wants the replica RESIDENT."""
 
     name: str
 
 
 @dataclass(frozen=True)
-class UnloadWanted(Event):
+class ParkRequested(Event):
     """Triton or an operator wants the replica parked; with `purge` its engine ends as well."""
 
     name: str
@@ -62,7 +62,7 @@ class UnloadWanted(Event):
 
 
 @dataclass(frozen=True)
-class LoadReported(Event):
+class TrafficReported(Event):
     """The engine host's own count of requests in the engine and at the gate."""
 
     name: str

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-from swap_agent.policy.inventory import Replica
-from swap_agent.policy.lifecycle import State
+from swap_agent.policy.ledger import Replica
+from swap_agent.policy.states import State
 
 LEAVING = frozenset({State.DRAINING, State.SWAPPING_OUT})
 """Their frames, but for those they keep, are about to be free."""
@@ -57,7 +57,7 @@ def least_recently_used(replica: Replica, now_s: float) -> list[Slice]:
     return [Slice(replica.idle_since_s, replica.reserved_frames)]
 
 
-def may_leave_s(replica: Replica) -> float:
+def evictable_from_s(replica: Replica) -> float:
     """From when on a RESIDENT replica may be asked to leave: at the end of its minimum residency.
 
     One that is idle may go before, once it has been idle for as long as its way back takes: waiting as long as leaving
@@ -93,7 +93,7 @@ def victims(
                 continue
             if replica.resize_to is not None:
                 continue  # it will have been carried out soon
-            leaves_s = may_leave_s(replica)
+            leaves_s = evictable_from_s(replica)
             if leaves_s > now_s:
                 later_s = min(later_s, leaves_s)
                 continue
@@ -114,7 +114,7 @@ def victims(
     return [(r, frames) for *_, r, frames in idle] + [(r, r.reserved_frames) for r in waiting + busy], later_s
 
 
-def lends(replica: Replica) -> bool:
+def can_recall(replica: Replica) -> bool:
     """Whether it can be asked for frames that it has on loan."""
     return replica.state is State.RESIDENT and replica.resize_to is None and not replica.stopping
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from swap_agent.errors import InvalidUsage, Unavailable
-from swap_agent.simulate.tally import Tally
+from swap_agent.simulate.metrics import Tally
 from swap_agent.simulate.trace import Trace
 
 _COLOURS = {

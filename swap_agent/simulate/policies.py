@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 from swap_agent.policy.coordinator import Coordinator
 from swap_agent.policy.eviction import least_recently_used
-from swap_agent.policy.inventory import Device
+from swap_agent.policy.ledger import Device
 from swap_agent.simulate.cluster import Cluster
+from swap_agent.simulate.metrics import Tally
 from swap_agent.simulate.static import Static
-from swap_agent.simulate.tally import Tally
 from swap_agent.simulate.trace import Trace
 from swap_agent.simulate.world import Decider, World
 

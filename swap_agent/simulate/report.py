@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from swap_agent.simulate.cluster import Cluster
+from swap_agent.simulate.metrics import Tally
 from swap_agent.simulate.policies import POLICIES, Policy
-from swap_agent.simulate.tally import Tally
 from swap_agent.simulate.trace import Trace
 
 

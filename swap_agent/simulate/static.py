@@ -29,9 +29,9 @@ class Static:
     def on_event(self, event: ev.Event) -> list[ev.Action]:
         """Decide."""
         match event:
-            case ev.LoadWanted():
+            case ev.ActivateRequested():
                 return self._wanted(event.name)
-            case ev.LoadReported():
+            case ev.TrafficReported():
                 self._idle_since_s.pop(event.name, None)
                 if event.waiting:
                     return self._wanted(event.name)

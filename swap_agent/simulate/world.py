@@ -12,13 +12,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from swap_agent.errors import BooksDoNotBalance, Unsupported
+from swap_agent.errors import AccountingError, Unsupported
 from swap_agent.policy import events as ev
-from swap_agent.policy.inventory import Device
+from swap_agent.policy.ledger import Device
 from swap_agent.simulate.cluster import Cluster
-from swap_agent.simulate.host import REPORT_INTERVAL_S, Host, SwapIn
-from swap_agent.simulate.link import Link
-from swap_agent.simulate.tally import Tally
+from swap_agent.simulate.engine_model import REPORT_INTERVAL_S, Host, SwapIn
+from swap_agent.simulate.metrics import Tally
+from swap_agent.simulate.shared_bandwidth import Link
 from swap_agent.simulate.trace import Trace
 
 TICK_S = 0.1
@@ -71,7 +71,7 @@ class World:
     def warm_up(self) -> None:
         """Start every engine, one after the other as `serve` does. Nothing of it is counted."""
         for host in self.hosts.values():
-            self._events.append(ev.LoadWanted(self.now_s, host.name))
+            self._events.append(ev.ActivateRequested(self.now_s, host.name))
             self._settle()
             while self._heap and (not host.devices or host.moving):
                 self._step()
@@ -97,7 +97,7 @@ class World:
                 self._settle()
         while self._unanswered:
             if not heap:
-                raise BooksDoNotBalance(f"{self._unanswered} requests wait, and nothing is going to happen")
+                raise AccountingError(f"{self._unanswered} requests wait, and nothing is going to happen")
             self._step()
         self._run_until(max(self.now_s, origin_s + span_s))
         for host in self.hosts.values():
@@ -150,7 +150,7 @@ class World:
             case ev.Activated():
                 pass
             case _ if host is None:
-                raise BooksDoNotBalance(f"there is no such model: {action}")
+                raise AccountingError(f"there is no such model: {action}")
             case ev.Drain():
                 self._drain(host, action)
             case ev.SwapOut():
@@ -183,7 +183,7 @@ class World:
     def _swapped_out(self, what: tuple[Host, ev.SwapOut]) -> None:
         host, order = what
         if host.open or host.in_flight:
-            raise BooksDoNotBalance(f"{host.name} was swapped out while it may run requests")
+            raise AccountingError(f"{host.name} was swapped out while it may run requests")
         if host.resident:
             self._count_time(host, +1)
             host.resident = False
@@ -198,7 +198,7 @@ class World:
     def _swap_in(self, host: Host, order: ev.SwapIn | ev.MoreFrames) -> None:
         """Copying begins when the last frame has come: who leaves returns all of his at once here."""
         if host.resident or not host.devices or host.moving != isinstance(order, ev.MoreFrames):
-            raise BooksDoNotBalance(f"{host.name} cannot be swapped in now")
+            raise AccountingError(f"{host.name} cannot be swapped in now")
         host.moving = True
         if order.frames < host.need:
             return
@@ -216,7 +216,7 @@ class World:
 
     def _take(self, host: Host, device: str, frames: int) -> None:
         if frames > self._free[device]:
-            raise BooksDoNotBalance(f"{host.name} was given {frames} frames of {device}; {self._free[device]} are free")
+            raise AccountingError(f"{host.name} was given {frames} frames of {device}; {self._free[device]} are free")
         self._free[device] -= frames
 
     def _plan_link(self, device: str) -> None:
@@ -240,7 +240,7 @@ class World:
     def _swapped_in(self, host: Host) -> None:
         order, host.swap_in = host.swap_in, None
         if order is None:
-            raise BooksDoNotBalance(f"{host.name} was not being swapped in")
+            raise AccountingError(f"{host.name} was not being swapped in")
         self.tally.swapped_in(host.name, order.started_s, self.now_s, order.size_bytes)
         self._open(host)
         self._events.append(ev.SwappedIn(self.now_s, host.name, order.epoch))
@@ -249,7 +249,7 @@ class World:
 
     def _start_engine(self, host: Host, devices: tuple[str, ...]) -> None:
         if host.devices:
-            raise BooksDoNotBalance(f"{host.name} has an engine already")
+            raise AccountingError(f"{host.name} has an engine already")
         self.tally.engine_starts += 1
         host.devices = devices
         host.moving = host.resident = True
@@ -279,7 +279,7 @@ class World:
     def _engine_ended(self, what: tuple[Host, str]) -> None:
         host, reason = what
         if host.in_flight or host.moving:
-            raise BooksDoNotBalance(f"{host.name}: its engine was ended while it was at work")
+            raise AccountingError(f"{host.name}: its engine was ended while it was at work")
         self._refuse(host, len(host.waiting), reason)
         for device in host.devices:
             self._free[device] += host.held
@@ -376,7 +376,7 @@ class World:
         report = (host.in_flight, len(host.waiting), host.served)
         if report != host.reported:
             host.reported = report
-            self._events.append(ev.LoadReported(self.now_s, host.name, report[0], report[1]))
+            self._events.append(ev.TrafficReported(self.now_s, host.name, report[0], report[1]))
 
 
 def _registered(host: Host) -> ev.Registered:

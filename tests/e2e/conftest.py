@@ -10,14 +10,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from scene import LLAMA, MODELS, QWEN, REFERENCE_TOKENS, Reference
+from support.scene import LLAMA, MODELS, QWEN, REFERENCE_TOKENS, Reference
 
 from loadtest.baseline import Job, run_baseline
 from loadtest.clients import Client
 from loadtest.models import MODELS_DIR
 from loadtest.prompts import Prompts
-from loadtest.rounds import Round
 from loadtest.server import REPOSITORY, Server
+from loadtest.workload import Round
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scene import LLAMA, QWEN, REFERENCE_TOKENS, Reference
+from support.scene import LLAMA, QWEN, REFERENCE_TOKENS, Reference
 
 from loadtest.clients import Client
 from loadtest.server import Server

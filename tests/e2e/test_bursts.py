@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from scene import SMOLLM, engine_group, until
+from support.scene import SMOLLM, engine_group, until
 
 from loadtest.clients import Client
 from loadtest.models import MODELS_DIR
@@ -89,7 +89,7 @@ async def test_bursts_alternate_and_neither_model_ever_has_less_than_its_request
                         most_touched[name] = max(most_touched[name], touched)
                     (device,) = server.devices()
                     held = (device["frames_total"] - device["frames_free"]) * device["frame_bytes"]
-                    assert held <= DEVICE_BYTES and server.books_violations == 0
+                    assert held <= DEVICE_BYTES and server.accounting_errors == 0
                     await asyncio.sleep(1)
 
             watching = asyncio.create_task(watch())

@@ -7,7 +7,7 @@ import os
 import signal
 
 import pytest
-from scene import LLAMA, SMOLLM, agent_process, engine_group, until
+from support.scene import LLAMA, SMOLLM, agent_process, engine_group, until
 
 from loadtest.clients import Client, RequestFailed
 from loadtest.prompts import Prompts

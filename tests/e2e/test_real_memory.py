@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from scene import LLAMA, MODELS, QWEN, SMOLLM, agent_process, engine_group
+from support.scene import LLAMA, MODELS, QWEN, SMOLLM, agent_process, engine_group
 
 from loadtest.clients import Client
 from loadtest.prompts import Prompts

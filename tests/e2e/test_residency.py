@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 
-from scene import QWEN, SMOLLM, until
+from support.scene import QWEN, SMOLLM, until
 
 from loadtest import models
 from loadtest.clients import Client

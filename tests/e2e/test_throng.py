@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import tritonclient.grpc.aio as grpc_aio
-from scene import LLAMA, MODELS, QWEN, until
+from support.scene import LLAMA, MODELS, QWEN, until
 from tokenizers import Tokenizer
 
 from loadtest.clients import Client
 from loadtest.models import MODELS_DIR
 from loadtest.prompts import Prompts
-from loadtest.rounds import Answer
 from loadtest.server import Server
+from loadtest.workload import Answer
 
 REQUESTS = 200
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scene import SMOLLM
+from support.scene import SMOLLM
 
 from loadtest.clients import Client, RequestFailed
 from loadtest.models import MODELS_DIR

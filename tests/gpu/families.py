@@ -18,14 +18,17 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from swap import Model, make_model  # also sets sys.path
-from test_model_families import COMMON, make_tiny
-from test_model_families import FAMILIES as LAYERS
-from tiny_quantized import quantize
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "backend"), str(ROOT / "tests")]
 
-from swap_agent.config import AgentConfig, RuntimeDir
-from swap_agent.daemon import Agent
-from swap_agent.policy.units import parse_device
+from support.model_families import COMMON, make_tiny  # noqa: E402
+from support.model_families import FAMILIES as LAYERS  # noqa: E402
+from support.tiny_quantized import quantize  # noqa: E402
+from swap import Model, make_model  # noqa: E402
+
+from swap_agent.daemon.agent import Agent  # noqa: E402
+from swap_agent.daemon.config import AgentConfig, RuntimeDir  # noqa: E402
+from swap_agent.units import parse_device  # noqa: E402
 
 TURNS = 3
 FAMILIES: dict[str, tuple[str, str | None]] = {
@@ -75,7 +78,7 @@ async def answers_stay(arguments: dict[str, Any], device: str, folder: Path) -> 
         finally:
             await model.engine.closed()
             await model.stub.closed()
-        return same and not agent.books_violations
+        return same and not agent.accounting_errors
 
 
 def main() -> int:

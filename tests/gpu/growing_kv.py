@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "backend"), str(ROOT / "tests" / "integration")]
+sys.path[:0] = [str(ROOT), str(ROOT / "backend"), str(ROOT / "tests")]
 
 import vllm  # noqa: E402
-from tiny_llama import make_tiny_llama, prompt  # noqa: E402
+from support.tiny_llama import make_tiny_llama, prompt  # noqa: E402
 
-from swap_agent.config import AgentConfig, RuntimeDir  # noqa: E402
-from swap_agent.daemon import Agent  # noqa: E402
+from swap_agent.daemon.agent import Agent  # noqa: E402
+from swap_agent.daemon.config import AgentConfig, RuntimeDir  # noqa: E402
 from swap_agent.policy import events as ev  # noqa: E402
-from swap_agent.policy.units import parse_device  # noqa: E402
+from swap_agent.units import parse_device  # noqa: E402
 from swap_agent.wire import messages as wire  # noqa: E402
 from swap_agent.wire.framing import AsyncChannel  # noqa: E402
 
@@ -102,7 +102,7 @@ async def measure(folder: Path) -> dict[str, Any]:
         "same_answers": same,
         "frames_when_swapped": frames_when_swapped,
         "kv_bytes_back": pool.device.host_to_device["kv", "swap_in"],
-        "books_violations": agent.books_violations,
+        "accounting_errors": agent.accounting_errors,
     }
 
 
@@ -125,7 +125,7 @@ def main() -> int:
         "it did not grow and shrink": figures["blocks"] != least_and_most[::-1] * (ROUNDS if grows else 0),
         "nothing of it outlived a swap": grows and not figures["kv_bytes_back"],
         "a swapped-out engine has frames": any(figures["frames_when_swapped"]),
-        "the books do not balance": figures["books_violations"] > 0,
+        "the books do not balance": figures["accounting_errors"] > 0,
     }
     print("\n".join(text for text, found in wrong.items() if found))
     return 1 if any(wrong.values()) else 0

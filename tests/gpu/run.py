@@ -69,7 +69,7 @@ def main() -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     names = ("tiny", "kv", "families", "swap", "sleep", "probe")
     tiny, kv, families, swap, sleep, probe = (out.with_name(f"{out.stem}-{name}.json") for name in names)
-    tests = [str(ROOT / "tests" / "contract" / name) for name in ("test_memory.py", "test_rank_link.py")]
+    tests = [str(ROOT / "tests" / "agent" / name) for name in ("test_memory.py", "test_rank_link.py")]
     pytest = ["-m", "pytest", "-q", "-c", str(HERE / "pytest.ini"), f"--rootdir={ROOT}", "-p", "no:cacheprovider"]
     steps = {
         "probe": run("probe", [*pytest, str(HERE / "test_probe.py")], 420, probe, TRITON_SWAP_PROBE_OUT=str(probe)),

@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "backend"), str(ROOT / "tests" / "integration")]
+sys.path[:0] = [str(ROOT), str(ROOT / "backend"), str(ROOT / "tests")]
 
-from tiny_llama import prompt, write_tokenizer  # noqa: E402
+from support.tiny_llama import prompt, write_tokenizer  # noqa: E402
 
-from swap_agent.config import AgentConfig, RuntimeDir  # noqa: E402
-from swap_agent.daemon import Agent  # noqa: E402
-from swap_agent.memory.cuda import CudaDevice  # noqa: E402
-from swap_agent.memory.cuda_driver import call  # noqa: E402
-from swap_agent.memory.hostmem import HostMemory  # noqa: E402
-from swap_agent.policy.units import parse_device  # noqa: E402
+from swap_agent.daemon.agent import Agent  # noqa: E402
+from swap_agent.daemon.config import AgentConfig, RuntimeDir  # noqa: E402
+from swap_agent.device.cuda import CudaDevice  # noqa: E402
+from swap_agent.device.cuda_driver import call  # noqa: E402
+from swap_agent.device.memfd import HostMemory  # noqa: E402
+from swap_agent.units import parse_device  # noqa: E402
 from swap_agent.wire import messages as wire  # noqa: E402
 from swap_agent.wire.framing import AsyncChannel  # noqa: E402
 
@@ -180,7 +180,7 @@ async def measure(model_size: str, device: str, folder: Path) -> dict[str, Any]:
         for model in models:
             await model.engine.closed()
             await model.stub.closed()
-        result["books_violations"] = agent.books_violations
+        result["accounting_errors"] = agent.accounting_errors
     for figures in result["models"].values():
         turns = figures["turns"]
         for name in ("ttft_s", "swap_in_s", "copy_s"):
@@ -227,7 +227,7 @@ def main() -> int:
     options.out.write_text(json.dumps(result, indent=2) + "\n")
     print_table(result)
     same = all(one["same_answers"] == len(one["turns"]) for one in result["models"].values())
-    return 0 if same and not result["books_violations"] else 1
+    return 0 if same and not result["accounting_errors"] else 1
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from swap_agent.errors import InvalidModel, TritonSwapError, Unsupported
-from vllm_engine import arguments
-from vllm_engine.versions import TRY_ANYWAY, check_vllm_version
+from vllm_engine.adapter import args
+from vllm_engine.adapter.versions import TRY_ANYWAY, check_vllm_version
 
 KNOWN = {"model", "tokenizer", "max_model_len", "worker_cls", "quantization", "enable_lora", "tensor_parallel_size",
          "pipeline_parallel_size", "data_parallel_size",
@@ -25,7 +25,7 @@ def weights(tmp_path: Path) -> Path:
 
 
 def read(values: Any, version_dir: Path = Path("/repository/m/1")) -> dict[str, Any]:
-    return arguments.read(json.dumps(values), version_dir, KNOWN)
+    return args.read(json.dumps(values), version_dir, KNOWN)
 
 
 def test_what_is_fine_passes_and_stays_quiet(weights: Path) -> None:
@@ -69,7 +69,7 @@ def test_what_is_wrong_is_named(values: Any, kind: type[TritonSwapError], says: 
 
 def test_a_syntax_error_is_located() -> None:
     with pytest.raises(InvalidModel, match=r"not JSON: .* at line 2, column"):
-        arguments.read('{"model": "m",\n}', Path("/"), KNOWN)
+        args.read('{"model": "m",\n}', Path("/"), KNOWN)
 
 
 def test_a_folder_without_weights_is_refused_unless_they_are_not_read(weights: Path) -> None:

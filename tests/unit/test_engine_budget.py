@@ -6,7 +6,7 @@ import pytest
 
 from swap_agent.errors import InvalidModel
 from swap_agent.wire import messages as wire
-from vllm_engine.budget import most_kv_cache, plan_kv_cache
+from vllm_engine.rank.kv_size import most_kv_cache, plan_kv_cache
 
 MIB = 1 << 20
 FIXED: dict[wire.Region, int] = {"weights": 8 * MIB, "state": 2 * MIB, "scratch": 0}

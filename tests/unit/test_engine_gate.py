@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from swap_agent.errors import TritonSwapError, Unavailable
-from vllm_engine.gate import Gate
+from vllm_engine.host.gate import Gate
 
 
 class Watched(Gate):

@@ -12,8 +12,8 @@ import pytest
 from swap_agent.errors import InvalidModel, PeerGone, Unavailable
 from swap_agent.wire.framing import DATA_LIMIT_BYTES, AsyncChannel
 from swap_agent.wire.messages import Abort, Embed, Failed, Output, Sequence, Step, Submit
-from vllm_engine.gate import Gate
-from vllm_engine.generate import DataPlane
+from vllm_engine.host.data_plane import DataPlane
+from vllm_engine.host.gate import Gate
 
 
 class ScriptedEngine:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_engine.headers import safetensors_header
+from vllm_engine.adapter.safetensors_header import safetensors_header
 
 
 def make(path: Path, entries: int) -> dict[str, object]:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swap_agent.errors import Unsupported
-from vllm_engine.kv_layout import KVLayout, Range, merged, ranges_of
+from vllm_engine.rank.kv_layout import KVLayout, Range, merged, ranges_of
 
 FRAME = 16
 

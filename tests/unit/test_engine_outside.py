@@ -7,7 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from vllm_engine import outside, rehome  # noqa: E402
+from vllm_engine.rank import model_digest, relocate  # noqa: E402
 
 
 class Method:
@@ -45,7 +45,7 @@ class Model(torch.nn.Module):  # type: ignore[misc]
 
 
 def digest(model: Any) -> str:
-    return outside.digest(model, rehome.plan(model, torch.device("cpu")))
+    return model_digest.digest(model, relocate.plan(model, torch.device("cpu")))
 
 
 def test_what_lies_in_extents_does_not_count() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_engine.pressure import CALM_S, Pressure
+from vllm_engine.host.kv_demand import CALM_S, Pressure
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from swap_agent.errors import InvalidModel, PeerGone, ProtocolError, Refusal, TakenBack, TritonSwapError, Unavailable
-from swap_agent.memory import mapping
+from swap_agent.device import mmap
+from swap_agent.errors import InvalidModel, PeerGone, ProtocolError, Refusal, RolledBack, TritonSwapError, Unavailable
 from swap_agent.wire import messages as wire
 from swap_agent.wire.framing import Channel, listen
-from vllm_engine.rank import ENDPOINT_VARIABLE, Endpoint, RankConnection
-from vllm_engine.space import Space
+from vllm_engine.rank.agent_link import ENDPOINT_VARIABLE, Endpoint, RankConnection
+from vllm_engine.rank.space import Space
 
 FRAME = 2 << 20
 WELCOME = wire.RankWelcome("cpu:0", FRAME, None, 1 << 30)
@@ -151,8 +151,8 @@ def test_what_cannot_be_mapped_is_taken_back_after_the_last_grant(
         raise OSError(12, "Cannot allocate memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr(mapping, "map_file", fail)
-        with pytest.raises(TakenBack, match="Cannot allocate memory"):
+        patched.setattr(mmap, "map_file", fail)
+        with pytest.raises(RolledBack, match="Cannot allocate memory"):
             rank.swap_in(space, 4)
     peer.join()
     assert space.mapped == {"weights": 1} and open_frames() == 0
@@ -178,7 +178,7 @@ def test_a_region_grows_is_taken_back_and_shrinks(agent: Any, connect: Any) -> N
     rank.reserve(space, "kv", 1, 6, (0, 3, 1, 4, 2, 5))
     rank.grow(space, "kv", 4, 3)
     assert (space.mapped, space.regions) == ({"kv": 3}, {"kv": 3})
-    with pytest.raises(TakenBack, match="another rank cannot"):
+    with pytest.raises(RolledBack, match="another rank cannot"):
         rank.grow(space, "kv", 5, 5)
     assert (space.mapped, space.regions) == ({"kv": 3}, {"kv": 3})
     rank.shrink(space, "kv", 6, 2)

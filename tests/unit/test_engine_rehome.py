@@ -9,8 +9,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from swap_agent.errors import Unsupported  # noqa: E402
-from vllm_engine import rehome  # noqa: E402
-from vllm_engine.space import Space  # noqa: E402
+from vllm_engine.rank import relocate  # noqa: E402
+from vllm_engine.rank.space import Space  # noqa: E402
 
 FRAME = 2 << 20
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def space() -> Iterator[Space]:
     space.unmap({})
 
 
-def map_region(space: Space, region: rehome.Region, size: int) -> list[int]:
+def map_region(space: Space, region: relocate.Region, size: int) -> list[int]:
     frames = -(-size // FRAME)
     space.reserve(region, frames)
     fds = [os.memfd_create("triton-swap-frame") for _ in range(frames)]
@@ -49,20 +49,20 @@ def map_region(space: Space, region: rehome.Region, size: int) -> list[int]:
     return fds
 
 
-def inside(space: Space, region: rehome.Region, tensor: torch.Tensor) -> bool:
+def inside(space: Space, region: relocate.Region, tensor: torch.Tensor) -> bool:
     start = space.address(region)
     return start <= tensor.data_ptr() < start + space.regions[region] * FRAME
 
 
 def test_the_layout_counts_every_storage_once_and_keeps_alignment() -> None:
-    layout = rehome.plan(Model(), CPU)
+    layout = relocate.plan(Model(), CPU)
     assert [(extent.name, extent.bytes) for extent in layout.weights] == [
         ("embedding", 700 * 512 * 4),
         ("transposed", 64 * 300 * 4),
         ("bias", 33 * 2),
     ]
     assert [(extent.name, extent.dtype, extent.shape) for extent in layout.state] == [("scale", "float32", ())]
-    assert all(extent.offset % rehome.ALIGNMENT_BYTES == 0 for extent in [*layout.weights, *layout.state])
+    assert all(extent.offset % relocate.ALIGNMENT_BYTES == 0 for extent in [*layout.weights, *layout.state])
     assert layout.size("weights") == layout.weights[-1].offset + 66
 
 
@@ -71,9 +71,9 @@ def test_moved_tensors_keep_value_shape_stride_and_sharing(space: Space) -> None
     names = ["embedding", "head", "transposed", "bias", "scale", "plain_alias", "plain_scale"]
     before = {name: getattr(model, name).clone() for name in names}
     strides = {name: getattr(model, name).stride() for name in names}
-    layout = rehome.plan(model, CPU)
+    layout = relocate.plan(model, CPU)
     fds = map_region(space, "weights", layout.size("weights")) + map_region(space, "state", layout.size("state"))
-    rehome.move(layout, space)
+    relocate.move(layout, space)
     for name in names:
         tensor = getattr(model, name)
         assert torch.equal(tensor, before[name]), name
@@ -99,10 +99,10 @@ def test_the_originals_are_freed(space: Space) -> None:
     module = torch.nn.Module()
     for number in range(16):
         module.register_parameter(f"p{number}", torch.nn.Parameter(torch.ones(1 << 20), requires_grad=False))
-    layout = rehome.plan(module, CPU)
+    layout = relocate.plan(module, CPU)
     fds = map_region(space, "weights", layout.size("weights"))
     before = resident_bytes()
-    rehome.move(layout, space)
+    relocate.move(layout, space)
     assert before - resident_bytes() > 0.95 * (64 << 20)
     assert module.p15.sum().item() == 1 << 20
     for fd in fds:
@@ -114,7 +114,7 @@ def test_a_storage_that_a_buffer_shares_is_state() -> None:
     weight = torch.nn.Parameter(torch.ones(8), requires_grad=False)
     module.register_parameter("weight", weight)
     module.register_buffer("view", weight.data[2:4])
-    layout = rehome.plan(module, CPU)
+    layout = relocate.plan(module, CPU)
     assert (layout.weights, [extent.name for extent in layout.state]) == ([], ["weight"])
 
 
@@ -122,4 +122,4 @@ def test_a_tensor_that_cannot_be_swapped_is_named() -> None:
     module = torch.nn.Module()
     module.register_buffer("sparse", torch.eye(3).to_sparse())
     with pytest.raises(Unsupported, match=r"sparse is torch\.sparse_coo on cpu"):
-        rehome.plan(module, CPU)
+        relocate.plan(module, CPU)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fakes.cuda import FakeCuda
 
-from vllm_engine import scratch
+from vllm_engine.adapter import scratch
 
 BASE, SIZE = 1 << 40, 64 << 20
 
@@ -61,8 +61,8 @@ def test_nothing_is_handed_out_twice_and_all_comes_back(library: ctypes.CDLL) ->
 
 OUTSIDE = """
 import ctypes
-from swap_agent.memory.cuda_driver import Context
-from vllm_engine.scratch import Scratch
+from swap_agent.device.cuda_driver import Context
+from vllm_engine.adapter.scratch import Scratch
 Context(0).use()
 scratch = Scratch(1 << 40, 4 << 20)
 library = scratch._functions

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from swap_agent.device.mmap import ALIGNMENT
 from swap_agent.errors import ProtocolError, TritonSwapError
-from swap_agent.memory.mapping import ALIGNMENT
 from swap_agent.wire.messages import Region
-from vllm_engine.space import Space
+from vllm_engine.rank.space import Space
 
 FRAME = 2 << 20
 
@@ -132,7 +132,7 @@ def test_buffers_stay_inside_of_their_region() -> None:
 
 def test_an_access_where_nothing_is_mapped_is_a_fault() -> None:
     script = (
-        "import ctypes, os; from vllm_engine.space import Space\n"
+        "import ctypes, os; from vllm_engine.rank.space import Space\n"
         f"space = Space({FRAME}); space.reserve('weights', 1)\n"
         f"fd = os.memfd_create('triton-swap-frame'); os.truncate(fd, {FRAME})\n"
         "space.map('weights', 0, [fd]); address = space.place('weights', 0, 1)\n"

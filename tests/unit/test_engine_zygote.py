@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HOST = """
 import json, logging, os, signal, socket, sys, threading, time
 from pathlib import Path
-from vllm_engine.zygote import Zygote
+from vllm_engine.adapter.fork import Zygote
 
 LOADED_BY = os.getpid()
 

@@ -9,7 +9,7 @@ import pytest
 from loadtest import consolidation
 from loadtest.consolidation import DURATION_S, NAMES, SETTLE_S, Done, Figures, arrivals, claimed_bytes, ratios
 from loadtest.prompts import Prompts
-from loadtest.rounds import Answer
+from loadtest.workload import Answer
 
 
 class Numbered(Prompts):

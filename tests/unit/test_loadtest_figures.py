@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from loadtest.counts import Tally, percentile
 from loadtest.measure import Row
 from loadtest.overhead import CONCURRENCIES, WAYS, Cost, ratios
-from loadtest.rounds import Answer, Outcome, Round, run
-from loadtest.tally import Tally, percentile
+from loadtest.workload import Answer, Outcome, Round, run
 
 
 @pytest.mark.parametrize(

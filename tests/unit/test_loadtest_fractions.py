@@ -9,10 +9,10 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from loadtest import followup, fractions, timeline
+from loadtest import fractions, next_turn, timeline
 from loadtest.fractions import LEVELS, MODES, Figures, Run, medians, ratios, same_answers
 from loadtest.models import KV_HEAVY, MODELS_DIR
-from loadtest.rounds import Answer
+from loadtest.workload import Answer
 
 
 def _parameters(config: Path) -> dict[str, str]:
@@ -40,11 +40,11 @@ def test_the_two_models_differ_in_their_limit_alone(tmp_path: Path) -> None:
 
 
 def test_the_two_models_of_a_next_turn_differ_in_what_is_preserved_alone(tmp_path: Path) -> None:
-    followup.write_repository(tmp_path)
-    discards, preserves = (_parameters(tmp_path / mode / "config.pbtxt") for mode in followup.MODES)
-    assert preserves == discards | {"PRESERVE_KV": followup.PRESERVE_KV} != discards
-    engines = [json.loads((tmp_path / mode / "1" / "model.json").read_text()) for mode in followup.MODES]
-    assert engines[0] == engines[1] and engines[0]["max_model_len"] > max(followup.TURNS) + 64
+    next_turn.write_repository(tmp_path)
+    discards, preserves = (_parameters(tmp_path / mode / "config.pbtxt") for mode in next_turn.MODES)
+    assert preserves == discards | {"PRESERVE_KV": next_turn.PRESERVE_KV} != discards
+    engines = [json.loads((tmp_path / mode / "1" / "model.json").read_text()) for mode in next_turn.MODES]
+    assert engines[0] == engines[1] and engines[0]["max_model_len"] > max(next_turn.TURNS) + 64
 
 
 def test_above_one_is_better_in_every_ratio() -> None:

@@ -16,7 +16,7 @@ from tritonclient.grpc import model_config_pb2
 from loadtest.models import MODELS_DIR, RECIPES, SMOLLM2, is_prepared
 from loadtest.prompts import Prompts
 from loadtest.server import DEVICE, REPOSITORY, write_keep_alive
-from swap_agent.policy.units import parse_bytes, parse_device
+from swap_agent.units import parse_bytes, parse_device
 
 LARGE = [recipe.name for recipe in RECIPES if recipe is not SMOLLM2]
 

@@ -3,10 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from swap_agent.errors import Damaged, Unfit
-from swap_agent.memory.mirror import Image
-from swap_agent.memory.mirrors import MirrorStore, rearranged, same_layout
-from swap_agent.memory.simulated import FRAME_BYTES, SimulatedDevice
+from swap_agent.daemon.memory.mirror_store import MirrorStore, rearranged, same_layout
+from swap_agent.daemon.memory.region_image import Image
+from swap_agent.device.simulated import FRAME_BYTES, SimulatedDevice
+from swap_agent.errors import MirrorMismatch, WeightsCorrupted
 from swap_agent.wire.messages import Extent, Region
 
 SIZES = {"a": 100, "b": FRAME_BYTES + 12, "c": 3 * FRAME_BYTES}
@@ -48,7 +48,7 @@ def test_an_image_is_rearranged_by_name(order: str, alignment: int) -> None:
     rearranged(SimulatedDevice("cpu:0", 0), stored, theirs, ours).close()
     stored.seal()
     stored.bytes[FRAME_BYTES + 5] ^= 1
-    with pytest.raises(Damaged, match="frame 1 of its weights changed in host memory"):
+    with pytest.raises(WeightsCorrupted, match="frame 1 of its weights changed in host memory"):
         rearranged(SimulatedDevice("cpu:0", 0), stored, theirs, ours)
     stored.close()
 
@@ -63,7 +63,7 @@ def test_an_image_is_rearranged_by_name(order: str, alignment: int) -> None:
     ],
 )
 def test_what_is_not_the_same_tensor_is_refused_by_name(ours: list[Extent], words: str) -> None:
-    with pytest.raises(Unfit, match=words):
+    with pytest.raises(MirrorMismatch, match=words):
         same_layout(extents("abc"), ours)
 
 

@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 from safetensors.numpy import save_file
 
-from swap_agent import tables
-from swap_agent.__main__ import main
-from swap_agent.plan.size import Size, estimate
+from swap_agent.cli import terminal
+from swap_agent.cli.main import main
+from swap_agent.models.estimate import Size, estimate
 
 MIB = 1 << 20
 CONFIG = {
@@ -304,7 +304,7 @@ def test_gpus_of_stated_sizes_need_no_driver(models: Models, plan: Any) -> None:
 def test_a_person_reads_it(
     models: Models, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: int
 ) -> None:
-    monkeypatch.setattr(tables, "console", lambda: Console(width=width, highlight=False))
+    monkeypatch.setattr(terminal, "console", lambda: Console(width=width, highlight=False))
     for name, size in {"model-a": "60MiB", "model-b": "50MiB", "model-c": "30MiB"}.items():
         models.add(name, size, PRIORITY="3")
     models.add("z", arguments={"model": models.add_weights(CONFIG), "max_model_len": 1024}, GPU_DEVICE_IDS="1")
@@ -327,7 +327,7 @@ def test_a_person_reads_it(
 def test_a_plan_loads_neither_torch_nor_vllm(models: Models) -> None:
     models.add("a", "1MiB")
     script = (
-        f"import sys; from swap_agent.__main__ import main; main(['plan', '--model-repository', {str(models.path)!r}]);"
+        f"import sys; from swap_agent.cli.main import main; main(['plan', '--model-repository', {str(models.path)!r}]);"
         "print(*{m.split('.')[0] for m in sys.modules})"
     )
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from test_policy_coordinator import Machinery, kinds, machinery
+from support.policy_machinery import Machinery, kinds, machinery
 
 from swap_agent.policy import events as ev
 from swap_agent.policy.coordinator import CALL_BACK_S, RETURN_AGAIN_S
 from swap_agent.policy.eviction import LEAST_IDLE_S
-from swap_agent.policy.lifecycle import State
+from swap_agent.policy.states import State
 
 
 def declare(machine: Machinery, name: str, request: int, limit: int | None, **more: object) -> list[ev.Action]:
@@ -26,7 +26,7 @@ def bursting(frames: int = 100, **models: tuple[int, int | None]) -> Machinery:
 
 
 def held(machine: Machinery) -> dict[str, int]:
-    return {name: replica.reserved_frames for name, replica in machine.policy.inventory.replicas.items()}
+    return {name: replica.reserved_frames for name, replica in machine.policy.ledger.replicas.items()}
 
 
 def want(machine: Machinery, name: str, frames: int, step: int = 1) -> list[ev.Action]:
@@ -46,13 +46,13 @@ def test_two_models_reach_their_limits_in_turn() -> None:
 
 def test_those_who_want_some_at_the_same_time_share_what_is_free() -> None:
     machine = bursting(a=(20, 90), b=(20, 90), c=(20, 25))
-    machine.policy.inventory.replicas["a"].resize_to = 0  # orders under way: their wishes come together
-    machine.policy.inventory.replicas["b"].resize_to = 0
-    machine.policy.inventory.replicas["c"].resize_to = 0
+    machine.policy.ledger.replicas["a"].resize_to = 0  # orders under way: their wishes come together
+    machine.policy.ledger.replicas["b"].resize_to = 0
+    machine.policy.ledger.replicas["c"].resize_to = 0
     for name in "abc":
         want(machine, name, 50)
     for name in "abc":
-        machine.policy.inventory.replicas[name].resize_to = None
+        machine.policy.ledger.replicas[name].resize_to = None
     assert [(action.name, action.frames) for action in machine.tick(0.0)] == []
     assert {action.name: action.frames for action in want(machine, "c", 50)} == {"a": 17, "b": 18, "c": 5}
     machine.settle()
@@ -79,7 +79,7 @@ def test_what_is_on_loan_is_called_back_first_and_only_as_much_as_is_needed() ->
     assert held(machine) == {"a": 90, "b": 10, "c": 0}
     machine.now_s += LEAST_IDLE_S
     epoch = machine.replica("a").epoch + 1
-    assert machine.post(ev.LoadWanted, "c") == [ev.Resize("a", epoch, 40, CALL_BACK_S)]
+    assert machine.post(ev.ActivateRequested, "c") == [ev.Resize("a", epoch, 40, CALL_BACK_S)]
     assert want(machine, "a", 60) == [], "nobody is lent anything while somebody waits"
     assert kinds(machine.post(ev.Resized, "a", epoch, 40)) == [("StartEngine", "c")]
     assert held(machine) == {"a": 70, "b": 10, "c": 20}
@@ -121,11 +121,11 @@ def test_what_a_model_uses_is_called_back_when_somebody_comes_to_wait_for_it() -
         (order,) = want(machine, "a", 0)
         assert isinstance(order, ev.Resize) and order.within_s is None
         if moment == "while":
-            assert machine.post(ev.LoadWanted, "c") == [], "that may do"
+            assert machine.post(ev.ActivateRequested, "c") == [], "that may do"
             called_back = machine.post(ev.Resized, "a", order.epoch, 50)
         else:
             assert machine.post(ev.Resized, "a", order.epoch, 50) == []
-            called_back = machine.post(ev.LoadWanted, "c")
+            called_back = machine.post(ev.ActivateRequested, "c")
         assert called_back == [ev.Resize("a", order.epoch + 1, 20, CALL_BACK_S)], moment
         assert kinds(machine.post(ev.Resized, "a", order.epoch + 1, 20)) == [("StartEngine", "c")]
         assert held(machine) == {"a": 50, "b": 10, "c": 40}
@@ -137,7 +137,7 @@ def test_an_idle_model_that_has_to_leave_anyway_is_not_asked_twice() -> None:
     want(machine, "a", 60)
     machine.settle()
     machine.now_s += LEAST_IDLE_S
-    assert kinds(machine.post(ev.LoadWanted, "c")) == [("Drain", "a")]
+    assert kinds(machine.post(ev.ActivateRequested, "c")) == [("Drain", "a")]
     machine.settle()
     assert held(machine) == {"a": 0, "c": 100} and machine.replica("a").burst_frames == 0
 
@@ -196,7 +196,7 @@ def test_an_order_under_way_is_finished_before_the_model_leaves(wish: str) -> No
     machine.post(ev.Registered, "a", 30, 5.0, 1, 90)
     machine.load("a")
     want(machine, "a", 60)
-    actions = machine.post(ev.UnloadWanted, "a", False) if wish == "unload" else machine.tick(6.0)
+    actions = machine.post(ev.ParkRequested, "a", False) if wish == "unload" else machine.tick(6.0)
     assert actions == []
     machine.settle()
     assert machine.state("a") is State.SWAPPED and held(machine) == {"a": 0}
@@ -206,11 +206,11 @@ def test_a_wish_that_crossed_a_drain_counts_when_that_is_refused() -> None:
     machine = bursting(a=(30, 90))
     machine.register("c", 80)
     machine.now_s += LEAST_IDLE_S
-    (order,) = machine.post(ev.LoadWanted, "c")
+    (order,) = machine.post(ev.ActivateRequested, "c")
     assert isinstance(order, ev.Drain)
     assert want(machine, "a", 20) == []
-    machine.post(ev.LoadWanted, "a")
-    machine.post(ev.UnloadWanted, "c", False)
+    machine.post(ev.ActivateRequested, "a")
+    machine.post(ev.ParkRequested, "c", False)
     assert ("Resize", "a") in kinds(machine.post(ev.DrainRefused, "a", order.epoch))
 
 

@@ -3,139 +3,42 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
 
 import pytest
+from support.policy_machinery import Machinery, keep_mirror, kinds, machinery, mirrors
 
-from swap_agent.errors import BooksDoNotBalance
+from swap_agent.errors import AccountingError
 from swap_agent.policy import events as ev
 from swap_agent.policy.coordinator import Coordinator
 from swap_agent.policy.events import MIN_RESIDENCY_S as TURN_S
 from swap_agent.policy.eviction import LEAST_IDLE_S, least_recently_used
-from swap_agent.policy.inventory import Device, Replica
-from swap_agent.policy.lifecycle import HOLDS_FRAMES, MOVES, State
-from swap_agent.policy.placement import beyond_pins
-
-
-class Machinery:
-    """Obeys orders the way agent and engines do, when told to; keeps the orders that are still open."""
-
-    def __init__(self, *devices: Device, host_limit_bytes: int | None = None) -> None:
-        self.policy = Coordinator(list(devices), host_limit_bytes)
-        self.now_s = 0.0
-        self.open: list[ev.Action] = []
-        self.done: list[ev.Action] = []
-        self.busy: dict[str, int] = {}
-        self.waiting: dict[str, int] = {}
-        self.host_bytes: dict[str, int] = {}
-        """Of models whose engines ask for host memory before they are ready."""
-
-    def post(self, kind: type[ev.Event], *fields: object) -> list[ev.Action]:
-        actions = self.policy.on_event(kind(self.now_s, *fields))
-        self.policy.inventory.check_integrity()
-        self.open += actions
-        self.done += actions
-        return actions
-
-    def register(self, name: str, frames: int | None, keep_alive_s: float | None = None, ranks: int = 1) -> None:
-        self.post(ev.Registered, name, frames, keep_alive_s, ranks)
-
-    def report(self, name: str, in_flight: int = 0, waiting: int = 0) -> list[ev.Action]:
-        self.busy[name], self.waiting[name] = in_flight, waiting
-        return self.post(ev.LoadReported, name, in_flight, waiting)
-
-    def tick(self, seconds: float) -> list[ev.Action]:
-        self.now_s += seconds
-        return self.post(ev.Tick)
-
-    def obey(self, action: ev.Action) -> None:
-        """Carry out one order, as an engine with `busy` and `waiting` requests would."""
-        self.open.remove(action)
-        name = action.name
-        match action:
-            case ev.StartEngine():
-                if frames := self.replica(name).request_frames:
-                    for rank in range(len(action.devices)):
-                        self.post(ev.FramesWanted, name, frames - rank, rank)  # they need not be of one size
-                if name in self.host_bytes:
-                    self.post(ev.HostMemoryWanted, name, self.host_bytes[name])
-                else:
-                    self.post(ev.EngineReady, name)
-            case ev.GrantHostMemory():
-                self.post(ev.EngineReady, name)
-            case ev.RefuseHostMemory():
-                self.post(ev.EngineExited, name, action.message)
-            case ev.StopEngine():
-                self.post(ev.EngineExited, name, "stopped")
-            case ev.DropMirror():
-                self.post(ev.MirrorDropped, name)
-            case ev.Drain():
-                if action.wait or not self.busy.get(name):
-                    self.busy[name] = 0
-                    self.post(ev.Drained, name, action.epoch)
-                else:
-                    self.post(ev.DrainRefused, name, action.epoch)
-            case ev.Resize():
-                self.post(ev.Resized, name, action.epoch, action.frames)
-            case ev.SwapOut():
-                self.post(ev.SwappedOut, name, action.epoch)
-            case ev.SwapIn() if self.replica(name).promised_frames:
-                self.open.append(action)  # others have yet to return its frames
-            case ev.SwapIn():
-                self.post(ev.SwappedIn, name, action.epoch)
-                self.report(name, in_flight=self.waiting.get(name, 0))
-
-    def settle(self) -> None:
-        """Obey until nothing is open."""
-        while self.open:
-            self.obey(self.open[0])
-
-    def state(self, name: str) -> State:
-        return self.replica(name).state
-
-    def replica(self, name: str) -> Replica:
-        return self.policy.inventory.replicas[name]
-
-    def load(self, *names: str) -> None:
-        for name in names:
-            self.now_s += 1
-            self.post(ev.LoadWanted, name)
-            self.settle()
-
-
-def machinery(frames: int = 160, **models: int | None) -> Machinery:
-    machine = Machinery(Device("cpu:0", frames))
-    for name, need in models.items():
-        machine.register(name, need)
-    return machine
-
-
-def kinds(actions: Iterable[ev.Action]) -> list[tuple[str, str]]:
-    return [(type(action).__name__, action.name) for action in actions]
+from swap_agent.policy.ledger import Device, Replica
+from swap_agent.policy.placement import blocked_by_pins
+from swap_agent.policy.states import HOLDS_FRAMES, MOVES, State
 
 
 def test_a_cold_model_starts_and_the_loader_is_told() -> None:
     machine = machinery(a=100)
-    assert kinds(machine.post(ev.LoadWanted, "a")) == [("StartEngine", "a")]
-    assert machine.policy.inventory.free_frames("cpu:0") == 60
+    assert kinds(machine.post(ev.ActivateRequested, "a")) == [("StartEngine", "a")]
+    assert machine.policy.ledger.free_frames("cpu:0") == 60
     assert kinds(machine.post(ev.EngineReady, "a")) == [("Activated", "a")]
     assert machine.state("a") is State.RESIDENT
 
 
 def test_engines_start_one_at_a_time() -> None:
     machine = machinery(a=50, b=50)
-    machine.post(ev.LoadWanted, "a")
-    assert machine.post(ev.LoadWanted, "b") == []
+    machine.post(ev.ActivateRequested, "a")
+    assert machine.post(ev.ActivateRequested, "b") == []
     assert kinds(machine.post(ev.EngineReady, "a")) == [("Activated", "a"), ("StartEngine", "b")]
 
 
 def test_a_parked_model_need_not_wait_for_another_engine_to_start() -> None:
     machine = machinery(a=50, b=50)
     machine.load("a")
-    machine.post(ev.UnloadWanted, "a", False)
+    machine.post(ev.ParkRequested, "a", False)
     machine.settle()
-    machine.post(ev.LoadWanted, "b")
-    assert kinds(machine.post(ev.LoadWanted, "a")) == [("SwapIn", "a")]
+    machine.post(ev.ActivateRequested, "b")
+    assert kinds(machine.post(ev.ActivateRequested, "a")) == [("SwapIn", "a")]
 
 
 def test_the_least_recently_used_idle_model_makes_room_and_only_as_many_as_needed() -> None:
@@ -145,7 +48,7 @@ def test_the_least_recently_used_idle_model_makes_room_and_only_as_many_as_neede
     machine.report("a", in_flight=1)
     machine.now_s += 1
     machine.report("a")  # a is now the most recently used; b the least
-    actions = machine.post(ev.LoadWanted, "d")
+    actions = machine.post(ev.ActivateRequested, "d")
     assert kinds(actions) == [("Drain", "b")]
     machine.settle()
     assert [machine.state(name) for name in "abcd"] == [
@@ -169,7 +72,7 @@ def test_who_was_parked_longest_becomes_cold_when_host_memory_is_short() -> None
     machine = host_machinery(100, a=40, b=40, c=40)
     machine.load("a", "b")
     for name in "ab":
-        machine.post(ev.UnloadWanted, name, False)
+        machine.post(ev.ParkRequested, name, False)
         machine.settle()
     machine.load("c")
     assert [machine.state(name) for name in "abc"] == [State.COLD, State.SWAPPED, State.RESIDENT]
@@ -184,15 +87,15 @@ def test_ranks_ask_for_host_memory_in_turn_and_the_last_sum_counts() -> None:
     machine.register("a", 10)
     machine.host_bytes["a"] = 40
     machine.load("a")
-    machine.post(ev.UnloadWanted, "a", False)
+    machine.post(ev.ParkRequested, "a", False)
     machine.settle()
     machine.register("pair", 10, ranks=2)
-    machine.post(ev.LoadWanted, "pair")
+    machine.post(ev.ActivateRequested, "pair")
     assert machine.post(ev.HostMemoryWanted, "pair", 50) == [ev.GrantHostMemory("pair")]
     (stop,) = machine.post(ev.HostMemoryWanted, "pair", 70)
     assert isinstance(stop, ev.StopEngine) and stop.name == "a"
     assert ev.GrantHostMemory("pair") in machine.post(ev.EngineExited, "a", "stopped")
-    assert machine.policy.inventory.host_bytes() == 70
+    assert machine.policy.ledger.host_bytes() == 70
 
 
 def test_what_a_starting_model_has_already_is_not_missing_twice() -> None:
@@ -201,10 +104,10 @@ def test_what_a_starting_model_has_already_is_not_missing_twice() -> None:
         machine.register(name, 10)
         machine.host_bytes[name] = 30
         machine.load(name)
-        machine.post(ev.UnloadWanted, name, False)
+        machine.post(ev.ParkRequested, name, False)
         machine.settle()
     machine.register("pair", 10, ranks=2)
-    machine.post(ev.LoadWanted, "pair")
+    machine.post(ev.ActivateRequested, "pair")
     assert machine.post(ev.HostMemoryWanted, "pair", 30) == [ev.GrantHostMemory("pair")]
     assert kinds(machine.post(ev.HostMemoryWanted, "pair", 50)) == [("StopEngine", "a")], "one is enough"
 
@@ -214,7 +117,7 @@ def test_idle_resident_models_are_dropped_last_and_busy_ones_never() -> None:
     machine.load("a", "b")
     machine.report("b", in_flight=1)
     machine.report("a", in_flight=1)
-    machine.post(ev.LoadWanted, "c")
+    machine.post(ev.ActivateRequested, "c")
     machine.settle()
     assert machine.state("c") is State.STARTING, "it waits, and nobody who runs is harmed"
     assert machine.tick(1000) == []
@@ -226,7 +129,7 @@ def test_idle_resident_models_are_dropped_last_and_busy_ones_never() -> None:
 def test_a_model_that_somebody_came_to_want_is_not_dropped() -> None:
     machine = host_machinery(100, a=40, b=40, c=40)
     machine.load("a", "b")
-    machine.post(ev.LoadWanted, "c")
+    machine.post(ev.ActivateRequested, "c")
     (wish,) = machine.open
     machine.obey(wish)  # c asks for host memory: a is to drain
     (drain,) = [action for action in machine.open if isinstance(action, ev.Drain)]
@@ -239,7 +142,7 @@ def test_a_model_that_somebody_came_to_want_is_not_dropped() -> None:
 
 def test_more_host_memory_than_there_is_is_refused_by_name() -> None:
     machine = host_machinery(100 << 20, a=101 << 20)
-    machine.post(ev.LoadWanted, "a")
+    machine.post(ev.ActivateRequested, "a")
     machine.settle()
     (refusal,) = [action for action in machine.done if isinstance(action, ev.RefuseHostMemory)]
     assert refusal.message == (
@@ -250,7 +153,7 @@ def test_more_host_memory_than_there_is_is_refused_by_name() -> None:
 def test_what_grows_beyond_the_bound_costs_a_parked_model() -> None:
     machine = host_machinery(100, a=40, b=40)
     machine.load("a", "b")
-    machine.post(ev.UnloadWanted, "a", False)
+    machine.post(ev.ParkRequested, "a", False)
     machine.settle()
     assert machine.post(ev.HostMemoryMeasured, "b", 60) == []
     assert kinds(machine.post(ev.HostMemoryMeasured, "b", 61)) == [("StopEngine", "a")]
@@ -278,7 +181,7 @@ def test_who_waits_behind_gives_up_its_frames_last_of_the_idle() -> None:
     machine = machinery(a=100, b=80, c=60)
     machine.load("a", "b")  # a keeps 80 of its 100 frames
     machine.report("b", in_flight=1)
-    machine.post(ev.LoadWanted, "c")
+    machine.post(ev.ActivateRequested, "c")
     assert machine.report("a", waiting=1) == [], "c came first and takes frames of a, which waits behind it"
     machine.busy["c"] = 1
     machine.settle()
@@ -301,7 +204,7 @@ def test_keep_alive_and_unload_take_the_rest_as_well() -> None:
     assert machine.replica("a").reserved_frames == 0
     machine.load("a")
     assert machine.replica("b").reserved_frames == 60
-    machine.post(ev.UnloadWanted, "b", False)
+    machine.post(ev.ParkRequested, "b", False)
     machine.settle()
     assert machine.replica("b").reserved_frames == 0 and not machine.replica("b").unload_wanted
 
@@ -309,8 +212,8 @@ def test_keep_alive_and_unload_take_the_rest_as_well() -> None:
 def test_an_unload_that_comes_during_an_eviction_takes_the_rest() -> None:
     machine = machinery(a=100, b=80)
     machine.load("a")
-    machine.post(ev.LoadWanted, "b")
-    machine.post(ev.UnloadWanted, "a", False)
+    machine.post(ev.ActivateRequested, "b")
+    machine.post(ev.ParkRequested, "a", False)
     machine.settle()
     assert machine.replica("a").reserved_frames == 0 and not machine.replica("a").unload_wanted
 
@@ -321,7 +224,7 @@ def test_a_victim_that_became_busy_is_spared_for_another() -> None:
     machine.busy["a"] = 1  # not reported yet
     machine.now_s += LEAST_IDLE_S
     machine.replica("a").min_residency_s = 60
-    (drain,) = machine.post(ev.LoadWanted, "c")
+    (drain,) = machine.post(ev.ActivateRequested, "c")
     assert (drain.name, machine.state("a")) == ("a", State.DRAINING)
     machine.obey(drain)
     assert machine.state("a") is State.RESIDENT
@@ -336,8 +239,8 @@ def test_a_load_that_comes_while_a_drain_is_refused_is_answered() -> None:
     machine.busy["a"] = 1  # not reported yet
     machine.now_s += LEAST_IDLE_S
     machine.replica("a").min_residency_s = 60
-    (drain,) = machine.post(ev.LoadWanted, "b")
-    assert machine.post(ev.LoadWanted, "a") == []
+    (drain,) = machine.post(ev.ActivateRequested, "b")
+    assert machine.post(ev.ActivateRequested, "a") == []
     machine.open.remove(drain)
     assert kinds(machine.post(ev.DrainRefused, "a", drain.epoch)) == [("Activated", "a")]  # type: ignore[attr-defined]
 
@@ -345,11 +248,11 @@ def test_a_load_that_comes_while_a_drain_is_refused_is_answered() -> None:
 def test_first_come_first_served_even_when_the_second_would_fit() -> None:
     machine = machinery(a=120, b=120, c=30)
     machine.load("a", "c", "b")  # b pushed a out
-    machine.post(ev.UnloadWanted, "c", False)
+    machine.post(ev.ParkRequested, "c", False)
     machine.settle()
     machine.report("b", in_flight=1)
-    assert machine.post(ev.LoadWanted, "a") == []
-    assert machine.post(ev.LoadWanted, "c") == [], "c must not take room that a, which came first, waits for"
+    assert machine.post(ev.ActivateRequested, "a") == []
+    assert machine.post(ev.ActivateRequested, "c") == [], "c must not take room that a, which came first, waits for"
     machine.report("b")
     machine.tick(LEAST_IDLE_S)
     machine.settle()
@@ -373,8 +276,8 @@ def test_a_load_that_waits_is_refused_when_its_model_is_unloaded() -> None:
     machine = machinery(a=100, b=100)
     machine.load("a")
     machine.report("a", in_flight=1)
-    assert machine.post(ev.LoadWanted, "b") == []
-    (refused,) = machine.post(ev.UnloadWanted, "b", False)
+    assert machine.post(ev.ActivateRequested, "b") == []
+    (refused,) = machine.post(ev.ParkRequested, "b", False)
     assert isinstance(refused, ev.Refuse) and refused.name == "b" and "unloaded" in refused.message
 
 
@@ -401,7 +304,7 @@ def test_keep_alive_counts_from_the_last_request() -> None:
     assert drain == ev.Drain("a", 1, wait=False, reason="keep_alive")
     machine.settle()
     assert machine.state("a") is State.SWAPPED
-    assert machine.policy.inventory.free_frames("cpu:0") == 100
+    assert machine.policy.ledger.free_frames("cpu:0") == 100
 
 
 def test_keep_alive_none_never_expires_but_can_be_evicted() -> None:
@@ -416,7 +319,7 @@ def test_unload_waits_for_requests_and_purge_ends_the_engine() -> None:
     machine = machinery(a=100)
     machine.load("a")
     machine.report("a", in_flight=1)
-    (drain,) = machine.post(ev.UnloadWanted, "a", True)
+    (drain,) = machine.post(ev.ParkRequested, "a", True)
     assert drain == ev.Drain("a", 1, wait=True, reason="unload")
     machine.settle()
     assert machine.state("a") is State.COLD
@@ -426,10 +329,10 @@ def test_unload_waits_for_requests_and_purge_ends_the_engine() -> None:
 def test_load_after_purge_starts_a_new_engine() -> None:
     machine = machinery(a=100)
     machine.load("a")
-    machine.post(ev.UnloadWanted, "a", True)
+    machine.post(ev.ParkRequested, "a", True)
     while not any(isinstance(action, ev.StopEngine) for action in machine.open):
         machine.obey(machine.open[0])
-    machine.post(ev.LoadWanted, "a")
+    machine.post(ev.ActivateRequested, "a")
     machine.settle()
     assert machine.state("a") is State.RESIDENT
     assert kinds(machine.done).count(("StartEngine", "a")) == 2
@@ -439,7 +342,7 @@ def test_a_dead_engine_frees_its_frames_and_the_next_load_starts_it_again() -> N
     machine = machinery(a=100, b=100)
     machine.load("a")
     machine.report("a", in_flight=1)
-    machine.post(ev.LoadWanted, "b")
+    machine.post(ev.ActivateRequested, "b")
     actions = machine.post(ev.EngineExited, "a", "killed")
     assert kinds(actions) == [("Refuse", "a"), ("StartEngine", "b")]
     assert (machine.state("a"), machine.replica("a").failure) == (State.FAILED, "killed")
@@ -450,7 +353,7 @@ def test_a_dead_engine_frees_its_frames_and_the_next_load_starts_it_again() -> N
 
 def test_a_model_that_no_device_can_hold_is_refused() -> None:
     machine = machinery(a=161)
-    (refusal,) = machine.post(ev.LoadWanted, "a")
+    (refusal,) = machine.post(ev.ActivateRequested, "a")
     assert refusal == ev.Refuse("a", "a needs 161 frames; the largest device has 160 frames")
     assert machine.tick(1) == []
 
@@ -459,7 +362,7 @@ def test_an_undeclared_model_takes_frames_while_it_starts_and_evicts_for_them() 
     machine = machinery(a=100, b=None)
     machine.load("a")
     machine.tick(LEAST_IDLE_S)
-    machine.post(ev.LoadWanted, "b")
+    machine.post(ev.ActivateRequested, "b")
     assert machine.post(ev.FramesWanted, "b", 50) == [ev.GrantFrames("b", 50)]
     (drain,) = machine.post(ev.FramesWanted, "b", 30)
     assert drain.name == "a"
@@ -475,7 +378,7 @@ def test_an_undeclared_model_takes_frames_while_it_starts_and_evicts_for_them() 
 
 def test_an_undeclared_model_larger_than_the_device_is_refused_with_the_sum() -> None:
     machine = machinery(b=None)
-    machine.post(ev.LoadWanted, "b")
+    machine.post(ev.ActivateRequested, "b")
     machine.post(ev.FramesWanted, "b", 100)
     (refusal,) = machine.post(ev.FramesWanted, "b", 61)
     assert refusal == ev.RefuseFrames("b", "it needs at least 161 frames of cpu:0, which has 160 frames")
@@ -483,7 +386,7 @@ def test_an_undeclared_model_larger_than_the_device_is_refused_with_the_sum() ->
 
 def test_no_engine_gets_more_than_its_request() -> None:
     machine = machinery(a=100)
-    machine.post(ev.LoadWanted, "a")
+    machine.post(ev.ActivateRequested, "a")
     assert machine.post(ev.FramesWanted, "a", 100) == [ev.GrantFrames("a", 100)]
     (refusal,) = machine.post(ev.FramesWanted, "a", 1)
     assert isinstance(refusal, ev.RefuseFrames)
@@ -506,7 +409,7 @@ def two_devices(first: int = 100, second: int = 100) -> Machinery:
 
 
 def free(machine: Machinery) -> list[int]:
-    return [machine.policy.inventory.free_frames(device) for device in machine.policy.inventory.devices]
+    return [machine.policy.ledger.free_frames(device) for device in machine.policy.ledger.devices]
 
 
 def test_a_model_of_two_ranks_takes_as_many_frames_of_two_devices_or_none() -> None:
@@ -516,7 +419,7 @@ def test_a_model_of_two_ranks_takes_as_many_frames_of_two_devices_or_none() -> N
     machine.load("one")
     assert machine.replica("one").devices == ("cpu:1",), "the fuller one"
     machine.tick(LEAST_IDLE_S)
-    (drain,) = machine.post(ev.LoadWanted, "pair")
+    (drain,) = machine.post(ev.ActivateRequested, "pair")
     assert drain.name == "one" and machine.replica("pair").reserved_frames == 0
     assert free(machine) == [100, 10], "nothing is set aside before both have room"
     machine.settle()
@@ -563,7 +466,7 @@ def test_who_makes_room_on_two_devices_is_asked_once_for_the_larger_part(
     machine.register("new", 70, ranks=2)
     machine.load("old", "one")
     assert machine.replica("one").devices == (where,) and free(machine) == left
-    assert kinds(machine.post(ev.LoadWanted, "new")) == [("Drain", "old")]
+    assert kinds(machine.post(ev.ActivateRequested, "new")) == [("Drain", "old")]
     assert machine.replica("old").keep_frames == 0
     machine.settle()
     assert machine.state("new") is machine.state("one") is State.RESIDENT
@@ -574,10 +477,10 @@ def test_a_model_of_more_ranks_than_devices_is_refused() -> None:
     machine = Machinery(Device("cpu:0", 100), Device("cpu:1", 60))
     machine.register("three", 10, ranks=3)
     machine.register("large", 70, ranks=2)
-    assert machine.post(ev.LoadWanted, "three") == [
+    assert machine.post(ev.ActivateRequested, "three") == [
         ev.Refuse("three", "three has 3 ranks and needs a device for each, this node has 2")
     ]
-    assert machine.post(ev.LoadWanted, "large") == [
+    assert machine.post(ev.ActivateRequested, "large") == [
         ev.Refuse("large", "large needs 70 frames on each of 2 devices; 1 of 2 devices have as many")
     ]
 
@@ -588,7 +491,7 @@ def test_an_undeclared_model_of_two_ranks_grows_on_both_devices() -> None:
     machine.load("one")  # on cpu:1, which is the fuller
     machine.tick(LEAST_IDLE_S)
     machine.register("pair", None, ranks=2)
-    machine.post(ev.LoadWanted, "pair")
+    machine.post(ev.ActivateRequested, "pair")
     assert machine.post(ev.FramesWanted, "pair", 30, 1) == [ev.GrantFrames("pair", 30, 1)]
     assert machine.post(ev.FramesWanted, "pair", 25, 0) == [ev.GrantFrames("pair", 25, 0)]
     assert free(machine) == [70, 0], "the larger rank counts on both"
@@ -605,7 +508,7 @@ def test_the_books_of_two_ranks_are_compared_rank_by_rank() -> None:
     machine = two_devices()
     machine.register("pair", 50, ranks=2)
     machine.load("pair")
-    pair, audit = machine.replica("pair"), machine.policy.inventory.audit
+    pair, audit = machine.replica("pair"), machine.policy.ledger.audit
     assert pair.footprints == {0: 50, 1: 49}
     assert audit(pair, [50, 49]) == ""
     assert audit(pair, [50, 50]) == (
@@ -627,7 +530,7 @@ def test_stale_answers_are_ignored() -> None:
 
 def test_only_legal_moves() -> None:
     replica = Replica("a")
-    with pytest.raises(BooksDoNotBalance, match="COLD → RESIDENT"):
+    with pytest.raises(AccountingError, match="COLD → RESIDENT"):
         replica.move(State.RESIDENT)
     assert set(MOVES) == set(State)
     assert {State.COLD, State.FAILED}.isdisjoint(HOLDS_FRAMES)
@@ -643,7 +546,7 @@ def test_random_histories_keep_the_books_and_serve_everybody(seed: int) -> None:
         ranks = 1 + index % 3  # of three ranks, two, and one
         frames = rng.choice([20, 40, 50] if ranks == 3 else [20, 40, 60] if ranks == 2 else [20, 40, 60, 90])
         machine.register(name, frames, rng.choice([None, 0.0, 3.0]), ranks)
-        machine.post(ev.LoadWanted, name)
+        machine.post(ev.ActivateRequested, name)
     for _ in range(400):
         name = rng.choice(names)
         state = machine.state(name)
@@ -653,9 +556,9 @@ def test_random_histories_keep_the_books_and_serve_everybody(seed: int) -> None:
             case 0 if state in (State.SWAPPED, State.SWAPPING_OUT, State.DRAINING):
                 machine.report(name, waiting=rng.randrange(3))
             case 1:
-                machine.post(ev.LoadWanted, name)
+                machine.post(ev.ActivateRequested, name)
             case 2 if rng.random() < 0.3:
-                machine.post(ev.UnloadWanted, name, rng.random() < 0.3)
+                machine.post(ev.ParkRequested, name, rng.random() < 0.3)
             case 3 if state not in (State.COLD, State.FAILED) and rng.random() < 0.1:
                 machine.open = [action for action in machine.open if action.name != name]
                 machine.post(ev.EngineExited, name, "killed")
@@ -664,7 +567,7 @@ def test_random_histories_keep_the_books_and_serve_everybody(seed: int) -> None:
             case _ if machine.open:
                 machine.obey(rng.choice(machine.open))
     for name in names:
-        machine.post(ev.LoadWanted, name)
+        machine.post(ev.ActivateRequested, name)
         machine.register(name, machine.replica(name).request_frames, None, machine.replica(name).ranks)
     asked_at = len(machine.done)
     for _ in range(60):
@@ -679,29 +582,6 @@ def test_random_histories_keep_the_books_and_serve_everybody(seed: int) -> None:
     assert waiting == [] and told == set(names), (asked_at, waiting)
 
 
-def keep_mirror(machine: Machinery, name: str, mirror: str, size: int) -> None:
-    """The engine of `name` starts with a mirror of `size`, new or known as `mirror`, and 20 of its own."""
-    machine.now_s += 1
-    machine.host_bytes.pop(name, None)
-    machine.register(name, 10)
-    known = mirror in machine.policy.inventory.mirrors
-    machine.post(ev.LoadWanted, name)
-    machine.open.remove(next(action for action in machine.open if isinstance(action, ev.StartEngine)))
-    machine.post(ev.MirrorWanted, name, mirror if known else "")
-    machine.post(ev.HostMemoryWanted, name, 20 if known else 20 + size)
-    for _ in range(50):
-        if any(action == ev.GrantHostMemory(name) for action in machine.open):
-            break
-        for action in [action for action in machine.open if not isinstance(action, ev.GrantHostMemory)]:
-            machine.obey(action)
-        machine.tick(0.1)
-    machine.open.remove(ev.GrantHostMemory(name))
-    if not known:
-        machine.post(ev.MirrorKept, name, mirror, size)
-    machine.post(ev.EngineReady, name)
-    machine.settle()
-
-
 def kill(machine: Machinery, *names: str) -> None:
     for name in names:
         machine.now_s += 1
@@ -709,25 +589,21 @@ def kill(machine: Machinery, *names: str) -> None:
         machine.settle()
 
 
-def mirrors(machine: Machinery) -> set[str]:
-    return set(machine.policy.inventory.mirrors)
-
-
 def test_a_mirror_counts_once_whoever_uses_it_and_outlives_its_engines() -> None:
     machine = Machinery(Device("cpu:0", 100), host_limit_bytes=100)
     keep_mirror(machine, "a#0", "m", 30)
     keep_mirror(machine, "a#1", "m", 30)
-    assert machine.policy.inventory.host_bytes() == 30 + 20 + 20
+    assert machine.policy.ledger.host_bytes() == 30 + 20 + 20
     kill(machine, "a#0", "a#1")
-    assert machine.policy.inventory.host_bytes() == 30
+    assert machine.policy.ledger.host_bytes() == 30
     keep_mirror(machine, "a#0", "m", 30)
-    assert machine.policy.inventory.host_bytes() == 50
-    machine.post(ev.UnloadWanted, "a#0", True)
+    assert machine.policy.ledger.host_bytes() == 50
+    machine.post(ev.ParkRequested, "a#0", True)
     machine.settle()
     assert mirrors(machine) == {"m"}, "a#1 would be restored from it"
-    machine.post(ev.UnloadWanted, "a#1", True)
+    machine.post(ev.ParkRequested, "a#1", True)
     machine.settle()
-    assert mirrors(machine) == set() and machine.policy.inventory.host_bytes() == 0
+    assert mirrors(machine) == set() and machine.policy.ledger.host_bytes() == 0
     (drop,) = [action for action in machine.done if isinstance(action, ev.DropMirror)]
     assert drop == ev.DropMirror("m", ""), "nobody has to be told"
 
@@ -749,10 +625,10 @@ def test_mirrors_without_engine_go_first_the_least_recently_used_before_others()
     for name in "abc":
         keep_mirror(machine, name, f"mirror of {name}", 30)
     kill(machine, "b", "a")
-    assert machine.policy.inventory.host_bytes() == 30 + 30 + 50
+    assert machine.policy.ledger.host_bytes() == 30 + 30 + 50
     keep_mirror(machine, "d", "mirror of d", 30)
     assert mirrors(machine) == {"mirror of a", "mirror of c", "mirror of d"}
-    assert machine.policy.inventory.host_bytes() == 130
+    assert machine.policy.ledger.host_bytes() == 130
     (drop,) = [action for action in machine.done if isinstance(action, ev.DropMirror)]
     assert drop.reason == "the mirror of b is dropped: --host-memory is short, and it was idle for longest"
     assert not any(isinstance(action, ev.StopEngine) for action in machine.done)
@@ -761,7 +637,7 @@ def test_mirrors_without_engine_go_first_the_least_recently_used_before_others()
 def test_a_model_that_becomes_cold_keeps_its_mirror_where_that_fits() -> None:
     machine = Machinery(Device("cpu:0", 100), host_limit_bytes=115)
     keep_mirror(machine, "a", "mirror of a", 30)
-    machine.post(ev.UnloadWanted, "a", False)
+    machine.post(ev.ParkRequested, "a", False)
     machine.settle()
     keep_mirror(machine, "b", "mirror of b", 30)
     machine.post(ev.HostMemoryMeasured, "b", 36)
@@ -848,10 +724,10 @@ def unmapping() -> tuple[Machinery, int]:
     """`a` has been told to give back 20 of its 100 frames for `b`, which had 60 free ones; and in what epoch."""
     machine = machinery(a=100, b=80, c=10)
     machine.load("c", "b", "a")
-    machine.post(ev.UnloadWanted, "c", False)
+    machine.post(ev.ParkRequested, "c", False)
     machine.settle()
     machine.now_s += LEAST_IDLE_S
-    assert kinds(machine.post(ev.LoadWanted, "b")) == [("Drain", "a")]
+    assert kinds(machine.post(ev.ActivateRequested, "b")) == [("Drain", "a")]
     epoch = machine.replica("a").epoch
     held = machine.replica("b").reserved_frames
     assert held == 60, "it keeps what nobody has needed"
@@ -876,7 +752,7 @@ def test_a_swap_in_begins_while_its_frames_are_being_unmapped() -> None:
 def test_nobody_else_gets_frames_that_were_promised() -> None:
     machine, epoch = unmapping()
     machine.register("d", 15)
-    assert machine.post(ev.LoadWanted, "d") == [], "an engine does not start in the room that comes back"
+    assert machine.post(ev.ActivateRequested, "d") == [], "an engine does not start in the room that comes back"
     assert kinds(machine.post(ev.FramesReturned, "a", epoch, 85)) == [("MoreFrames", "b")]
     assert kinds(machine.post(ev.SwappedOut, "a", epoch)) == [("MoreFrames", "b"), ("SwapOut", "a")]
 
@@ -892,7 +768,7 @@ def test_a_swap_in_that_failed_is_promised_nothing() -> None:
     assert kinds(machine.post(ev.SwapInFailed, "b", b.epoch, "no memory")) == [("Refuse", "b")]
     assert (b.reserved_frames, b.promised_frames) == (60, 0)
     assert machine.post(ev.SwappedOut, "a", epoch) == []
-    assert machine.policy.inventory.free_frames("cpu:0") == 20
+    assert machine.policy.ledger.free_frames("cpu:0") == 20
 
 
 def test_room_is_made_for_the_next_one_as_well_but_not_from_the_one_ahead_of_it() -> None:
@@ -913,7 +789,7 @@ def test_a_failed_swap_in_was_a_turn() -> None:
     settings(machine, "high", 100, priority=1)
     machine.load("low", "high", "busy")
     machine.now_s += LEAST_IDLE_S
-    machine.post(ev.LoadWanted, "high")
+    machine.post(ev.ActivateRequested, "high")
     machine.obey(machine.open[0])
     machine.obey(machine.open[0])
     assert kinds(machine.open) == [("SwapIn", "high"), ("MoreFrames", "high")]
@@ -922,7 +798,7 @@ def test_a_failed_swap_in_was_a_turn() -> None:
     machine.now_s += 1
     actions = machine.post(ev.SwapInFailed, "high", machine.replica("high").epoch, "no memory")
     assert kinds(actions) == [("Refuse", "high"), ("SwapOut", "busy"), ("SwapIn", "low")]
-    machine.post(ev.LoadWanted, "high")
+    machine.post(ev.ActivateRequested, "high")
     assert machine.policy.waiting == ["high"]
 
 
@@ -938,7 +814,7 @@ def test_idle_models_leave_by_the_rate_at_which_they_are_asked_for_and_not_by_ag
             machine.now_s += 0.1
             machine.report(name, in_flight=count)
     machine.tick(LEAST_IDLE_S)
-    assert kinds(machine.post(ev.LoadWanted, "new")) == [("Drain", "rare")], "popular was used less recently"
+    assert kinds(machine.post(ev.ActivateRequested, "new")) == [("Drain", "rare")], "popular was used less recently"
 
 
 def test_the_order_of_eviction_can_be_least_recently_used() -> None:
@@ -952,7 +828,7 @@ def test_the_order_of_eviction_can_be_least_recently_used() -> None:
         machine.report(name, in_flight=requests)
         machine.report(name)
     machine.tick(LEAST_IDLE_S)
-    assert kinds(machine.post(ev.LoadWanted, "new")) == [("Drain", "popular")]
+    assert kinds(machine.post(ev.ActivateRequested, "new")) == [("Drain", "popular")]
 
 
 def test_a_lower_priority_leaves_first() -> None:
@@ -960,7 +836,7 @@ def test_a_lower_priority_leaves_first() -> None:
     settings(machine, "a", 80, priority=1)
     machine.load("a", "b")
     machine.tick(LEAST_IDLE_S)
-    assert kinds(machine.post(ev.LoadWanted, "c")) == [("Drain", "b")]
+    assert kinds(machine.post(ev.ActivateRequested, "c")) == [("Drain", "b")]
 
 
 def test_a_pinned_model_stays_and_whoever_it_leaves_no_room_is_refused_by_its_name() -> None:
@@ -968,9 +844,9 @@ def test_a_pinned_model_stays_and_whoever_it_leaves_no_room_is_refused_by_its_na
     settings(machine, "a", 100, pinned=True)
     machine.load("a")
     machine.tick(1000)
-    (refusal,) = machine.post(ev.LoadWanted, "b")
+    (refusal,) = machine.post(ev.ActivateRequested, "b")
     assert refusal == ev.Refuse("b", "b needs 100 frames, and pinned models leave it less: unpin one of a")
-    machine.post(ev.UnloadWanted, "a", False)
+    machine.post(ev.ParkRequested, "a", False)
     machine.settle()
     assert machine.state("a") is State.SWAPPED, "who unloads it means it"
     machine.load("b")
@@ -991,7 +867,7 @@ def test_a_pinned_model_stays_when_host_memory_is_short_and_the_newcomer_is_refu
     machine = host_machinery(100, a=60, b=60)
     settings(machine, "a", 10, pinned=True)
     machine.load("a")
-    machine.post(ev.LoadWanted, "b")
+    machine.post(ev.ActivateRequested, "b")
     machine.settle()
     assert machine.state("a") is State.RESIDENT and machine.state("b") is State.FAILED
     assert "pinned or waited for: raise it, or try again" in machine.replica("b").failure
@@ -1003,7 +879,7 @@ def test_a_start_does_not_wait_for_host_memory_of_who_waits_for_its_frames() -> 
         settings(machine, name, 100)
     machine.load("a")
     machine.tick(LEAST_IDLE_S)
-    machine.post(ev.LoadWanted, "b")
+    machine.post(ev.ActivateRequested, "b")
     while machine.state("b") is not State.STARTING:
         machine.obey(machine.open[0])
     machine.report("a", waiting=1)
@@ -1019,22 +895,22 @@ def test_an_engine_starts_where_its_settings_allow() -> None:
     machine.load("a")
     assert machine.replica("a").devices == ("cpu:1",)
     machine.tick(LEAST_IDLE_S)
-    assert kinds(machine.post(ev.LoadWanted, "b")) == [("Drain", "a")], "cpu:0 is empty"
+    assert kinds(machine.post(ev.ActivateRequested, "b")) == [("Drain", "a")], "cpu:0 is empty"
     machine.settle()
-    assert machine.post(ev.LoadWanted, "pair") == [
+    assert machine.post(ev.ActivateRequested, "pair") == [
         ev.Refuse("pair", "pair has 2 ranks and needs a device for each, GPU_DEVICE_IDS allows 1")
     ]
     settings(machine, "b", 101, allowed_devices=("cpu:1",))
-    machine.post(ev.UnloadWanted, "b", True)
+    machine.post(ev.ParkRequested, "b", True)
     machine.settle()
-    (refusal,) = machine.post(ev.LoadWanted, "b")
+    (refusal,) = machine.post(ev.ActivateRequested, "b")
     assert refusal == ev.Refuse("b", "b needs 101 frames; the largest that GPU_DEVICE_IDS allows has 100 frames")
 
 
 def test_no_engine_gets_more_than_its_limit_and_the_field_is_named() -> None:
     machine = machinery()
     settings(machine, "a", 50, limit_frames=80)
-    machine.post(ev.LoadWanted, "a")
+    machine.post(ev.ActivateRequested, "a")
     assert machine.post(ev.FramesWanted, "a", 80) == [ev.GrantFrames("a", 80)]
     assert machine.post(ev.FramesWanted, "a", 3) == [ev.RefuseFrames("a", "3 frames more than GPU_MEMORY_LIMIT allows")]
     assert machine.replica("a").footprint_frames == 80, "what was refused is not its own"
@@ -1048,7 +924,7 @@ def test_a_limit_that_is_lowered_while_an_engine_waits_for_frames_counts() -> No
     machine.load("a")
     machine.report("a", in_flight=1)
     settings(machine, "b", None, limit_frames=90)
-    machine.post(ev.LoadWanted, "b")
+    machine.post(ev.ActivateRequested, "b")
     assert machine.post(ev.FramesWanted, "b", 80) == []
     assert settings(machine, "b", None, limit_frames=70) == [
         ev.RefuseFrames("b", "10 frames more than GPU_MEMORY_LIMIT allows")
@@ -1059,7 +935,7 @@ def test_a_start_is_told_when_pinned_models_leave_it_no_more() -> None:
     machine = machinery(a=100, b=None)
     settings(machine, "a", 100, pinned=True)
     machine.load("a")
-    machine.post(ev.LoadWanted, "b")
+    machine.post(ev.ActivateRequested, "b")
     (refusal,) = machine.post(ev.FramesWanted, "b", 61)
     assert refusal == ev.RefuseFrames(
         "b", "it needs at least 61 frames of cpu:0, and pinned models have 100 frames of 160 frames"
@@ -1086,18 +962,18 @@ def test_a_raised_request_that_pins_make_impossible_is_met_when_they_are_gone() 
     settings(machine, "b", 100, pinned=True)
     machine.load("a", "b")
     assert settings(machine, "a", 80) == [] and machine.tick(1000) == []
-    replica, inventory = machine.replica("a"), machine.policy.inventory
-    assert (replica.reserved_frames, beyond_pins(replica, inventory)) == (60, ["cpu:0"])
+    replica, ledger = machine.replica("a"), machine.policy.ledger
+    assert (replica.reserved_frames, blocked_by_pins(replica, ledger)) == (60, ["cpu:0"])
     (drain,) = settings(machine, "b", 100)
     assert (drain.name, drain.reason) == ("b", "eviction")  # type: ignore[attr-defined]
     machine.open.append(drain)
     machine.settle()
-    assert (replica.reserved_frames, beyond_pins(replica, inventory)) == (80, [])
+    assert (replica.reserved_frames, blocked_by_pins(replica, ledger)) == (80, [])
 
 
 def test_a_request_that_is_raised_while_its_engine_starts_is_set_aside_when_it_is_ready() -> None:
     machine = machinery(a=60)
-    machine.post(ev.LoadWanted, "a")
+    machine.post(ev.ActivateRequested, "a")
     settings(machine, "a", 80)
     machine.post(ev.FramesWanted, "a", 60)
     machine.post(ev.EngineReady, "a")
@@ -1109,7 +985,7 @@ def test_requests_that_waited_run_once_the_gate_opens() -> None:
     machine.register("a", 100, keep_alive_s=0.0)
     machine.load("b")
     machine.now_s += LEAST_IDLE_S
-    machine.post(ev.LoadWanted, "a")
+    machine.post(ev.ActivateRequested, "a")
     machine.settle()  # and it leaves at once
     assert machine.state("a") is State.SWAPPED
     machine.report("a", waiting=2)
@@ -1126,8 +1002,8 @@ def test_engines_start_in_order_and_one_that_waits_for_room_is_not_passed() -> N
     machine.register("next", 10)
     machine.load("busy")
     machine.report("busy", in_flight=1)
-    machine.post(ev.LoadWanted, "large")
-    assert machine.post(ev.LoadWanted, "next") == [], "it would keep the start from large, again and again"
+    machine.post(ev.ActivateRequested, "large")
+    assert machine.post(ev.ActivateRequested, "next") == [], "it would keep the start from large, again and again"
     machine.tick(TURN_S)
     machine.settle()
     assert [action.name for action in machine.done if isinstance(action, ev.StartEngine)] == ["busy", "large", "next"]
@@ -1141,7 +1017,7 @@ def test_room_is_made_where_enough_can_be_had_and_models_share_the_most() -> Non
     machine.report("a", in_flight=1)
     machine.tick(LEAST_IDLE_S)
     machine.register("new", 80)
-    assert kinds(machine.post(ev.LoadWanted, "new")) == [("Drain", "c")], "a runs, and cpu:1 is crowded"
+    assert kinds(machine.post(ev.ActivateRequested, "new")) == [("Drain", "c")], "a runs, and cpu:1 is crowded"
 
 
 def test_whoever_is_ahead_on_another_device_is_not_passed_there() -> None:
@@ -1159,7 +1035,7 @@ def test_whoever_is_ahead_on_another_device_is_not_passed_there() -> None:
     machine.report("pair", waiting=1)
     machine.settle()
     machine.report("other")
-    machine.post(ev.UnloadWanted, "other", False)
+    machine.post(ev.ParkRequested, "other", False)
     machine.settle()
     assert machine.state("pair") is State.SWAPPED and machine.state("first") is State.SWAPPED
     machine.tick(2 * TURN_S)
@@ -1221,7 +1097,7 @@ def test_a_swap_in_that_failed_is_not_tried_again_for_requests_that_stood_still(
 
 def test_an_unload_lets_requests_that_stand_still_finish_first() -> None:
     machine = preempted()
-    machine.post(ev.UnloadWanted, "low", True)
+    machine.post(ev.ParkRequested, "low", True)
     assert not any(isinstance(action, ev.StopEngine) for action in machine.open)
     machine.report("high")
     machine.busy["low"] = 1
@@ -1250,10 +1126,10 @@ def test_an_edited_priority_counts_for_who_waits_already(apart_s: float) -> None
 def test_a_load_that_was_unloaded_hears_so_when_the_engine_that_came_for_it_is_stopped() -> None:
     machine = machinery(a=100)
     machine.load("a")
-    machine.post(ev.UnloadWanted, "a", False)
+    machine.post(ev.ParkRequested, "a", False)
     machine.settle()
-    machine.post(ev.LoadWanted, "a")
-    assert machine.post(ev.UnloadWanted, "a", False) == [], "it is on its way"
+    machine.post(ev.ActivateRequested, "a")
+    assert machine.post(ev.ParkRequested, "a", False) == [], "it is on its way"
     machine.post(ev.OutsideExceeded, "a", "took too much")
     actions = machine.post(ev.EngineExited, "a", "stopped")
     assert actions == [ev.Refuse("a", "a was unloaded while its load waited")]
@@ -1265,6 +1141,6 @@ def test_an_engine_that_is_ended_on_purpose_goes_from_swapped_to_cold(monkeypatc
     moves: list[State] = []
     move = Replica.move
     monkeypatch.setattr(Replica, "move", lambda replica, to: (moves.append(to), move(replica, to)))
-    machine.post(ev.UnloadWanted, "a", True)
+    machine.post(ev.ParkRequested, "a", True)
     machine.settle()
     assert moves == [State.DRAINING, State.SWAPPING_OUT, State.SWAPPED, State.COLD]

@@ -7,11 +7,11 @@ import os
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from policy_world import World
+from support.policy_world import World
 
 from swap_agent.policy import events as ev
-from swap_agent.policy.inventory import Device
-from swap_agent.policy.lifecycle import State
+from swap_agent.policy.ledger import Device
+from swap_agent.policy.states import State
 
 SOAK = "TRITON_SWAP_SOAK" in os.environ
 NAMES = [f"m{index}" for index in range(6)]

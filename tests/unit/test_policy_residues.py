@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from test_policy_coordinator import Machinery, keep_mirror, kinds, mirrors
+from support.policy_machinery import Machinery, keep_mirror, kinds, mirrors
 
 from swap_agent.policy import events as ev
 from swap_agent.policy.coordinator import Coordinator
-from swap_agent.policy.inventory import Device
-from swap_agent.policy.lifecycle import State
+from swap_agent.policy.ledger import Device
+from swap_agent.policy.states import State
 
 GIB = 1 << 30
 
@@ -26,7 +26,7 @@ def machinery(budget_gib: int = 5, **priorities: int) -> Machinery:
 
 def park(machine: Machinery, name: str) -> None:
     machine.now_s += 1
-    machine.post(ev.UnloadWanted, name, False)
+    machine.post(ev.ParkRequested, name, False)
     machine.settle()
 
 
@@ -85,11 +85,11 @@ def test_the_mirror_stays() -> None:
 def test_who_is_pinned_or_wanted_or_resident_keeps_its_engine() -> None:
     machine = machinery(pinned=0, waits=0, runs=0)
     machine.post(ev.Registered, "pinned", 20, None, 1, None, 0, True)
-    machine.post(ev.LoadWanted, "runs")
+    machine.post(ev.ActivateRequested, "runs")
     machine.settle()
     machine.report("runs", in_flight=1)
     machine.post(ev.Registered, "waits", 160, None)  # more than is free while the other one runs
-    machine.post(ev.LoadWanted, "waits")
+    machine.post(ev.ActivateRequested, "waits")
     assert machine.state("waits") is State.SWAPPED
     assert measure(machine, 4, "pinned", "waits", "runs") == []
     assert machine.state("runs") is State.RESIDENT
@@ -127,9 +127,9 @@ def test_an_engine_that_takes_too_much_is_stopped_whatever_it_does(state: State)
     machine = machinery(a=0)
     reach = {State.RESIDENT: 2, State.DRAINING: 3, State.SWAPPING_OUT: 4, State.SWAPPED: 0, State.SWAPPING_IN: 1}[state]
     steps = [
-        lambda: machine.post(ev.LoadWanted, "a"),
+        lambda: machine.post(ev.ActivateRequested, "a"),
         lambda: machine.settle(),
-        lambda: machine.post(ev.UnloadWanted, "a", False),
+        lambda: machine.post(ev.ParkRequested, "a", False),
         lambda: machine.obey(machine.open[0]),
     ]
     for step in steps[:reach]:
@@ -157,7 +157,7 @@ def test_a_load_that_comes_while_it_ends_is_for_the_next_engine() -> None:
     machine.report("a", in_flight=1)
     machine.post(ev.OutsideExceeded, "a", "a takes too much")
     assert machine.state("a") is State.DRAINING, "it finishes what runs"
-    assert machine.post(ev.LoadWanted, "a") == [], "nobody is told that this engine is there for him"
+    assert machine.post(ev.ActivateRequested, "a") == [], "nobody is told that this engine is there for him"
     assert kinds(machine.post(ev.EngineExited, "a", "a takes too much")) == [("StartEngine", "a")]
     machine.open = [ev.StartEngine("a", ("cpu:0",))]
     machine.settle()
@@ -172,14 +172,14 @@ def test_its_frames_are_on_their_way_so_that_nobody_else_has_to_leave() -> None:
     machine.post(ev.Registered, "d", 20, None)
     machine.tick(10)
     machine.post(ev.OutsideExceeded, "b", "b takes too much")
-    assert machine.post(ev.LoadWanted, "d") == []
+    assert machine.post(ev.ActivateRequested, "d") == []
     assert ("StartEngine", "d") in kinds(machine.post(ev.EngineExited, "b", "b takes too much"))
     assert machine.state("a") is machine.state("c") is State.RESIDENT
 
 
 def test_an_unload_of_one_that_ends_refuses_who_waited_for_it() -> None:
     machine = machinery(a=0)
-    machine.post(ev.LoadWanted, "a")
+    machine.post(ev.ActivateRequested, "a")
     assert machine.state("a") is State.SWAPPING_IN
     machine.post(ev.OutsideExceeded, "a", "a takes too much")
-    assert kinds(machine.post(ev.UnloadWanted, "a", False)) == [("Refuse", "a")]
+    assert kinds(machine.post(ev.ParkRequested, "a", False)) == [("Refuse", "a")]

@@ -29,8 +29,8 @@ import pytest
 from swap_agent.policy import events as ev
 from swap_agent.policy.coordinator import Coordinator
 from swap_agent.policy.eviction import LEAST_IDLE_S
-from swap_agent.policy.inventory import Device
-from swap_agent.policy.lifecycle import State
+from swap_agent.policy.ledger import Device
+from swap_agent.policy.states import State
 
 FRAMES = 100
 EPSILON_S = 1e-6
@@ -93,7 +93,7 @@ class Driver:
             self.post(ev.Registered(0.0, str(name), **budget, priority=int(priority), min_residency_s=min_residency_s))
         for name in self.models:  # every engine starts; the last ones stay resident
             self.now_s += 60.0
-            self.post(ev.LoadWanted(self.now_s, name))
+            self.post(ev.ActivateRequested(self.now_s, name))
             self.run_until(self.now_s + 60.0)
         self.begin_s = self.now_s
         self.swap_ins.clear()
@@ -120,7 +120,7 @@ class Driver:
 
     def post(self, event: ev.Event) -> None:
         actions = self.policy.on_event(event)
-        self.policy.inventory.check_integrity()
+        self.policy.ledger.check_integrity()
         for action in actions:
             self._obey(action)
 
@@ -140,7 +140,7 @@ class Driver:
             case ev.SwapIn(epoch=epoch) | ev.MoreFrames(epoch=epoch):
                 if isinstance(action, ev.SwapIn):
                     self.swap_ins.append((self.now_s, name))
-                if action.frames == self.policy.inventory.replicas[name].need_frames:
+                if action.frames == self.policy.ledger.replicas[name].need_frames:
                     self.at(self.now_s + timings.swap_in_s, lambda: self._swapped_in(name, epoch))
             case ev.Activated():
                 assert model.open or self.state(name) is State.RESIDENT
@@ -150,7 +150,7 @@ class Driver:
                 raise AssertionError(action)
 
     def _started(self, name: str) -> None:
-        self.post(ev.FramesWanted(self.now_s, name, self.policy.inventory.replicas[name].request_frames or 0))
+        self.post(ev.FramesWanted(self.now_s, name, self.policy.ledger.replicas[name].request_frames or 0))
         self.models[name].open = True
         self.post(ev.EngineReady(self.now_s, name))
 
@@ -179,11 +179,11 @@ class Driver:
         self._report(name)
 
     def state(self, name: str) -> State:
-        return self.policy.inventory.replicas[name].state
+        return self.policy.ledger.replicas[name].state
 
     def _report(self, name: str) -> None:
         model = self.models[name]
-        self.post(ev.LoadReported(self.now_s, name, model.running, len(model.held_back)))
+        self.post(ev.TrafficReported(self.now_s, name, model.running, len(model.held_back)))
 
     # --- requests -----------------------------------------------------------------------------------------------------
 

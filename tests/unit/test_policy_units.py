@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from swap_agent.policy.units import (
+from swap_agent.units import (
     GIB,
     MIB,
     DeviceSpec,

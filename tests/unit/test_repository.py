@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from swap_agent.repository import Repository
+from swap_agent.models.repository import Repository
 
 CONFIG = """# a comment
 name: "a"

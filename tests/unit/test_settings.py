@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from swap_agent.errors import InvalidModel
-from swap_agent.fit import Fit, fit
-from swap_agent.settings import ModelSettings, read_settings
+from swap_agent.models.fit import Fit, fit
+from swap_agent.models.settings import ModelSettings, read_settings
 
 GIB = 1 << 30
 SIZES = {"cpu:0": 100, "cpu:1": 60, "cpu:2": 80}

@@ -10,16 +10,16 @@ import pytest
 
 from swap_agent.policy import events as ev
 from swap_agent.policy.coordinator import Coordinator
-from swap_agent.policy.units import GIB, MIB
 from swap_agent.simulate import cluster as clusters
 from swap_agent.simulate import trace as traces
 from swap_agent.simulate.cluster import Cluster, DeviceKind, Model
-from swap_agent.simulate.link import Link
+from swap_agent.simulate.metrics import Tally
 from swap_agent.simulate.policies import POLICIES, Policy
 from swap_agent.simulate.report import figures
-from swap_agent.simulate.tally import Tally
+from swap_agent.simulate.shared_bandwidth import Link
 from swap_agent.simulate.trace import Load, Trace
 from swap_agent.simulate.world import World
+from swap_agent.units import GIB, MIB
 
 TINY = Cluster(
     device=(DeviceKind(memory=10 * MIB, link_per_s=2 * MIB),),
@@ -133,7 +133,7 @@ def test_a_host_reports_at_once_when_a_count_enters_or_leaves_zero_else_every_50
     policy = Idle()
     world = World(replace(TINY, queue_timeout=1.0), policy, TINY.devices, TINY.links)
     world.replay(Trace.of(["a", "b"], [(0.0, "a", 1, 1), (0.02, "a", 1, 1), (0.03, "a", 1, 1), (0.5, "a", 1, 1)]))
-    reports = [(event.now_s, event.waiting) for event in policy.heard if isinstance(event, ev.LoadReported)]
+    reports = [(event.now_s, event.waiting) for event in policy.heard if isinstance(event, ev.TrafficReported)]
     assert reports == [
         (0.0, 1),
         (pytest.approx(0.07), 3),
@@ -180,7 +180,7 @@ class Audited(Coordinator):
 
     def on_event(self, event: ev.Event) -> list[ev.Action]:
         actions = super().on_event(event)
-        self.inventory.check_integrity()
+        self.ledger.check_integrity()
         return actions
 
 

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from swap_agent.__main__ import main
+from swap_agent.cli import simulate_flags
+from swap_agent.cli.main import main
 from swap_agent.errors import InvalidUsage
-from swap_agent.policy.units import GIB, MIB
-from swap_agent.simulate import arguments, policies, seeds
 from swap_agent.simulate import cluster as clusters
+from swap_agent.simulate import policies, seeds
 from swap_agent.simulate import trace as traces
 from swap_agent.simulate.trace import BURST_S, Load
+from swap_agent.units import GIB, MIB
 
 MODELS = ("x", "y", "z")
 AZURE_2023 = """TIMESTAMP,ContextTokens,GeneratedTokens
@@ -181,7 +182,7 @@ def test_the_table_has_a_row_for_each_policy(tmp_path: Path, capsys: pytest.Capt
     out = capsys.readouterr().out
     assert "1 rows of the trace have no output and were left out" in out
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line}
-    assert set(arguments.POLICIES) <= set(rows)
+    assert set(simulate_flags.POLICIES) <= set(rows)
     # prompts of 472 and 417 tokens at 1,000 a second; engines of their own take 90 s to start
     assert rows["always-on"][1:7:2] == ["0.444", "0.466", "0.471"]
     assert rows["scale-from-zero"][1:3] == ["90.4", "s"]
@@ -253,7 +254,7 @@ def test_flags_that_cannot_be_read_are_wrong_usage(flag: str, value: str, capsys
 
 
 def test_the_parser_knows_every_policy_and_loads_nothing_heavy() -> None:
-    assert tuple(policies.POLICIES) == arguments.POLICIES
-    script = "import sys, swap_agent.__main__; print(*sys.modules)"
+    assert tuple(policies.POLICIES) == simulate_flags.POLICIES
+    script = "import sys, swap_agent.cli.main; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     assert not {"numpy", "rich", "httpx", "torch", "vllm"} & set(loaded)

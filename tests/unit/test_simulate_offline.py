@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import random
 
-from swap_agent.policy.units import MIB
 from swap_agent.simulate.cluster import Cluster, DeviceKind, Model
 from swap_agent.simulate.offline import least_copied
 from swap_agent.simulate.policies import POLICIES
 from swap_agent.simulate.trace import Trace
+from swap_agent.units import MIB
 
 STEP_S = 20.0
 """Apart enough that every request ends, and its model may leave, before the next one comes."""

@@ -1,4 +1,4 @@
-"""The bounds of waiting for a lost engine; everything else about it is in tests/contract/test_triton_*.py."""
+"""The bounds of waiting for a lost engine; everything else about it is in tests/e2e/test_triton_*.py."""
 
 from __future__ import annotations
 

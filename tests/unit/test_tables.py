@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from rich.console import Console
 
-from swap_agent import tables
+from swap_agent.cli import terminal
 
 COLUMNS = {"MODEL": "left", "STATE": "left", "NOTE": "left", "HOLDS": "right", "PID": "right"}
 ROWS = [("a-model-with-a-name[1]", "RESIDENT", "", "1.5 GiB", "123"), ("b", "SWAPPING_OUT", "", "20 MiB", "4")]
@@ -22,7 +22,7 @@ ROWS = [("a-model-with-a-name[1]", "RESIDENT", "", "1.5 GiB", "123"), ("b", "SWA
 def test_columns_are_left_out_rather_than_broken(
     capsys: pytest.CaptureFixture[str], width: int, header: list[str], left_out: str
 ) -> None:
-    tables.print_table(Console(width=width, highlight=False), COLUMNS, ROWS, spare=("PID", "STATE"))
+    terminal.print_table(Console(width=width, highlight=False), COLUMNS, ROWS, spare=("PID", "STATE"))
     first, a, b, *rest = capsys.readouterr().out.splitlines()
     assert first.split() == header, "nor is there a column that says nothing"
     assert a.split()[0] == "a-model-with-a-name[1]" and b.split()[0] == "b"
@@ -32,13 +32,13 @@ def test_columns_are_left_out_rather_than_broken(
 
 
 def test_what_cannot_be_left_out_is_folded_and_not_lost(capsys: pytest.CaptureFixture[str]) -> None:
-    tables.print_table(Console(width=20, highlight=False), {"MODEL": "left"}, [("m" * 50,)])
+    terminal.print_table(Console(width=20, highlight=False), {"MODEL": "left"}, [("m" * 50,)])
     assert capsys.readouterr().out.count("m") == 50
 
 
 def test_a_bar_is_as_long_as_what_it_shows() -> None:
     out = Console(width=42)
-    assert tables.bar(out, [20, 10], 40).plain == "█" * 20 + "▓" * 10 + "·" * 10
-    assert tables.bar(out, [1], 10_000).plain == "█" + "·" * 39, "whatever is there is seen"
-    assert tables.bar(out, [20, 20], 20).plain == "█" * 20 + "|" + "▓" * 20
-    assert tables.bar(out, [], 20).plain == "·" * 40
+    assert terminal.bar(out, [20, 10], 40).plain == "█" * 20 + "▓" * 10 + "·" * 10
+    assert terminal.bar(out, [1], 10_000).plain == "█" + "·" * 39, "whatever is there is seen"
+    assert terminal.bar(out, [20, 20], 20).plain == "█" * 20 + "|" + "▓" * 20
+    assert terminal.bar(out, [], 20).plain == "·" * 40

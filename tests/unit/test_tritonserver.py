@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from swap_agent import serve, tritonserver
+from swap_agent.cli import serve, triton_server
 from swap_agent.errors import InvalidUsage
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -33,14 +33,14 @@ def wheel(tmp_path: Path) -> Path:
 
 def test_the_shim_is_the_one_of_the_source_tree() -> None:
     source = Path(__file__).parents[2] / "backend" / "vllm" / "model.py"
-    assert source.read_text(encoding="utf-8") == tritonserver.SHIM
+    assert source.read_text(encoding="utf-8") == triton_server.SHIM
 
 
 def test_assembling_twice_makes_one_tree(wheel: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    server = tritonserver.assemble(wheel, "1.0", cache)
+    server = triton_server.assemble(wheel, "1.0", cache)
     made = server.binary.stat()
-    assert tritonserver.assemble(wheel, "1.0", cache) == server
+    assert triton_server.assemble(wheel, "1.0", cache) == server
     assert server.binary.stat() == made
     assert [entry.name for entry in cache.iterdir()] == [f"tritonserver-1.0-py{PYTHON}"]
     assert sorted(entry.name for entry in (server.backend_directory / "python").iterdir()) == [
@@ -48,7 +48,7 @@ def test_assembling_twice_makes_one_tree(wheel: Path, tmp_path: Path) -> None:
         "triton_python_backend_stub",
         "triton_python_backend_utils.py",
     ]
-    assert (server.backend_directory / "vllm" / "model.py").read_text(encoding="utf-8") == tritonserver.SHIM
+    assert (server.backend_directory / "vllm" / "model.py").read_text(encoding="utf-8") == triton_server.SHIM
     libraries = server.binary.parents[3] / "nvidia_pytriton.libs"  # where the binary's RPATH looks
     assert libraries.resolve() == wheel / "nvidia_pytriton.libs"
 
@@ -56,7 +56,7 @@ def test_assembling_twice_makes_one_tree(wheel: Path, tmp_path: Path) -> None:
 def test_a_failed_assembly_leaves_nothing(wheel: Path, tmp_path: Path) -> None:
     (wheel / "pytriton" / "tritonserver" / "bin" / "tritonserver").unlink()
     with pytest.raises(InvalidUsage, match="cannot lay out tritonserver"):
-        tritonserver.assemble(wheel, "1.0", tmp_path / "cache")
+        triton_server.assemble(wheel, "1.0", tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 
 
@@ -64,34 +64,34 @@ def test_a_stub_that_does_not_start_is_reported_in_its_own_words(wheel: Path, tm
     stub = wheel / "pytriton" / "tritonserver" / "python_backend_stubs" / PYTHON / "triton_python_backend_stub"
     program(stub, "echo libpython3.so: cannot open shared object file >&2; exit 127")
     with pytest.raises(InvalidUsage, match=r"does not start.*libpython3.so: cannot open"):
-        tritonserver.assemble(wheel, "1.0", tmp_path / "cache")
+        triton_server.assemble(wheel, "1.0", tmp_path / "cache")
 
 
 def test_a_server_of_ones_own_keeps_its_python_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tritonserver, "cache_directory", lambda: tmp_path / "cache")
+    monkeypatch.setattr(triton_server, "cache_directory", lambda: tmp_path / "cache")
     binary = program(tmp_path / "opt" / "bin" / "tritonserver", "exit 0")
     with pytest.raises(InvalidUsage, match="has no Python backend"):
-        tritonserver.find(binary)
+        triton_server.find(binary)
     stub = program(tmp_path / "opt" / "backends" / "python" / "triton_python_backend_stub", f"# libpython{PYTHON}.so")
-    server = tritonserver.find(binary)
+    server = triton_server.find(binary)
     assert server.binary == binary
     assert (server.backend_directory / "python").resolve() == stub.parent
     assert (server.backend_directory / "vllm" / "model.py").is_file()
     program(stub, "# libpython3.8.so")
     with pytest.raises(InvalidUsage, match=r"needs Python 3\.8"):
-        tritonserver.find(binary)
+        triton_server.find(binary)
 
 
 def test_a_named_server_goes_before_all_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITONSERVER", str(tmp_path / "nowhere"))
     with pytest.raises(InvalidUsage, match="nowhere is no executable tritonserver"):
-        tritonserver.find()
+        triton_server.find()
     with pytest.raises(InvalidUsage, match="flag is no executable tritonserver"):
-        tritonserver.find(tmp_path / "flag")
+        triton_server.find(tmp_path / "flag")
 
 
 def test_the_stub_finds_this_environment_first(wheel: Path, tmp_path: Path) -> None:
-    server = tritonserver.assemble(wheel, "1.0", tmp_path / "cache")
+    server = triton_server.assemble(wheel, "1.0", tmp_path / "cache")
     environment = server.environment({"PATH": "/usr/bin", "LD_LIBRARY_PATH": "/mine", "HOME": "/h"})
     assert environment["PATH"].split(os.pathsep) == [str(Path(sys.prefix) / "bin"), "/usr/bin"]
     assert environment["LD_LIBRARY_PATH"].split(os.pathsep)[-1] == "/mine"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from swap_agent.__main__ import _parser, main
+from swap_agent.cli.main import _parser, main
 
 AGENT = {
     "--device": ["nonsense", "cpu:0GiB", "cpu:0x1GiB", "cpu:1GB", ""],

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from swap_agent.__main__ import main
-from swap_agent.policy.units import GIB, MIB
-from swap_agent.watch import DeviceExceeded, EngineKey, Exceeded, Finding, Reading, Stop, Usage, Watch
+from swap_agent.cli.main import main
+from swap_agent.daemon.residue.limits import DeviceExceeded, EngineKey, Exceeded, Finding, Reading, Stop, Usage, Watch
+from swap_agent.units import GIB, MIB
 
 A, B = EngineKey("a/1#0", 100), EngineKey("b/1#0", 200)
 BASE = 700 * MIB

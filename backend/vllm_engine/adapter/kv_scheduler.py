@@ -1,0 +1,259 @@
+"""vLLM's scheduler with a KV cache that grows and shrinks, and whose prefix cache outlives swaps.
+
+vLLM is given tensors of the most blocks that there may ever be. Blocks from the live end on have no memory: they are
+parked (see `block_pool.py`). All calls come between two steps of EngineCore, as utility calls; steps that are on their
+way to a GPU by then are over before memory goes (see `CudaAddresses.vacate`).
+
+Tried on vLLM 0.32.0, CPU; untested on a GPU. Hooks: those of `block_pool.py`, `Scheduler.running`, `waiting`,
+`_preempt_request` and `prev_step_scheduled_req_ids`, `get_scheduler_cls` of its configuration, and of executors
+`initialize_from_config` and `collective_rpc`. 0.26.0 does not have all of what is needed: see `why_fixed`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Mapping
+from itertools import islice
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
+
+from swap_agent.errors import TritonSwapError, Unsupported
+from vllm_engine.adapter import block_pool
+from vllm_engine.adapter.args import SWAPPABLE_WORKER
+from vllm_engine.adapter.block_pool import ElasticBlockPool
+
+
+def why_fixed(vllm_config: Any) -> str:
+    """Why blocks of an engine of this configuration are not touched; empty: they are.
+
+    Then its KV cache keeps its size, and none of it outlives a swap.
+    """
+    schedulers = type(vllm_config.scheduler_config)
+    for owner, name in (*block_pool.HOOKS, (Scheduler, "_preempt_request"), (schedulers, "get_scheduler_cls")):
+        if not hasattr(owner, name):
+            return f"this vLLM has no {owner.__name__}.{name}"
+    if "drop_stale_output" not in inspect.signature(Scheduler._preempt_request).parameters:
+        return "this vLLM cannot preempt a request whose step is under way"
+    if vllm_config.scheduler_config.scheduler_cls is not None:
+        return "scheduler_cls is set, and that scheduler was not tried"
+    if vllm_config.kv_transfer_config is not None:
+        return "kv_transfer_config is set, and a KV connector may use any block"
+    if getattr(vllm_config.attention_config, "hisparse_config", None) is not None:
+        return "hisparse_config is set, which keeps blocks in several pools"
+    if vllm_config.speculative_config is not None:
+        return "speculative_config is set, and speculative decoding was not tried"
+    if vllm_config.cache_config.num_gpu_blocks_override is not None:
+        return "num_gpu_blocks_override is set"
+    return ""
+
+
+class Load(NamedTuple):
+    """What a scheduler's requests make of its blocks at one moment."""
+
+    blocks: int
+    """Live ones, with the one that vLLM keeps for itself."""
+    used: int
+    """By requests. What is cached only is free."""
+    waiting: int
+    """By requests that wait, and may run beside those that do, with all that they may generate."""
+
+
+class ElasticBlocks:
+    """A scheduler's blocks. Between steps only."""
+
+    def __init__(self, scheduler: Any, blocks: int) -> None:
+        """Keep the first `blocks`. Raises Unsupported when the scheduler is not plainly vLLM's.
+
+        By then addresses for the limit are in use, so that the engine cannot start. What is known before is in
+        `why_fixed`; this is for a vLLM that has come to choose another scheduler or pool by itself.
+        """
+        manager = scheduler.kv_cache_manager
+        pools = {id(each.block_pool) for each in manager.coordinator.single_type_managers}
+        if pools != {id(manager.block_pool)} or scheduler.connector is not None:
+            raise Unsupported("this vLLM keeps blocks in several pools: use a supported version")
+        self._scheduler = scheduler
+        self._manager = manager
+        self._watermark = float(getattr(scheduler.scheduler_config, "watermark", 0.0))
+        self._pool = ElasticBlockPool.take_over(manager.block_pool)
+        self.most = int(self._pool.num_gpu_blocks)
+        self.shrink(blocks)
+
+    @property
+    def end(self) -> int:
+        """The number of live blocks."""
+        return int(self._pool.num_gpu_blocks)
+
+    def grow(self, end: int) -> None:
+        """Use blocks up to `end`, whose memory is there and zero."""
+        self._pool.grow(end)
+        self._settle()
+
+    def park(self, end: int) -> int:
+        """Hand out no block from `end` on any more. Returns how many of them are in use by requests that run."""
+        left = self._pool.shrink(end)
+        self._settle()
+        return left
+
+    def spare(self, end: int) -> int:
+        """Blocks from `end` on are to go when nobody uses them. Returns the end down to which that holds now."""
+        return self._pool.spare(end)
+
+    def want(self, blocks: int) -> None:
+        """So many are wanted, perhaps again: none of these is to go any more."""
+        if blocks > self._pool.spare_from:
+            self._pool.spare(min(blocks, self.end))
+
+    def shrink(self, end: int) -> int:
+        """Let go of the blocks from `end` on. Returns how many requests were preempted, to be computed again.
+
+        Those that hold one of them go, the youngest first; what they generated stays.
+        """
+        self.park(end)
+        preempted = 0
+        for request in self._youngest_first():
+            if not self._pool.lingering:
+                break
+            if self._holds_lingering(request.request_id):
+                self._scheduler.running.remove(request)
+                # As vLLM does when it resets its prefix cache with requests running.
+                self._scheduler._preempt_request(request, time.monotonic(), drop_stale_output=True)
+                self._scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
+                preempted += 1
+        if self._pool.lingering:
+            raise TritonSwapError(
+                f"{len(self._pool.lingering)} KV blocks beyond {end} are in use by no running request"
+            )
+        return preempted
+
+    def keep(self, most: int) -> list[int]:
+        """Preempt who runs, and forget all that is cached but up to `most` blocks, those used last. Returns which.
+
+        As vLLM's reset of its prefix cache, which keeps none. Raises TritonSwapError when a block is in use still.
+        """
+        scheduler = self._scheduler
+        while scheduler.running:  # the youngest first: they come back in their order
+            scheduler._preempt_request(scheduler.running.pop(), time.monotonic(), drop_stale_output=True)
+        scheduler.prev_step_scheduled_req_ids.clear()
+        return self._pool.keep(most)
+
+    def load(self) -> Load:
+        """How it stands now."""
+        scheduler, pool = self._scheduler, self._pool
+        room = max(0, scheduler.max_num_running_reqs - len(scheduler.running))
+        ready = (each for each in scheduler.waiting if each.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED))
+        most = scheduler.max_model_len
+        tokens = [min(each.num_prompt_tokens + (each.max_tokens or 0), most) for each in islice(ready, room)]
+        # Groups of layers that need less for a long sequence (windows, states) are counted as if they did not.
+        sizes = [each.block_size for each in self._manager.coordinator.single_type_managers]
+        waiting = sum(-(-each // size) for each in tokens for size in sizes)
+        return Load(pool.num_gpu_blocks, pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(), waiting)
+
+    def _settle(self) -> None:
+        self._manager.watermark_blocks = int(self._watermark * self.end)
+
+    def _youngest_first(self) -> list[Any]:
+        running = list(reversed(self._scheduler.running))
+        if self._scheduler.policy == SchedulingPolicy.PRIORITY:
+            running.sort(key=lambda request: (request.priority, request.arrival_time), reverse=True)
+        return running
+
+    def _holds_lingering(self, request_id: str) -> bool:
+        return any(
+            block.block_id in self._pool.lingering
+            for manager in self._manager.coordinator.single_type_managers
+            for block in manager.req_to_blocks.get(request_id, ())
+        )
+
+
+class GrowingKV:
+    """Of an executor in EngineCore: orders to the ranks that concern the scheduler as well.
+
+    They are names for `collective_rpc`, which EngineCore offers to its client: `kv_load`, `grow_kv`, `park_kv`,
+    `shrink_kv`, `want_kv` and `swap_out`. Where nobody touches the blocks, ranks get them as they are.
+    """
+
+    vllm_config: Any
+    _blocks: ElasticBlocks
+    """Once the scheduler is made, where the KV cache grows."""
+    _least_blocks = 0
+    _preserved_blocks = 0
+    """Of the prefix cache, at most, that outlive a swap."""
+    _orders: Mapping[str, Callable[..., Any]] = MappingProxyType({})
+
+    def initialize_from_config(self, kv_cache_configs: Any) -> None:
+        """As vLLM's; then have the scheduler, which is made next, keep to the blocks that have memory."""
+        super().initialize_from_config(kv_cache_configs)  # type: ignore[misc]
+        if self.vllm_config.parallel_config.worker_cls != SWAPPABLE_WORKER:
+            return  # the reference
+        blocks = [each for each in self._ranks("kv_blocks") if each]
+        if blocks:
+            self._least_blocks = min(blocks)
+            self._preserved_blocks = min(self._ranks("preserved_blocks"))
+            config = self.vllm_config.scheduler_config
+            config.scheduler_cls = self._scheduler_of(config.get_scheduler_cls())
+
+    def collective_rpc(self, method: Any, timeout: float | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's, but for the orders above, which answer one value in a list."""
+        order = self._orders.get(method) if isinstance(method, str) else None
+        if order is None:
+            return self._ranks(method, timeout, *args, **kwargs)
+        return [order(*(args[0] if args else kwargs.get("args", ())))]
+
+    def _scheduler_of(self, vllms: Any) -> Callable[..., Any]:
+        def make(**kwargs: Any) -> Any:
+            scheduler = vllms(**kwargs)
+            self._blocks = ElasticBlocks(scheduler, self._least_blocks)
+            self._orders = {
+                "kv_load": self._blocks.load, "grow_kv": self._grow, "park_kv": self._park, "shrink_kv": self._shrink,
+                "want_kv": self._blocks.want, "swap_out": self._swap_out,
+            }  # fmt: skip
+            return scheduler
+
+        return make
+
+    def _ranks(self, method: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().collective_rpc(method, *args, **kwargs)  # type: ignore[misc]
+
+    def _grow(self, epoch: int, frames: int) -> int | str:
+        """Once every rank has mapped them, use their blocks. Returns the number of blocks, or why it was taken back."""
+        answers = self._ranks("grow_kv", args=(epoch, frames))
+        refusals = [answer for answer in answers if isinstance(answer, str)]
+        if refusals:
+            return str(refusals[0])
+        self._blocks.grow(min(answers))
+        return self._blocks.end
+
+    def _park(self, frames: int) -> int:
+        """Ready a shrink to `frames`: returns how many blocks are in the way."""
+        return self._blocks.park(self._at_least(frames))
+
+    def _shrink(self, epoch: int, frames: int, preempt: bool) -> tuple[int, int, int]:
+        """Have every rank unmap all but `frames`; unless `preempt`, but what requests use and all before that as well.
+
+        Returns the number of frames, of blocks and of preempted requests.
+        """
+        blocks = self._at_least(frames)
+        if not preempt:
+            frames = max(frames, *self._ranks("kv_frames", args=(self._blocks.spare(blocks),)))
+            blocks = self._at_least(frames)
+        preempted = self._blocks.shrink(blocks)
+        self._ranks("shrink_kv", args=(epoch, frames))
+        return frames, self._blocks.end, preempted
+
+    def _swap_out(self, *args: Any) -> Any:
+        self._blocks.shrink(self._least_blocks)
+        kept = self._blocks.keep(self._preserved_blocks) if self._preserved_blocks else []
+        return self._ranks("swap_out", args=(*args, kept))[0]
+
+    def _at_least(self, frames: int) -> int:
+        blocks = min(self._ranks("kv_blocks", args=(frames,)))
+        if blocks < self._least_blocks:
+            raise TritonSwapError(
+                f"{frames} frames of KV cache are {blocks} blocks, fewer than the engine started with"
+            )
+        return int(blocks)

@@ -1,0 +1,185 @@
+"""The agent's conversations with Triton stubs and engine hosts, over `agent.sock`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from typing import TYPE_CHECKING
+
+from swap_agent.daemon.engines.engine import Engine
+from swap_agent.errors import PeerGone, ProtocolError, TritonSwapError, Unavailable
+from swap_agent.policy import events as ev
+from swap_agent.wire import messages as wire
+from swap_agent.wire.framing import AsyncChannel, listen
+
+if TYPE_CHECKING:
+    from swap_agent.daemon.agent import Agent
+
+log = logging.getLogger(__name__)
+
+HostChannel = AsyncChannel[wire.FromStub | wire.FromHost]
+
+
+class ControlSocket:
+    """Reads what stubs and hosts say, and has the agent act on it."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self._users: dict[str, set[HostChannel]] = {}
+        """Stubs that use a replica."""
+        self._channels: set[HostChannel] = set()
+        self._server: asyncio.Server
+
+    async def open(self) -> None:
+        """Accept stubs and hosts from now on."""
+        self._server = await asyncio.start_unix_server(
+            self._converse, sock=listen(self._agent.config.runtime.agent_socket)
+        )
+
+    def refuse_newcomers(self) -> None:
+        """Accept no more connections."""
+        self._server.close()
+
+    def in_use(self, replica: str) -> bool:
+        """Whether a stub uses it."""
+        return bool(self._users.get(replica))
+
+    async def close(self) -> None:
+        """Return when every connection is closed, and what was sent has left."""
+        for channel in list(self._channels):
+            await channel.closed()
+        self._agent.config.runtime.agent_socket.unlink(missing_ok=True)
+
+    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        channel: HostChannel = AsyncChannel(reader, writer, wire.FromStub | wire.FromHost)
+        self._channels.add(channel)
+        try:
+            if channel.uid != os.getuid():
+                raise ProtocolError(f"user {channel.uid} is not the agent's")
+            first = await channel.receive()
+            if isinstance(first, wire.HostHello):
+                await self._converse_with_host(channel, first)
+            else:
+                await self._converse_with_stub(channel, first)
+        except PeerGone:
+            pass
+        except ProtocolError as error:
+            log.warning("a connection to %s was closed: %s", self._agent.config.runtime.agent_socket, error)
+        finally:
+            channel.close()
+            self._channels.discard(channel)
+
+    async def _converse_with_host(self, channel: HostChannel, hello: wire.HostHello) -> None:
+        engine = self._agent.engines.get(hello.replica)
+        if engine is None or hello.token != engine.token or engine.host:
+            raise ProtocolError(f"no host of the running engine of {hello.replica}")
+        engine.host = channel
+        engine.queue_limits = limits = self._agent.live_settings.queue_limits(self._agent.specs[hello.replica].settings)
+        channel.send(
+            wire.HostWelcome(
+                version_dir=engine.spec.version_dir,
+                model_json=engine.spec.model_json,
+                engine_socket=str(engine.socket),
+                ranks_socket=str(self._agent.config.runtime.ranks_socket),
+                max_queue=limits.max_queue,
+                queue_timeout_s=limits.queue_timeout_s,
+                drain_timeout_s=self._agent.config.drain_timeout_s,
+            )
+        )
+        while True:
+            message = await channel.receive()
+            now_s, replica = time.monotonic(), hello.replica
+            match message:
+                case wire.HostReady():
+                    engine.ready = True
+                    engine.kv = message.kv
+                    if message.kv:
+                        engine.kv_wanted_frames, engine.kv_blocks = message.kv.frames, message.kv.blocks
+                    self._agent.post(ev.EngineReady(now_s, replica))
+                case wire.HostFailed():
+                    engine.fail(message.message)
+                case wire.Report():
+                    self._agent.post(ev.TrafficReported(now_s, replica, message.in_flight, message.waiting))
+                case wire.Drained():
+                    self._agent.post(ev.Drained(now_s, replica, message.epoch))
+                case wire.DrainRefused():
+                    self._agent.post(ev.DrainRefused(now_s, replica, message.epoch))
+                case wire.KvWanted():
+                    engine.kv_wanted_frames = message.frames
+                    if engine.kv:
+                        more = message.frames - engine.kv.frames
+                        self._agent.post(ev.BurstWanted(now_s, replica, more, engine.kv.ranges))
+                case wire.KvGrown() | wire.KvShrunk():
+                    engine.kv_blocks = message.blocks
+                    engine.acknowledged(message.epoch, message)
+                case wire.SwappedOut() | wire.SwappedIn() | wire.SwapInFailed() | wire.KvGrowFailed():
+                    if engine.kv and isinstance(message, wire.SwappedOut):  # it begins anew
+                        engine.kv_wanted_frames, engine.kv_blocks = engine.kv.frames, engine.kv.blocks
+                    engine.acknowledged(message.epoch, message)
+                case wire.OrderFailed():
+                    engine.fail(message.message)
+                    self._agent.kill(engine)
+                case _:
+                    raise ProtocolError(f"{type(message).__name__} from an engine host")
+
+    async def _converse_with_stub(self, channel: HostChannel, first: wire.FromStub | wire.FromHost) -> None:
+        replica = ""
+        message = first
+        try:
+            while True:
+                if isinstance(message, wire.Attach):
+                    again = bool(replica)
+                    replica = f"{message.model}/{message.version}#{message.instance}"
+                    self._users.setdefault(replica, set()).add(channel)
+                    channel.send(await self._answer_attach(replica, message, again=again))
+                elif isinstance(message, wire.Detach) and replica:
+                    self._users[replica].discard(channel)
+                    if not self._users[replica]:
+                        await self._agent.unload(replica, purge=False)
+                    channel.send(wire.Detached())
+                else:
+                    raise ProtocolError(f"{type(message).__name__} from a Triton stub")
+                message = await channel.receive()
+        finally:
+            if replica:
+                self._users[replica].discard(channel)
+
+    async def _answer_attach(self, replica: str, message: wire.Attach, *, again: bool) -> wire.Attached | wire.Refused:
+        try:
+            # A stub that lost its engine gets the current one, even when a newer copy of the model changed the spec.
+            if not again or replica not in self._agent.specs:
+                await self._adopt(replica, message)
+            engine = await self._running_engine(replica)
+        except TritonSwapError as error:
+            return wire.Refused(error.code, str(error))  # type: ignore[arg-type]
+        assert engine.process is not None
+        return wire.Attached(replica, str(engine.socket), engine.process.pid)
+
+    async def _running_engine(self, replica: str) -> Engine:
+        """Its engine, RESIDENT; one that ends just now, and of whose end the policy has yet to hear, is replaced.
+
+        Raises Unavailable.
+        """
+        await self._agent.load(replica)
+        engine = self._agent.engines.get(replica)
+        if engine and engine.process and (engine.stopping or not engine.process.host_lives()):
+            while self._agent.engines.get(replica) is engine:
+                await self._agent.changed()
+            await self._agent.load(replica)
+            engine = self._agent.engines.get(replica)
+        if engine is None or engine.process is None:
+            raise Unavailable(f"{replica}: its engine ended right after it was loaded; try again")
+        return engine
+
+    async def _adopt(self, replica: str, message: wire.Attach) -> None:
+        """Make the stub's request the spec of the replica; an engine of another spec ends first."""
+        declarations = self._agent.live_settings
+        await declarations.refresh()  # Triton may have read a file that changed just now
+        spec = declarations.read(replica, message)
+        while (old := self._agent.engines.get(replica)) and spec.needs_other_engine(old.spec):
+            log.info("%s: its model.json changed; its engine is replaced", replica)
+            await self._agent.unload(replica, purge=True)  # a load that comes meanwhile overrules it: then once more
+            spec = declarations.read(replica, message)  # the settings may have changed meanwhile
+        declarations.adopt(spec)

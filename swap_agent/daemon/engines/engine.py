@@ -1,0 +1,137 @@
+"""The agent's record of one engine: its process, its ranks, its host connection, its figures."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from swap_agent.daemon.engines.frame_credit import FrameCredit
+from swap_agent.daemon.engines.process import EngineProcess
+from swap_agent.daemon.engines.rank_link import RankLink
+from swap_agent.daemon.memory.frame_pool import FramePool
+from swap_agent.daemon.memory.rank_space import SwapIn
+from swap_agent.errors import Unavailable
+from swap_agent.models.settings import ModelSettings
+from swap_agent.wire import messages as wire
+from swap_agent.wire.framing import AsyncChannel
+
+M = TypeVar("M", bound=wire.Message)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a Triton instance asks for, and what its model declares."""
+
+    replica: str
+    version_dir: str
+    model_json: str
+    settings: ModelSettings
+    gpu: int | None = None
+    """The one device of an instance with KIND_GPU."""
+
+    @property
+    def model(self) -> str:
+        """Its name in the model repository."""
+        return self.replica.rpartition("/")[0]
+
+    def needs_other_engine(self, other: ModelSpec) -> bool:
+        """Whether a running engine of `other` cannot serve this. Settings are applied live."""
+        return (self.version_dir, self.model_json) != (other.version_dir, other.model_json)
+
+
+@dataclass
+class Engine:
+    """One engine process tree, from its start to its end."""
+
+    spec: ModelSpec
+    pools: Sequence[FramePool]
+    """Of the devices on which its ranks are, in their order."""
+    socket: Path
+    token: str = field(default_factory=lambda: secrets.token_hex(16))
+    process: EngineProcess | None = None
+    host: AsyncChannel[wire.FromStub | wire.FromHost] | None = None
+    queue_limits: wire.QueueLimits | None = None
+    """Those that the host was told last."""
+    connected: dict[int, RankLink] = field(default_factory=dict)
+    """Ranks that said hello; all of them once the engine is ready."""
+    mirrors_wanted_bytes: int = 0
+    """Host memory that ranks asked for while it started."""
+    allowance: FrameCredit | None = None
+    """Of the last swap-in."""
+    order: asyncio.Task[None] | None = None
+    """The last swap, under way or done."""
+    ready: bool = False
+    stopping: bool = False
+    clearing: bool = False
+    """Its processes have ended, and its frames are being released."""
+    failure: str = ""
+    """Why it failed, in its own words; the first reason wins."""
+    swaps_in: int = 0
+    swaps_out: int = 0
+    last_swap_in: SwapIn | None = None
+    kv: wire.KvCache | None = None
+    """What its KV cache can be; None: it keeps its size."""
+    kv_wanted_frames: int = 0
+    """On each rank, of a KV cache that grows."""
+    kv_blocks: int = 0
+    """That its scheduler uses now."""
+    _acks: dict[tuple[int, type[wire.Message]], asyncio.Future[Any]] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> list[RankLink]:
+        """Connected ranks, in order."""
+        return [self.connected[rank] for rank in sorted(self.connected)]
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes that it holds, on all devices."""
+        return sum(rank.space.device_bytes for rank in self.ranks)
+
+    @property
+    def mirror_bytes(self) -> int:
+        """Host memory of mirrors and stagings, and of what KV cache is preserved."""
+        return sum(rank.space.mirror_bytes for rank in self.ranks)
+
+    @property
+    def preserved_kv_bytes(self) -> int:
+        """Host memory in which its prefix cache outlives swaps."""
+        return sum(preserved.size_bytes for rank in self.ranks if (preserved := rank.space.preserved))
+
+    def fail(self, reason: str) -> None:
+        """Remember why it ends."""
+        self.failure = self.failure or reason
+
+    def expect(self, epoch: int, kind: type[M]) -> asyncio.Future[M]:
+        """Resolved with this answer of the host to an order, or by Unavailable at the engine's end."""
+        future: asyncio.Future[M] = asyncio.get_running_loop().create_future()
+        self._acks[epoch, kind] = future
+        return future
+
+    def forget(self, epoch: int, kind: type[wire.Message]) -> None:
+        """This answer is not expected any more."""
+        self._acks.pop((epoch, kind), None)
+
+    def acknowledged(self, epoch: int, answer: wire.Message) -> None:
+        """The host answered; a stale answer is nobody's."""
+        future = self._acks.pop((epoch, type(answer)), None)
+        if future and not future.done():
+            future.set_result(answer)
+
+    def abort_pending(self) -> None:
+        """It has ended: no answer will come, and no frames."""
+        if self.allowance:
+            self.allowance.close()
+        for future in self._acks.values():
+            if not future.done():
+                future.set_exception(Unavailable(self.failure))
+                future.exception()
+        self._acks.clear()
+
+    @property
+    def answers_expected(self) -> int:
+        """How many answers of the host are outstanding."""
+        return len(self._acks)

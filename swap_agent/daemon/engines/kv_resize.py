@@ -1,0 +1,77 @@
+"""Orders to a resident engine whose KV cache grows: more frames, or fewer. One order at a time to an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from swap_agent.daemon.engines import rank_group as together
+from swap_agent.daemon.engines.engine import Engine
+from swap_agent.daemon.engines.rank_link import BETWEEN_STEPS_S
+from swap_agent.errors import RolledBack
+from swap_agent.wire import messages as wire
+
+log = logging.getLogger(__name__)
+
+
+async def resize(engine: Engine, epoch: int, extra: int, within_s: float | None) -> int:
+    """Have `extra` frames of KV cache on each rank beyond those that the engine starts with. Returns how many it has.
+
+    Fewer when it cannot grow, more when `within_s` is None and requests use them. Raises as `shrink` does.
+    """
+    if engine.kv is None:  # the books were repaired: it has no more than it takes
+        return 0
+    least = engine.kv.frames
+    held = max(len(rank.space.frames["kv"]) for rank in engine.ranks)
+    if least + extra > held:
+        try:
+            await grow(engine, epoch, least + extra)
+        except RolledBack as error:
+            log.warning("%s", error)
+            return held - least
+    elif least + extra < held:
+        return await shrink(engine, epoch, least + extra, within_s) - least
+    return extra
+
+
+async def grow(engine: Engine, epoch: int, frames: int) -> None:
+    """Have `frames` frames of KV cache on each rank, those of a running engine and new ones.
+
+    Raises RolledBack: nothing has changed. Raises Unavailable, PeerGone, TimeoutError: the engine is in an unknown
+    state and has to be ended.
+    """
+    assert engine.host
+    acked = engine.expect(epoch, wire.KvGrown)
+    undone = engine.expect(epoch, wire.KvGrowFailed)
+    announced = False
+
+    def announce() -> None:
+        nonlocal announced
+        announced = True
+        assert engine.host
+        engine.host.send(wire.GrowKv(epoch, frames))
+
+    try:
+        await together.grow_kv(engine.ranks, epoch, frames, announce)
+        await asyncio.wait_for(acked, BETWEEN_STEPS_S)
+    except RolledBack:
+        if announced:
+            await asyncio.wait_for(undone, BETWEEN_STEPS_S)
+        raise
+    finally:
+        engine.forget(epoch, wire.KvGrown)
+        engine.forget(epoch, wire.KvGrowFailed)
+
+
+async def shrink(engine: Engine, epoch: int, frames: int, deadline_s: float | None) -> int:
+    """Take back all frames of KV cache but `frames` on each rank, at least `engine.kv.frames`. Returns how many it has.
+
+    Requests may go on for `deadline_s`; then those that are in the way are computed again. None: what they use stays.
+    Raises Unavailable, PeerGone, TimeoutError: the engine is in an unknown state and has to be ended.
+    """
+    assert engine.host
+    acked = engine.expect(epoch, wire.KvShrunk)
+    engine.host.send(wire.ShrinkKv(epoch, frames, deadline_s))
+    kept = (await asyncio.wait_for(acked, (deadline_s or 0.0) + BETWEEN_STEPS_S)).frames
+    await together.shrink_kv(engine.ranks, epoch, kept)
+    return kept

@@ -1,0 +1,197 @@
+"""Where ranks connect, and what they ask while their engine starts: frames, host memory, mirrors.
+
+Every rank has a thread that blocks; what it asks is decided on the agent's loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from swap_agent.daemon.config import AgentConfig
+from swap_agent.daemon.engines.engine import Engine
+from swap_agent.daemon.engines.mirror_access import RankMirrors
+from swap_agent.daemon.engines.process import private_bytes
+from swap_agent.daemon.engines.rank_link import RankLink, start_serving
+from swap_agent.daemon.memory.mirror_store import MirrorStore
+from swap_agent.daemon.memory.rank_space import RankSpace
+from swap_agent.errors import PeerGone, ProtocolError, Unavailable
+from swap_agent.policy import events as ev
+from swap_agent.wire import messages as wire
+from swap_agent.wire.framing import Channel, listen
+
+log = logging.getLogger(__name__)
+
+_HELLO_TIMEOUT_S = 10.0
+
+Answer = concurrent.futures.Future[None]
+T = TypeVar("T")
+
+
+class RankSocket:
+    """The agent's side of `ranks.sock`. Every method but `want…` belongs to the loop's thread."""
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        engines: Mapping[str, Engine],
+        mirrors: MirrorStore,
+        post: Callable[[ev.Event], None],
+        on_rank_gone: Callable[[Engine, int], None],
+    ) -> None:
+        """`engines` is the agent's own table, by replica; `on_rank_gone` gets the engine and the number of the rank."""
+        self._config = config
+        self._engines = engines
+        self._mirrors = mirrors
+        self._post = post
+        self._on_rank_gone = on_rank_gone
+        self._frames_asked: dict[tuple[str, int], Answer] = {}
+        """Ranks that start and wait for frames."""
+        self._host_memory_asked: dict[str, list[Answer]] = {}
+        """Ranks of a replica that start and wait for host memory."""
+        self._loop: asyncio.AbstractEventLoop
+        self._listener: socket.socket
+
+    def open(self) -> None:
+        """Accept ranks from now on."""
+        self._loop = asyncio.get_running_loop()
+        self._listener = listen(self._config.runtime.ranks_socket)
+        threading.Thread(target=self._accept, name="ranks", daemon=True).start()
+
+    def close(self) -> None:
+        """Accept no more ranks."""
+        self._listener.close()
+        self._config.runtime.ranks_socket.unlink(missing_ok=True)
+
+    # --- answers ------------------------------------------------------------------------------------------------------
+
+    def answer_frames(self, replica: str, rank: int, refusal: str = "") -> None:
+        """What this rank asked for is granted, or refused with a reason."""
+        _answer(self._frames_asked.pop((replica, rank)), refusal)
+
+    def answer_host_memory(self, replica: str, refusal: str = "") -> None:
+        """What the ranks of this replica asked for up to now is granted, or refused with a reason."""
+        for asked in self._host_memory_asked.pop(replica):
+            _answer(asked, refusal)
+
+    def engine_ended(self, replica: str, reason: str) -> None:
+        """Whoever waits for something of its engine gets the reason of its end."""
+        for key in [key for key in self._frames_asked if key[0] == replica]:
+            self.answer_frames(*key, reason)
+        if replica in self._host_memory_asked:
+            self.answer_host_memory(replica, reason)
+
+    # --- ranks --------------------------------------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return  # closed: the agent ends
+            threading.Thread(target=self._greet, args=(sock,), daemon=True).start()
+
+    def _greet(self, sock: socket.socket) -> None:
+        channel: Channel[wire.FromRank] = Channel(sock, wire.FromRank)
+        try:
+            hello, _ = channel.receive(_HELLO_TIMEOUT_S)
+            link = self._link(channel, hello)
+        except (PeerGone, ProtocolError, TimeoutError) as error:
+            log.warning("a connection to %s was closed: %s", self._config.runtime.ranks_socket, error)
+            channel.close()
+        else:
+            start_serving(link)
+
+    def _link(self, channel: Channel[wire.FromRank], hello: wire.Message) -> RankLink:
+        """Welcome a rank. Raises ProtocolError for a stranger, PeerGone."""
+        engine = self._engines.get(hello.replica) if isinstance(hello, wire.RankHello) else None
+        if channel.uid != os.getuid() or engine is None or not isinstance(hello, wire.RankHello):
+            raise ProtocolError("no rank of an engine of this agent")
+        number = hello.rank
+        if hello.token != engine.token or number in engine.connected:
+            raise ProtocolError(f"no rank of the running engine of {hello.replica}")
+        if hello.world_size != len(engine.pools) or not 0 <= number < hello.world_size:
+            message = f"rank {number} of {hello.world_size}; model.json asks for {len(engine.pools)} in all"
+            channel.send(wire.Refused("UNSUPPORTED", message))
+            raise ProtocolError(f"{hello.replica}: {message}")
+        pool = engine.pools[number]
+        device = pool.device
+        capacity_bytes = device.total_frames * device.frame_bytes
+        link = engine.connected[number] = RankLink(
+            channel,
+            RankSpace(hello.replica, pool, verify=self._config.verify),
+            want_frames=lambda frames, region: self._want_frames(engine, number, frames, region),
+            want_host_memory=lambda size: self._want_host_memory(engine, size),
+            on_failure=lambda reason: engine.fail(f"model {hello.replica}: {reason}"),
+            on_gone=lambda: self._gone(engine, number),
+            mirrors=RankMirrors(self._mirrors, engine, number, lambda call: self._on_loop(engine, call), self._post),
+        )
+        settings = engine.spec.settings
+        welcome = wire.RankWelcome(
+            device.name, device.frame_bytes, settings.request_bytes, capacity_bytes, settings.limit_bytes,
+            settings.preserve_kv_bytes // hello.world_size,
+        )  # fmt: skip
+        channel.send(welcome)
+        return link
+
+    def _gone(self, engine: Engine, number: int) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._on_rank_gone, engine, number)
+
+    # --- questions, on a rank's thread --------------------------------------------------------------------------------
+
+    def _want_frames(self, engine: Engine, rank: int, frames: int, region: wire.Region) -> None:
+        """Wait until the policy grants. Raises Unavailable."""
+
+        def ask(answer: Answer) -> ev.Event:
+            self._frames_asked[engine.spec.replica, rank] = answer
+            return ev.FramesWanted(time.monotonic(), engine.spec.replica, frames, rank, region == "kv")
+
+        self._ask(engine, ask)
+
+    def _want_host_memory(self, engine: Engine, mirror_bytes: int) -> None:
+        """Wait until the policy grants. Raises Unavailable."""
+        private = private_bytes(engine.process.pid) if engine.process else 0
+
+        def ask(answer: Answer) -> ev.Event:
+            self._host_memory_asked.setdefault(engine.spec.replica, []).append(answer)
+            engine.mirrors_wanted_bytes += mirror_bytes
+            total = private + engine.mirrors_wanted_bytes
+            return ev.HostMemoryWanted(time.monotonic(), engine.spec.replica, total)
+
+        self._ask(engine, ask)
+
+    def _ask(self, engine: Engine, ask: Callable[[Answer], ev.Event]) -> None:
+        answer: Answer = concurrent.futures.Future()
+        self._on_loop(engine, lambda: self._post(ask(answer)))
+        answer.result()
+
+    def _on_loop(self, engine: Engine, call: Callable[[], T]) -> T:
+        """Run `call` on the loop's thread and wait for it. Raises Unavailable when the engine is gone."""
+        answer: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                if self._engines.get(engine.spec.replica) is not engine or engine.clearing:
+                    raise Unavailable("the engine was stopped")
+                answer.set_result(call())
+            except Exception as error:
+                answer.set_exception(error)
+
+        self._loop.call_soon_threadsafe(run)
+        return answer.result()
+
+
+def _answer(asked: Answer, refusal: str) -> None:
+    if refusal:
+        asked.set_exception(Unavailable(refusal))
+    else:
+        asked.set_result(None)

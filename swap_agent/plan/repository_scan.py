@@ -1,0 +1,203 @@
+"""The replicas that a model repository asks for, as Triton and the agent would read it. Blocking; starts nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from swap_agent.errors import InvalidModel, InvalidUsage
+from swap_agent.models.estimate import Size, estimate
+from swap_agent.models.fit import fit
+from swap_agent.models.repository import CONFIG, parse_config, string_parameters
+from swap_agent.models.settings import ModelSettings, read_ranks, read_settings
+from swap_agent.policy import events as ev
+from swap_agent.policy.ledger import Device
+from swap_agent.units import format_bytes
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One replica."""
+
+    registered: ev.Registered
+    frames: tuple[int, ...]
+    """Frames that each rank asks for while its engine starts, in order."""
+    settings: ModelSettings
+    size: Size | None = None
+    """Estimated, of a model that declares no GPU_MEMORY_REQUEST."""
+    note: str = ""
+    """What a person should know, one line."""
+
+    @property
+    def name(self) -> str:
+        """`name/version#instance`."""
+        return self.registered.name
+
+
+@dataclass
+class Reading:
+    """What was found in a repository."""
+
+    wanted: list[Wanted] = field(default_factory=list)
+    """In the order in which `serve` loads them."""
+    errors: dict[str, str] = field(default_factory=dict)
+    """Why a model cannot be loaded, one line, by model."""
+    unknown: dict[str, str] = field(default_factory=dict)
+    """Why nobody can tell how large a model is, one line, by model."""
+    others: dict[str, str] = field(default_factory=dict)
+    """Backends of models that are not ours, by model."""
+
+
+def read(repository: Path, devices: Sequence[Device], frame_bytes: int) -> Reading:
+    """Read every model folder; what is wrong with one does not stop the others.
+
+    Raises InvalidUsage when the repository cannot be read.
+    """
+    try:
+        folders = sorted(path for path in repository.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise InvalidUsage(f"--model-repository {repository}: {error.strerror}") from error
+    reading = Reading()
+    for folder in folders:
+        model = folder.name
+        try:
+            config = _config(folder)
+            if config.backend != "vllm":
+                reading.others[model] = config.backend
+            else:
+                _add(reading, folder, config, devices, frame_bytes)
+        except InvalidModel as error:
+            reading.errors[model] = str(error)
+        except OSError as error:
+            reading.errors[model] = f"model {model}: {folder} cannot be read ({error.strerror})"
+    return reading
+
+
+def _config(folder: Path) -> Any:
+    model = folder.name
+    try:
+        return parse_config((folder / CONFIG).read_bytes(), model)
+    except FileNotFoundError:
+        raise InvalidModel(f"model {model}: {folder} holds no {CONFIG}") from None
+    except OSError as error:
+        raise InvalidModel(f"model {model}: {CONFIG} cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidModel(f"model {model}: {CONFIG} {' '.join(str(error).split())}") from error
+
+
+def _add(reading: Reading, folder: Path, config: Any, devices: Sequence[Device], frame_bytes: int) -> None:
+    """All replicas of one model. Raises InvalidModel."""
+    model = folder.name
+    instances, gpu = _instances(model, config)
+    sizes = {device.name: device.frames * frame_bytes for device in devices}
+    settings = read_settings(model, string_parameters(config), next(iter(sizes.values())))
+    found: list[Wanted] = []
+    for version in _versions(folder, config):
+        text, arguments = _model_json(model, version)
+        ranks = read_ranks(model, text)
+        if ranks > 1 and _kind(config) == "KIND_GPU":
+            raise InvalidModel(f"model {model}: KIND_GPU is for models of one GPU; write KIND_MODEL in {CONFIG}")
+        fitted = fit(model, settings, gpu, ranks, sizes, frame_bytes)
+        size = estimate(arguments, version, ranks)
+        estimated: Size | None = None
+        if fitted.request_frames is not None:
+            frames: tuple[int, ...] = (max(1, fitted.request_frames),)
+            note = _too_small(model, settings, size, frame_bytes)
+        elif isinstance(size, Size):
+            estimated = size
+            frames = _frames(size, frame_bytes)
+            note = f"model {model}: its KV cache is not counted: {size.kv_unknown}" if size.kv_unknown else ""
+        else:
+            reading.unknown[model] = f"model {model}: size unknown: it declares no GPU_MEMORY_REQUEST, and {size}"
+            return
+        for number in range(instances):
+            registered = ev.Registered(
+                0.0,
+                f"{model}/{version.name}#{number}",
+                request_frames=fitted.request_frames,
+                keep_alive_s=settings.keep_alive_s,
+                ranks=ranks,
+                limit_frames=fitted.limit_frames,
+                priority=settings.priority,
+                pinned=settings.pinned,
+                min_residency_s=settings.min_residency_s,
+                allowed_devices=fitted.allowed,
+            )
+            found.append(Wanted(registered, frames, settings, estimated, note))
+    reading.wanted += found
+
+
+def _frames(size: Size, frame_bytes: int) -> tuple[int, ...]:
+    """Weights, a frame of buffers, KV cache: the regions of an engine begin with a frame of their own."""
+    regions = (-(-size.weights_bytes // frame_bytes), 1, -(-size.kv_bytes // frame_bytes))
+    return tuple(frames for frames in regions if frames)
+
+
+def _too_small(model: str, settings: ModelSettings, size: Size | str, frame_bytes: int) -> str:
+    """That the engine would refuse its request, if the estimate is right; empty otherwise."""
+    request = settings.request_bytes or 0
+    if isinstance(size, str):
+        return f"model {model}: {size}" if "not on this machine" in size else ""
+    needs = sum(_frames(size, frame_bytes)) * frame_bytes
+    if needs <= request:
+        return ""
+    return (
+        f"model {model}: its files suggest that it needs about {format_bytes(needs)}, more than its GPU_MEMORY_REQUEST "
+        f"of {format_bytes(request)}: its engine may refuse to start"
+    )
+
+
+def _instances(model: str, config: Any) -> tuple[int, int | None]:
+    """How many replicas of each version there are, and the one device that they may be on. Raises InvalidModel."""
+    groups = list(config.instance_group)
+    if len(groups) > 1 or any(len(group.gpus) > 1 for group in groups):
+        raise InvalidModel(
+            f"model {model}: several instance groups in {CONFIG}, or one over several GPUs, are not supported yet: "
+            "use one instance_group with a `count`"
+        )
+    if not groups:
+        return 1, None
+    gpus = list(groups[0].gpus) if _kind(config) == "KIND_GPU" else []
+    return max(1, groups[0].count), gpus[0] if gpus else None
+
+
+def _kind(config: Any) -> str:
+    groups = list(config.instance_group)
+    return str(groups[0].Kind.Name(groups[0].kind)) if groups else "KIND_AUTO"
+
+
+def _versions(folder: Path, config: Any) -> Iterator[Path]:
+    """The version folders that Triton would load. Raises InvalidModel."""
+    there = {int(path.name): path for path in folder.iterdir() if path.is_dir() and path.name.isdecimal()}
+    policy = config.version_policy
+    kind = policy.WhichOneof("policy_choice")
+    if kind == "specific":
+        chosen = sorted(set(policy.specific.versions))
+    else:
+        chosen = sorted(there)
+        chosen = chosen if kind == "all" else chosen[-max(1, policy.latest.num_versions) :]
+    if not chosen:
+        raise InvalidModel(f"model {folder.name}: {folder} holds no version, a folder such as 1 with a model.json")
+    for version in chosen:
+        if version not in there:
+            raise InvalidModel(f"model {folder.name}: version_policy in {CONFIG} names version {version}: no folder")
+        yield there[version]
+
+
+def _model_json(model: str, version: Path) -> tuple[str, Mapping[str, Any]]:
+    path = version / "model.json"
+    try:
+        text = path.read_text("utf-8")
+        arguments = json.loads(text)
+    except FileNotFoundError:
+        raise InvalidModel(f"model {model}: there is no {path}, with vLLM's engine arguments") from None
+    except OSError as error:
+        raise InvalidModel(f"model {model}: {path} cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidModel(f"model {model}: model.json is not readable as JSON: {error}") from error
+    if not isinstance(arguments, dict):
+        raise InvalidModel(f"model {model}: model.json must hold one JSON object, vLLM's engine arguments")
+    return text, arguments

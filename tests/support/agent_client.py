@@ -1,0 +1,77 @@
+"""A Triton stub's conversation with an agent of the test's own, whose engines are scripted (scripted_engine.py)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+from support.devices import FRAME_BYTES, spec
+from swap_agent.daemon.agent import Agent
+from swap_agent.daemon.api import views
+from swap_agent.daemon.config import AgentConfig, RuntimeDir
+from swap_agent.wire import messages as wire
+from swap_agent.wire.framing import AsyncChannel
+
+ENGINE = (sys.executable, str(Path(__file__).with_name("scripted_engine.py")))
+
+
+def config(path: Path, frames: int = 16, **settings: Any) -> AgentConfig:
+    return AgentConfig(
+        RuntimeDir(path), spec(frames), engine_command=ENGINE, drain_timeout_s=1, poison=True, **settings
+    )
+
+
+class Stub:
+    """A Triton stub's conversation with the agent."""
+
+    def __init__(self, agent: Agent, channel: AsyncChannel[wire.ToStub], model: str) -> None:
+        self.agent, self.channel, self.model = agent, channel, model
+        self.replica = f"{model}/1#0"
+
+    open: ClassVar[list[Stub]] = []
+
+    @classmethod
+    async def connect(cls, agent: Agent, model: str) -> Stub:
+        path = str(agent.config.runtime.agent_socket)
+        stub = cls(agent, await AsyncChannel.connect(path, wire.ToStub), model)
+        cls.open.append(stub)
+        return stub
+
+    async def attach(
+        self,
+        frames: int = 8,
+        kv_frames: int = 2,
+        keep_alive: str = "-1",
+        request: str | None = None,
+        limit_frames: int | None = None,
+        **model: object,
+    ) -> wire.ToStub:
+        """Weights and state of `frames` - `kv_frames` frames in all, not quite filling the last of either."""
+        weights = (frames - kv_frames - 1) * FRAME_BYTES - 100
+        content = json.dumps({"weights": weights, "state": 64, "kv_frames": kv_frames, **model})
+        request = str(frames * FRAME_BYTES) if request is None else request
+        limit = str(limit_frames * FRAME_BYTES) if limit_frames else ""
+        parameters = {"GPU_MEMORY_REQUEST": request, "GPU_MEMORY_LIMIT": limit, "KEEP_ALIVE": keep_alive}
+        parameters = {key: value for key, value in parameters.items() if value}
+        self.channel.send(wire.Attach(self.model, "1", 0, f"/nowhere/{self.model}/1", content, parameters))
+        return await asyncio.wait_for(self.channel.receive(), 30)
+
+    async def detach(self) -> None:
+        self.channel.send(wire.Detach())
+        assert await asyncio.wait_for(self.channel.receive(), 30) == wire.Detached()
+
+    @property
+    def report(self) -> dict[str, object]:
+        (entry,) = [entry for entry in views.models(self.agent) if entry["name"] == self.replica]
+        return entry
+
+
+async def until(condition, timeout_s: float = 10) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "did not happen in time"
+        await asyncio.sleep(0.01)
