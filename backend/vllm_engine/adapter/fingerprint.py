@@ -21,6 +21,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.platforms import current_platform
 
 from swap_agent.errors import MirrorMismatch
+from vllm_engine.rank.file_facts import engine_code, model_files
 
 if current_platform.is_cpu():
     from vllm_engine.adapter import linear
@@ -48,8 +49,8 @@ def fingerprint(vllm_config: Any, engine_arguments: str, rank: int) -> str:
     if getattr(model, "word_embeddings_untied_by_checkpoint", False):  # 0.26.0 never compares them
         raise MirrorMismatch("whether its word embeddings are tied shows only in the weights")
     facts = {
-        "files": files(Path(model.model)),
-        "code": [_facts(path) for path in sorted(Path(__file__).parent.glob("*.py"))],
+        "files": model_files(Path(model.model)),
+        "code": engine_code(),
         "arguments": engine_arguments,
         "dtype": str(model.dtype),
         "rank": [rank, vllm_config.parallel_config.world_size],
@@ -59,23 +60,6 @@ def fingerprint(vllm_config: Any, engine_arguments: str, rank: int) -> str:
         "variables": variables(os.environ),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def files(folder: Path) -> list[list[object]]:
-    """Every file in a model's folder: path, size, modification and change time (ns), device and inode.
-
-    Raises MirrorMismatch.
-
-    Not only weights: config.json and the code of remote models decide as well.
-    """
-    if not folder.is_dir():
-        raise MirrorMismatch(f"{folder} is no folder of this machine, so its files may change unseen")
-    return [_facts(path) for path in sorted(folder.rglob("*")) if path.is_file()]
-
-
-def _facts(path: Path) -> list[object]:
-    stat = path.stat()
-    return [str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev, stat.st_ino]
 
 
 def variables(environment: Mapping[str, str]) -> dict[str, str]:
