@@ -1,14 +1,17 @@
-"""What tests of the agent share: an agent of 16 frames whose books are checked at its end, and closed stubs."""
+"""What tests of the agent share: an agent of 16 frames, a device and a pool of 8; each is checked at its end."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 from support.agent_client import Stub, config
+from support.devices import FRAMES, make_device
 
 from swap_agent.daemon.agent import Agent
+from swap_agent.daemon.memory.frame_pool import FramePool
+from swap_agent.device.api import DeviceMemory
 from swap_agent.policy.states import State
 
 
@@ -31,3 +34,17 @@ async def stubs() -> AsyncIterator[None]:
     yield
     while Stub.open:
         await Stub.open.pop().channel.closed()
+
+
+@pytest.fixture
+def device() -> Iterator[DeviceMemory]:
+    device = make_device(FRAMES)
+    yield device
+    device.close()
+
+
+@pytest.fixture
+def pool(device: DeviceMemory) -> Iterator[FramePool]:
+    pool = FramePool(device, poison=True)
+    yield pool
+    assert pool.free_frames + pool.granted_frames == FRAMES

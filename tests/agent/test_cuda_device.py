@@ -42,14 +42,15 @@ def run_suite(machine: FakeCuda, *arguments: str, **environment: str) -> None:
 
 
 def test_memory_and_ranks(fake_cuda: FakeCuda) -> None:
-    run_suite(fake_cuda, str(TESTS / "agent" / "test_memory.py"), str(TESTS / "agent" / "test_rank_link.py"))
+    names = ("test_device_memory.py", "test_frame_pool.py", "test_rank_space.py", "test_rank_link.py")
+    run_suite(fake_cuda, *(str(TESTS / "agent" / name) for name in names))
     assert fake_cuda.used_bytes() == 0
 
 
 def test_the_agent_and_its_deaths(fake_cuda: FakeCuda) -> None:
     fake_cuda.devices = "2x512MiB"
-    names = ("test_agent.py", "test_agent_kv.py", "test_agent_ranks.py", "test_agent_killed.py")
-    files = [str(TESTS / "agent" / name) for name in names]
+    names = ("swaps", "attach", "failed_swaps", "lost_engines", "kv", "ranks", "killed")
+    files = [str(TESTS / "agent" / f"test_agent_{name}.py") for name in names]
     run_suite(fake_cuda, *files, TRITON_SWAP_TEST_KILLS="5")
     assert fake_cuda.used_bytes() == 0
 
@@ -57,7 +58,7 @@ def test_the_agent_and_its_deaths(fake_cuda: FakeCuda) -> None:
 def test_what_engines_take_outside_of_frames(fake_cuda: FakeCuda, tmp_path: Path) -> None:
     libraries = f"{fake_cuda.driver_folder}:{nvml.build_libnvml(tmp_path)}"
     environment = {"LD_LIBRARY_PATH": libraries, nvml.PROCESSES: str(tmp_path / "processes")}
-    run_suite(fake_cuda, str(TESTS / "agent" / "test_usage.py"), **environment)
+    run_suite(fake_cuda, str(TESTS / "agent" / "test_agent_residue.py"), **environment)
     assert fake_cuda.used_bytes() == 0
 
 

@@ -69,7 +69,8 @@ def main() -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     names = ("tiny", "kv", "families", "swap", "sleep", "probe")
     tiny, kv, families, swap, sleep, probe = (out.with_name(f"{out.stem}-{name}.json") for name in names)
-    tests = [str(ROOT / "tests" / "agent" / name) for name in ("test_memory.py", "test_rank_link.py")]
+    names = ("test_device_memory.py", "test_frame_pool.py", "test_rank_space.py", "test_rank_link.py")
+    tests = [str(ROOT / "tests" / "agent" / name) for name in names]
     pytest = ["-m", "pytest", "-q", "-c", str(HERE / "pytest.ini"), f"--rootdir={ROOT}", "-p", "no:cacheprovider"]
     steps = {
         "probe": run("probe", [*pytest, str(HERE / "test_probe.py")], 420, probe, TRITON_SWAP_PROBE_OUT=str(probe)),

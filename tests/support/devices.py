@@ -28,6 +28,8 @@ CUDA = os.environ.get("TRITON_SWAP_TEST_DEVICE") == "cuda"
 IMITATION = CUDA and "FAKE_CUDA_STATE" in os.environ
 NAME = "cuda:0" if CUDA else "cpu:0"
 FRAME_BYTES = 2 << 20
+FRAMES = 8
+"""Of the device that tests of memory share (tests/agent/conftest.py)."""
 cuda.FRAME_BYTES = FRAME_BYTES  # of every device that is opened in this process
 
 

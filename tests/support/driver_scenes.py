@@ -1,4 +1,4 @@
-"""Small programs against CUDA's driver, run as `driver_scenes.py SCENE` in processes of their own (test_libcuda.py).
+"""Small programs against CUDA's driver, run as `driver_scenes.py SCENE` in processes of their own.
 
 Written for the imitation; on a GPU those that do not read device memory from the host hold as well.
 """
