@@ -1,4 +1,4 @@
-"""The flags of `triton-swap simulate`. Light: the parser of every verb imports this."""
+"""The options of `triton-swap simulate`, apart from what runs them: every verb's parser loads this, and no numpy."""
 
 from __future__ import annotations
 
@@ -10,22 +10,70 @@ POLICIES = ("default", "lru", "no-sharing", "always-on", "scale-from-zero")
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
-    """The flags of `simulate`."""
-    verb.add_argument("--cluster", type=Path, metavar="FILE", help="TOML or JSON (default: 8 GPUs, 100 models)")
-    verb.add_argument("--trace", type=Path, metavar="FILE", help="CSV of the Azure or BurstGPT form (default: drawn)")
-    verb.add_argument("--policy", default="all", help=f"{', '.join(POLICIES)}; several with commas (default: all)")
-    verb.add_argument("--seed", type=_whole, default=1, help="(default: %(default)s)")
-    verb.add_argument("--seeds", type=_seeds, metavar="A-B", help="compare policies on a drawn trace for each seed")
-    verb.add_argument("--hours", type=_positive, help="length of a drawn trace (default: 1)")
-    verb.add_argument("--rate", type=_rate, help="requests per second of all models (default: 2)")
-    verb.add_argument("--requests", type=_whole, help="instead of --rate: so many on average; of --trace: the first N")
-    verb.add_argument("--zipf", type=_range, default=(1.0, 1.0), help="popularity exponent, 0.8 or 0.8-1.2: drawn")
-    verb.add_argument("--burst", type=_range, default=(10.0, 10.0), help="how much faster in bursts, 10 or 5-20: drawn")
-    verb.add_argument("--daily", type=_share, default=0.0, help="0 to 1: swing of the rate over a day (default: 0)")
-    verb.add_argument(
-        "--out", type=Path, metavar="DIR", help="write the JSON there, and a plot if matplotlib is installed"
+    """Add them, in groups."""
+    what = verb.add_argument_group("what is simulated")
+    what.add_argument(
+        "--cluster", type=Path, metavar="FILE", help="devices and models, as TOML or JSON (default: 8 GPUs, 100 models)"
     )
-    verb.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    what.add_argument(
+        "--policy",
+        default="all",
+        metavar="NAMES",
+        help=f"policies to compare, with commas between them: {', '.join(POLICIES)} (default: %(default)s)",
+    )
+    _add_trace(verb.add_argument_group("requests of a file"))
+    _add_drawing(
+        verb.add_argument_group("requests that are drawn", "Without --trace. The same seed, the same requests.")
+    )
+    output = verb.add_argument_group("output")
+    output.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="also write the answer there as JSON, and as a plot if matplotlib is installed (default: nothing written)",
+    )
+    output.add_argument("--json", action="store_true", help="print JSON instead of the table")
+
+
+def _add_trace(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="CSV with the columns of the Azure LLM inference traces or of BurstGPT (default: requests are drawn)",
+    )
+    group.add_argument(
+        "--requests",
+        type=_whole,
+        metavar="N",
+        help="the first N of --trace (default: all); without --trace, N requests on average, instead of --rate",
+    )
+
+
+def _add_drawing(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--seed", type=_whole, default=1, metavar="N", help="what is drawn (default: %(default)s)")
+    group.add_argument(
+        "--seeds", type=_seeds, metavar="A-B", help="a run and a row for each seed from A to B (default: --seed alone)"
+    )
+    group.add_argument("--hours", type=_positive, metavar="HOURS", help="length of the trace (default: 1)")
+    group.add_argument("--rate", type=_rate, metavar="RATE", help="requests per second of all models (default: 2)")
+    group.add_argument(
+        "--zipf",
+        type=_range,
+        default=(1.0, 1.0),
+        metavar="X",
+        help="exponent of the models' popularity, or a range such as 0.8-1.2, from which it is drawn (default: 1)",
+    )
+    group.add_argument(
+        "--burst",
+        type=_range,
+        default=(10.0, 10.0),
+        metavar="X",
+        help="how many times faster a model's requests come in its bursts, or a range such as 5-20 (default: 10)",
+    )
+    group.add_argument(
+        "--daily", type=_share, default=0.0, metavar="X", help="swing of the rate over a day, 0 to 1 (default: 0)"
+    )
 
 
 def _whole(text: str) -> int:

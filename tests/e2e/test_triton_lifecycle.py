@@ -16,7 +16,7 @@ from support.fake_agent import FakeAgent
 from support.triton_process import TritonProcess, add_model, children, wait_for
 from tritonclient.utils import InferenceServerException
 
-from swap_agent.cli.serve import load_failure
+from swap_agent.cli.supervisor import load_failure
 from swap_agent.wire.messages import Attach, Refused
 
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from swap_agent.cli.main import _parser, main
+from swap_agent.cli.agent_flags import AGENT_FLAGS, AgentFlag, agent_arguments, agent_config
+from swap_agent.cli.main import RUN, main
+from swap_agent.cli.parser import build_parser, command_line
+from swap_agent.cli.verbs import SECTIONS
+from swap_agent.daemon.config import AgentConfig
 
 AGENT = {
     "--device": ["nonsense", "cpu:0GiB", "cpu:0x1GiB", "cpu:1GB", ""],
@@ -87,10 +94,87 @@ def test_what_is_missing_or_unknown_is_wrong_usage(command: list[str], capsys: p
 
 
 def test_every_option_that_takes_a_value_is_tried() -> None:
-    (verbs,) = (action for action in _parser()._actions if action.dest == "==SUPPRESS==" or action.choices)
-    for name, verb in verbs.choices.items():  # type: ignore[union-attr]
+    for name, verb in verbs().items():
         takes = {action.option_strings[0] for action in verb._actions if action.option_strings and action.nargs != 0}
         assert takes - TAKEN_AS_GIVEN <= set(WRONG.get(name, {})), name
+
+
+def test_every_verb_runs_something() -> None:
+    assert list(verbs()) == list(RUN)
+
+
+@pytest.mark.parametrize("verb", RUN)
+def test_every_verb_has_an_example_that_parses(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code([verb, "--help"]) == 0
+    _, _, example = capsys.readouterr().out.partition("\nExample:\n")
+    (arguments,) = re.findall(r"triton-swap ([^)|\n]+)", example.partition("\n\n")[0])
+    assert command_line(shlex.split(arguments)).verb == verb
+
+
+@pytest.mark.parametrize("verb", RUN)
+def test_every_option_has_a_help_text_and_says_its_default(verb: str) -> None:
+    for action in verbs()[verb]._actions:
+        assert action.help, action
+        if action.option_strings and action.nargs != 0 and not action.required and action.help != argparse.SUPPRESS:
+            assert "(default: " in action.help, action
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("verb", ["", *RUN])
+def test_help_keeps_to_the_terminal(
+    verb: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert exit_code([*filter(None, [verb]), "--help"]) == 0
+    before_example, _, _ = capsys.readouterr().out.partition("\nExample:\n")
+    assert max(map(len, before_example.splitlines())) <= width
+    assert all(one.name in before_example for section in SECTIONS.values() for one in section) or verb
+
+
+VALUES = {
+    "--device": "cuda:2x40GiB",
+    "--host-memory": "64GiB",
+    "--outside-allowance": "512MiB",
+    "--outside-grace": "5m",
+    "--residue-budget": "8GiB",
+    "--model-repository": "/",
+    "--poll-interval": "0.5s",
+    "--agent-port": "9003",
+}
+"""Of every flag of the agent that takes one: not its default."""
+
+
+@pytest.mark.parametrize("flag", AGENT_FLAGS, ids=lambda flag: flag.option)
+@pytest.mark.parametrize("verb", ["agent", "serve"])
+def test_serve_starts_the_agent_with_the_configuration_that_its_own_flags_say(verb: str, flag: AgentFlag) -> None:
+    if verb == "serve" and flag.agent_only:
+        return
+    given = flag.option if flag.read is None else f"{flag.option}={VALUES[flag.option]}"
+    command = [verb, "--runtime-dir=/run/here", given]
+    if verb == "serve" and flag.option != "--model-repository":
+        command.append("--model-repository=/tmp")
+    options = command_line(command)
+    config = agent_config(options)
+    plain = agent_config(command_line(["agent", "--runtime-dir=/run/here"]))
+    assert getattr(config, flag.field) != getattr(plain, flag.field)
+    assert agent_config(command_line(agent_arguments(options))) == config
+
+
+def test_all_flags_together_and_none_start_the_same_agent() -> None:
+    given = [flag.option if flag.read is None else f"{flag.option}={VALUES[flag.option]}" for flag in AGENT_FLAGS]
+    for command in (["agent"], ["agent", *given, "--model-repository=/tmp"]):
+        options = command_line(command)
+        assert agent_config(command_line(agent_arguments(options))) == agent_config(options)
+
+
+def test_the_defaults_that_help_shows_are_those_of_the_agent() -> None:
+    runtime_and_device = agent_config(command_line(["agent"]))
+    assert runtime_and_device == AgentConfig(runtime_and_device.runtime, runtime_and_device.device)
+
+
+def verbs() -> dict[str, argparse.ArgumentParser]:
+    (found,) = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return dict(found.choices)
 
 
 def exit_code(command: list[str]) -> int:

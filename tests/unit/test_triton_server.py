@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from swap_agent.cli import serve, triton_server
+from swap_agent.cli import supervisor, triton_server
 from swap_agent.errors import InvalidUsage
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -113,4 +113,4 @@ def test_the_stub_finds_this_environment_first(wheel: Path, tmp_path: Path) -> N
     ],
 )
 def test_tritons_error_becomes_our_line(error: str, line: str) -> None:
-    assert serve.load_failure(error) == line
+    assert supervisor.load_failure(error) == line
