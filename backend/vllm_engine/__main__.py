@@ -1,8 +1,8 @@
 """Entry of an engine host: `python -m vllm_engine --runtime-dir D --replica NAME/VERSION#I --token T`.
 
-The agent starts it. EngineCore is a fork of it (zygote.py); where that cannot be, and for the workers of several ranks,
-vLLM uses multiprocessing's `spawn`, which runs this file again in each new process under the name `__mp_main__`, before
-anything else: that is where they are tied to the life of their parent.
+The agent starts it. EngineCore is a fork of it (adapter/fork.py). Where that cannot be, and for the workers of several
+ranks, vLLM uses multiprocessing's `spawn`, which runs this file again in each new process under the name `__mp_main__`,
+before anything else: that is where each new process is tied to the life of its parent.
 """
 
 from __future__ import annotations

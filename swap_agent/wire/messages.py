@@ -356,7 +356,7 @@ class Recalled(Message, frozen=True):
 
     weights: list[Extent] = []
     state: list[Extent] = []
-    outside: str = ""
+    model_digest: str = ""
 
 
 class Restore(Message, frozen=True):
@@ -376,7 +376,7 @@ class Loaded(Message, frozen=True):
     state: list[Extent]
     fingerprint: str = ""
     """Under which the mirror may be recalled by an engine that starts later; empty: by none."""
-    outside: str = ""
+    model_digest: str = ""
     """Digest of what the model keeps outside of its extents; a restored model must come to the same."""
 
 

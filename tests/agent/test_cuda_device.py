@@ -19,10 +19,10 @@ pytestmark = pytest.mark.timeout(300)
 UNMAP = f"""
 import sys; sys.path.insert(0, {str(TESTS)!r})
 from support.driver_scenes import *
-from vllm_engine.rank.mapper import CudaAddresses
+from vllm_engine.rank.mapper import CudaMapper
 from vllm_engine.rank.space import Space
 begin()
-space = Space(FRAME, CudaAddresses(0))
+space = Space(FRAME, CudaMapper(0))
 space.reserve("weights", 2)
 space.reserve("kv", 4, order=[0, 2, 1, 3])
 fds = [ok(cuda.cuMemExportToShareableHandle(create(), POSIX_FD, 0)) for _ in range(6)]

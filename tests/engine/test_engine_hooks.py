@@ -180,13 +180,13 @@ def test_the_kv_buffers_that_a_layout_takes(block_stride: int, sizes: list[int],
     assert buffer_sizes(SimpleNamespace(kv_cache_tensors=[])) == []
 
 
-def test_a_vllm_without_the_hooks_between_ranks_takes_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vllm_without_the_hooks_message_queue_takes_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     from swap_agent.errors import Unsupported
 
-    between_ranks = pytest.importorskip("vllm_engine.adapter.message_queue")
+    message_queue = pytest.importorskip("vllm_engine.adapter.message_queue")
     from vllm_engine.adapter.executor import executor
 
-    monkeypatch.delattr(between_ranks.shm_broadcast, "SHM_READER_RECHECK_INTERVAL_MS", raising=False)  # as in 0.26
+    monkeypatch.delattr(message_queue.shm_broadcast, "SHM_READER_RECHECK_INTERVAL_MS", raising=False)  # as in 0.26
     assert executor(ranks=1) == "vllm_engine.adapter.executor.InProcessExecutor"
     with pytest.raises(Unsupported, match=r"several ranks needs vLLM 0\.32\.0 .*RECHECK.* tensor_parallel_size"):
         executor(ranks=2)
@@ -264,7 +264,7 @@ def test_a_weight_that_a_kernel_keeps_to_itself_is_refused(torch: Any, linear: A
 
 
 def test_a_process_that_waits_for_another_falls_asleep_before_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    between_ranks = pytest.importorskip("vllm_engine.adapter.message_queue")
+    message_queue = pytest.importorskip("vllm_engine.adapter.message_queue")
     now_s, naps, yields = 100.0, 0, 0
 
     def sleep(seconds: float) -> None:
@@ -275,9 +275,9 @@ def test_a_process_that_waits_for_another_falls_asleep_before_long(monkeypatch: 
         nonlocal now_s, yields
         now_s, yields = now_s + 10e-6, yields + 1
 
-    monkeypatch.setattr(between_ranks, "time", SimpleNamespace(monotonic=lambda: now_s, sleep=sleep))
-    monkeypatch.setattr(between_ranks.os, "sched_yield", sched_yield)
-    pause = between_ranks.Pause()
+    monkeypatch.setattr(message_queue, "time", SimpleNamespace(monotonic=lambda: now_s, sleep=sleep))
+    monkeypatch.setattr(message_queue.os, "sched_yield", sched_yield)
+    pause = message_queue.Pause()
     for _ in range(1000):
         pause()
     assert 45 <= yields <= 55 and naps == 1000 - yields, "half a millisecond, then 50 µs each"

@@ -85,7 +85,7 @@ def test_a_value_that_vllm_refuses_is_one_clear_line(start: Start) -> None:
 
 
 def test_a_limit_too_small_is_refused_with_the_sum(start: Start, model: Path) -> None:
-    """A request is, too (test_engine_budget.py, tests/e2e/test_wrong_models.py)."""
+    """A request is, too (test_kv_size.py, tests/e2e/test_wrong_models.py)."""
     agent, failed = start({}, limit_bytes=8 << 20)
     assert isinstance(failed, wire.HostFailed)  # later and less clear than the rank's own words
     assert agent.rank_failure == wire.RankFailed(

@@ -554,33 +554,33 @@ def grant(addresses, c, call, address, handles, F):
 def torch_storage(gib):
     import torch
 
-    from vllm_engine.rank import relocate as rehome
-    from vllm_engine.rank.mapper import CudaAddresses
+    from vllm_engine.rank import relocate
+    from vllm_engine.rank.mapper import CudaMapper
 
     torch.cuda.init()
     torch.zeros(1, device="cuda")
     dev = torch.device("cuda:0")
     c, call, d = open_gpu()
     F = 32 * MIB
-    ad = CudaAddresses(0)
+    ad = CudaMapper(0)
     a = ad.reserve(2 * F)
     hs = frames_of(c, call, 2, F)
     grant(ad, c, call, a, hs, F)
-    home = rehome.storage_at(a, 2 * F, dev)
+    home = relocate.storage_at(a, 2 * F, dev)
     p = torch.nn.Parameter(torch.randn(1024, 1024, device="cuda", dtype=torch.bfloat16), requires_grad=False)
     x = torch.randn(8, 1024, device="cuda", dtype=torch.bfloat16)
     want = (x @ p).clone()
     old = p.untyped_storage()
-    part = rehome.storage_at(a + 512, old.nbytes(), dev)
+    part = relocate.storage_at(a + 512, old.nbytes(), dev)
     part.copy_(old)
-    p.data = rehome._view(part, p)
+    p.data = relocate._view(part, p)
     got = x @ p
     out = {
         "address kept": home.data_ptr() == a and p.data_ptr() == a + 512,
         "same product": bool(torch.equal(want, got)),
         "across frames": None,
     }
-    y = torch.as_tensor(rehome._CudaMemory(a, 2 * F), device=dev)
+    y = torch.as_tensor(relocate._CudaMemory(a, 2 * F), device=dev)
     y.fill_(3)
     out["across frames"] = int((y == 3).sum()) == 2 * F
     torch.cuda.synchronize()
@@ -602,13 +602,13 @@ def torch_graph_pool(gib):
     import torch
 
     from vllm_engine.adapter.scratch import Scratch
-    from vllm_engine.rank.mapper import CudaAddresses
+    from vllm_engine.rank.mapper import CudaMapper
 
     torch.cuda.init()
     c, call, d = open_gpu()
     F = 32 * MIB
     n = 4
-    ad = CudaAddresses(0)
+    ad = CudaMapper(0)
     a = ad.reserve(n * F)
     hs = frames_of(c, call, n, F)
     grant(ad, c, call, a, hs, F)
@@ -651,7 +651,7 @@ def torch_graph_pool(gib):
             work(i)
         graphs.append(g)
     torch.cuda.synchronize()
-    out = {"scratch after capture": scratch.figures()._asdict(), "use_count": pool.use_count()}
+    out = {"scratch after capture": scratch.usage()._asdict(), "use_count": pool.use_count()}
 
     def replay():
         for g in graphs:
@@ -682,16 +682,16 @@ def torch_graph_pool(gib):
             out["scratch comes back as " + name] = repr(e)[:200]
             break
         [call("cuMemRelease", h) for h in other]
-    out["after"] = scratch.figures()._asdict()
+    out["after"] = scratch.usage()._asdict()
     return out
 
 
 EXIT = """
 import sys; sys.path[:0] = [{root!r}, {root!r} + '/backend', {here!r}]
 import first, torch, gc
-from vllm_engine.rank.mapper import CudaAddresses
+from vllm_engine.rank.mapper import CudaMapper
 from vllm_engine.adapter.scratch import Scratch
-torch.cuda.init(); c, call, d = first.open_gpu(); F = 32 << 20; ad = CudaAddresses(0); a = ad.reserve(2 * F)
+torch.cuda.init(); c, call, d = first.open_gpu(); F = 32 << 20; ad = CudaMapper(0); a = ad.reserve(2 * F)
 first.grant(ad, c, call, a, first.frames_of(c, call, 2, F), F)
 class Holder: pass
 h = Holder(); h.scratch = Scratch(a, 2 * F); h.pool = h.scratch.memory_pool()

@@ -22,7 +22,7 @@ from swap_agent.device.cuda_driver import Context, call
 from swap_agent.device.simulated import SLOW, SimulatedDevice, SimulatedFrame
 from swap_agent.errors import OutOfDeviceMemory
 from swap_agent.units import DeviceSpec
-from vllm_engine.rank.mapper import Addresses, CudaAddresses, HostAddresses
+from vllm_engine.rank.mapper import CudaMapper, HostMapper, Mapper
 
 CUDA = os.environ.get("TRITON_SWAP_TEST_DEVICE") == "cuda"
 IMITATION = CUDA and "FAKE_CUDA_STATE" in os.environ
@@ -67,7 +67,7 @@ class Mapped:
     """A frame as another process has it: mapped from its descriptor."""
 
     def __init__(self, frame: Any) -> None:
-        self._addresses: Addresses = CudaAddresses(0) if CUDA else HostAddresses()
+        self._addresses: Mapper = CudaMapper(0) if CUDA else HostMapper()
         self._address = self._addresses.reserve(FRAME_BYTES)
         fd = frame.export()
         self._addresses.map(self._address, [fd], FRAME_BYTES, touch=False)

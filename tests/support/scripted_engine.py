@@ -35,7 +35,7 @@ from swap_agent.device import mmap
 from swap_agent.errors import PeerGone
 from swap_agent.wire import messages as wire
 from swap_agent.wire.framing import DATA_LIMIT_BYTES, AsyncChannel, Channel, listen
-from vllm_engine.rank.mapper import Addresses, CudaAddresses, HostAddresses
+from vllm_engine.rank.mapper import CudaMapper, HostMapper, Mapper
 
 
 class Refused(Exception):
@@ -63,7 +63,7 @@ class Rank:
             sys.exit(1)
         self.frame_bytes = welcome.frame_bytes
         cuda = welcome.device.startswith("cuda")  # the tests' imitation: its memory is the host's
-        self.device: Addresses = CudaAddresses(number) if cuda else HostAddresses()
+        self.device: Mapper = CudaMapper(number) if cuda else HostMapper()
         self.map_s = float(model.get("map_s", 0))
         self.seed = zlib.crc32(f"{replica.partition('#')[0]} {number}".encode())
         self.addresses: dict[wire.Region, int] = {}
@@ -133,7 +133,7 @@ class Rank:
             self.view("weights")[:weights_bytes] = self.pattern()
             if state_bytes:
                 self.view("state")[8:16] = 0x5A
-            self.channel.send(wire.Loaded(weights, state, fingerprint, "outside"))
+            self.channel.send(wire.Loaded(weights, state, fingerprint, "digest"))
             message, _ = self.channel.receive(30)
             assert isinstance(message, wire.Mirrored) and message.bytes == weights_bytes, message
         self.least_kv, self.most_kv = kv_frames, int(str(model.get("most_kv_frames", 0)))
@@ -147,7 +147,7 @@ class Rank:
         message, _ = self.channel.receive(30)
         assert isinstance(message, wire.Recalled)
         print("recalled" if message.weights else "nothing to recall", file=sys.stderr, flush=True)
-        assert message.outside == ("outside" if message.weights else "")
+        assert message.model_digest == ("digest" if message.weights else "")
         return bool(message.weights)
 
     def restored(self, weights: list[wire.Extent], state: list[wire.Extent]) -> bool:

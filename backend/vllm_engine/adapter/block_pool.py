@@ -1,6 +1,6 @@
 """vLLM's block pool with an end that moves: the only place that touches it.
 
-Tried on vLLM 0.32.0. `ElasticBlocks` of `elastic.py` says when.
+Tried on vLLM 0.32.0. `SchedulerBlocks` of `kv_scheduler.py` says when.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HOOKS: tuple[tuple[type, str], ...] = (
 log = logging.getLogger(__name__)
 
 
-class ElasticBlockPool(BlockPool):  # type: ignore[misc]  # vLLM has no types here
+class BoundedBlockPool(BlockPool):  # type: ignore[misc]  # vLLM has no types here
     """vLLM's block pool with a live end: `num_gpu_blocks`, by which vLLM computes its capacity, usage and resets.
 
     Beyond it a block is parked: it is in no queue, has no hash and no reference; or it is in use still, and is parked
@@ -43,7 +43,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]  # vLLM has no types he
     """Those of them that are free, a queue of its own: handed out when no other is, and nothing is found in them."""
 
     @classmethod
-    def take_over(cls, pool: Any) -> ElasticBlockPool:
+    def take_over(cls, pool: Any) -> BoundedBlockPool:
         """Make `pool` elastic, in place: others hold it. Raises Unsupported when it is not plainly vLLM's."""
         if type(pool) is not BlockPool or getattr(pool, "_reuse_watchers", None):
             raise Unsupported(f"this vLLM has another block pool ({type(pool).__name__}): use a supported version")
@@ -51,7 +51,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]  # vLLM has no types he
         pool.lingering = set()
         pool.spare_from = pool.num_gpu_blocks
         pool.spares = FreeKVCacheBlockQueue([])
-        taken: ElasticBlockPool = pool
+        taken: BoundedBlockPool = pool
         return taken
 
     def grow(self, end: int) -> None:
@@ -91,7 +91,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]  # vLLM has no types he
         return len(self.lingering)
 
     def keep(self, most: int) -> list[int]:
-        """Forget what is cached but the `most` blocks used last. Returns which; raises as `ElasticBlocks.keep`."""
+        """Forget what is cached but the `most` blocks used last. Returns which; raises as `SchedulerBlocks.keep`."""
         used = self.num_gpu_blocks - 1 - self.get_num_free_blocks() + len(self.lingering)
         if used:
             raise TritonSwapError(f"{used} KV blocks are in use by no running request")

@@ -53,10 +53,10 @@ class GraphsInFrames:
         self._pool = self._scratch.memory_pool()
         platform._global_graph_pool = self._pool.id
 
-    def log_figures(self) -> None:
+    def log_usage(self) -> None:
         """After capture: what is in frames, and what is not."""
-        figures = self._scratch.figures()
-        log.info("CUDA graphs: %d bytes in frames, %d outside", figures.used, figures.outside)
+        usage = self._scratch.usage()
+        log.info("CUDA graphs: %d bytes in frames, %d outside", usage.used, usage.outside)
 
 
 def let_go_of_unused_memory() -> None:

@@ -48,7 +48,7 @@ def importing() -> Iterator[None]:
         gc.enable()
 
 
-class Zygote:
+class PreparedFork:
     """A process that waits to become another one; its host's direct child, and gone when its host is."""
 
     def __init__(self, imports: Sequence[str] = ()) -> None:
@@ -127,23 +127,23 @@ class Zygote:
 class _Context(SpawnContext):
     """vLLM's context, but for what runs the process."""
 
-    def __init__(self, zygote: Zygote) -> None:
-        self._zygote = zygote
+    def __init__(self, fork: PreparedFork) -> None:
+        self._fork = fork
 
     def Process(self, **kwargs: Any) -> SpawnProcess:  # type: ignore[override]  # noqa: N802  # multiprocessing's name
-        return _Process(self._zygote, **kwargs)
+        return _Process(self._fork, **kwargs)
 
 
 class _Process(SpawnProcess):
-    def __init__(self, zygote: Zygote, **kwargs: Any) -> None:
+    def __init__(self, fork: PreparedFork, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._zygote = zygote
+        self._fork = fork
 
     def _Popen(self, process: Any) -> Any:  # type: ignore[override]  # noqa: N802  # a static method there
-        return self._zygote.start(process)
+        return self._fork.start(process)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_zygote"}
+        return {name: value for name, value in vars(self).items() if name != "_fork"}
 
 
 class _Popen(popen_fork.Popen):

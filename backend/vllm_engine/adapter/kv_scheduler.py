@@ -2,7 +2,7 @@
 
 vLLM is given tensors of the most blocks that there may ever be. Blocks from the live end on have no memory: they are
 parked (see `block_pool.py`). All calls come between two steps of EngineCore, as utility calls; steps that are on their
-way to a GPU by then are over before memory goes (see `CudaAddresses.vacate`).
+way to a GPU by then are over before memory goes (see `CudaMapper.vacate`).
 
 Tried on vLLM 0.32.0, CPU; untested on a GPU. Hooks: those of `block_pool.py`, `Scheduler.running`, `waiting`,
 `_preempt_request` and `prev_step_scheduled_req_ids`, `get_scheduler_cls` of its configuration, and of executors
@@ -25,7 +25,7 @@ from vllm.v1.request import RequestStatus
 from swap_agent.errors import TritonSwapError, Unsupported
 from vllm_engine.adapter import block_pool
 from vllm_engine.adapter.args import SWAPPABLE_WORKER
-from vllm_engine.adapter.block_pool import ElasticBlockPool
+from vllm_engine.adapter.block_pool import BoundedBlockPool
 
 
 def why_fixed(vllm_config: Any) -> str:
@@ -63,7 +63,7 @@ class Load(NamedTuple):
     """By requests that wait, and may run beside those that do, with all that they may generate."""
 
 
-class ElasticBlocks:
+class SchedulerBlocks:
     """A scheduler's blocks. Between steps only."""
 
     def __init__(self, scheduler: Any, blocks: int) -> None:
@@ -79,7 +79,7 @@ class ElasticBlocks:
         self._scheduler = scheduler
         self._manager = manager
         self._watermark = float(getattr(scheduler.scheduler_config, "watermark", 0.0))
-        self._pool = ElasticBlockPool.take_over(manager.block_pool)
+        self._pool = BoundedBlockPool.take_over(manager.block_pool)
         self.most = int(self._pool.num_gpu_blocks)
         self.shrink(blocks)
 
@@ -178,7 +178,7 @@ class GrowingKV:
     """
 
     vllm_config: Any
-    _blocks: ElasticBlocks
+    _blocks: SchedulerBlocks
     """Once the scheduler is made, where the KV cache grows."""
     _least_blocks = 0
     _preserved_blocks = 0
@@ -207,7 +207,7 @@ class GrowingKV:
     def _scheduler_of(self, vllms: Any) -> Callable[..., Any]:
         def make(**kwargs: Any) -> Any:
             scheduler = vllms(**kwargs)
-            self._blocks = ElasticBlocks(scheduler, self._least_blocks)
+            self._blocks = SchedulerBlocks(scheduler, self._least_blocks)
             self._orders = {
                 "kv_load": self._blocks.load, "grow_kv": self._grow, "park_kv": self._park, "shrink_kv": self._shrink,
                 "want_kv": self._blocks.want, "swap_out": self._swap_out,

@@ -138,8 +138,8 @@ void triton_swap_scratch_free(void *pointer, ssize_t bytes, int device, void *st
 }
 
 /* Bytes: used now, most ever used, from the driver now, most ever from the driver. */
-void triton_swap_scratch_figures(uint64_t figures[4]) {
+void triton_swap_scratch_usage(uint64_t usage[4]) {
     pthread_mutex_lock(&lock);
-    figures[0] = used, figures[1] = peak, figures[2] = outside, figures[3] = outside_peak;
+    usage[0] = used, usage[1] = peak, usage[2] = outside, usage[3] = outside_peak;
     pthread_mutex_unlock(&lock);
 }

@@ -22,7 +22,7 @@ SOURCE = Path(__file__).with_name("scratch.c")
 FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread")
 
 
-class Figures(NamedTuple):
+class ScratchUsage(NamedTuple):
     """Bytes."""
 
     used: int
@@ -43,11 +43,11 @@ class Scratch:
         if self._functions.triton_swap_scratch_open(address, size) != 0:
             raise TritonSwapError("region scratch was opened twice")
 
-    def figures(self) -> Figures:
+    def usage(self) -> ScratchUsage:
         """What is in use."""
         values = (ctypes.c_uint64 * 4)()
-        self._functions.triton_swap_scratch_figures(values)
-        return Figures(*values)
+        self._functions.triton_swap_scratch_usage(values)
+        return ScratchUsage(*values)
 
     def memory_pool(self) -> Any:
         """A `torch.cuda.MemPool` of this range; the caller keeps it."""

@@ -21,7 +21,7 @@ from vllm_engine.adapter.kv_plan import KVPlan
 from vllm_engine.adapter.safetensors_header import read_past_cache
 from vllm_engine.rank import relocate
 from vllm_engine.rank.agent_link import Endpoint, RankConnection
-from vllm_engine.rank.mapper import CudaAddresses, HostAddresses
+from vllm_engine.rank.mapper import CudaMapper, HostMapper
 from vllm_engine.rank.space import Space
 from vllm_engine.rank.weights import Weights
 
@@ -56,8 +56,8 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
         cuda = self._agent.welcome.device.startswith("cuda")
         if self._on_gpu and not cuda:
             raise Unsupported("this vLLM computes on the GPU, the agent has simulated devices: use --device cuda")
-        addresses = CudaAddresses(local_rank) if cuda else HostAddresses()
-        self._space = Space(self._agent.welcome.frame_bytes, addresses)
+        mapper = CudaMapper(local_rank) if cuda else HostMapper()
+        self._space = Space(self._agent.welcome.frame_bytes, mapper)
         self._graphs: cuda_graphs.GraphsInFrames | None = None
         self._resident = True
         cache = vllm_config.cache_config
@@ -131,7 +131,7 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
         with self._agent.reporting("warm up the model"):
             times = super().compile_or_warm_up_model()
         if self._graphs:
-            self._graphs.log_figures()
+            self._graphs.log_usage()
         return times
 
     def swap_out(self, epoch: int, keep: list[list[dict[Region, int]]], blocks: Sequence[int] = ()) -> None:

@@ -36,20 +36,20 @@ from swap_agent.wire.framing import AsyncChannel
 from swap_agent.wire.runtime_dir import AGENT_SOCKET
 from vllm_engine.adapter import args
 from vllm_engine.adapter.async_llm import Engine
-from vllm_engine.adapter.fork import Zygote
+from vllm_engine.adapter.fork import PreparedFork
 from vllm_engine.adapter.requests import parameters
 from vllm_engine.adapter.safetensors_header import read_past_cache
 from vllm_engine.adapter.versions import check_vllm_version
 from vllm_engine.host.data_plane import DataPlane
 from vllm_engine.host.gate import Gate
-from vllm_engine.host.kv_demand import Pressure
+from vllm_engine.host.kv_demand import KvDemand
 from vllm_engine.rank.agent_link import Endpoint
 
 REPORT_INTERVAL_S = 0.05
 """Reports that do not enter or leave zero are at least this far apart."""
 LINGER_S = 0.1
 """How long a host that stops still reads, to refuse in words what stubs had sent already."""
-PRESSURE_INTERVAL_S = 0.2
+DEMAND_INTERVAL_S = 0.2
 """How often to look how full the KV cache is, while there is something in it."""
 PARKED_INTERVAL_S = 0.05
 """How often to look whether requests have left blocks that are to go."""
@@ -64,16 +64,16 @@ log = logging.getLogger(__name__)
 def run(runtime_dir: Path, replica: str, token: str) -> int:
     """Run a host to its end. Returns the exit status: 0 when told to stop, else 1."""
     # First thing. Not on a GPU: CUDA does not survive a fork, and that nothing has touched it by now was not seen.
-    zygote = Zygote(["vllm_engine.adapter.worker"]) if current_platform.is_cpu() else None
+    fork = PreparedFork(["vllm_engine.adapter.worker"]) if current_platform.is_cpu() else None
     logging.basicConfig(level=logging.INFO, format="%(asctime)s host %(levelname)s %(message)s", stream=sys.stderr)
     try:
-        return asyncio.run(_run(runtime_dir, replica, token, zygote))
+        return asyncio.run(_run(runtime_dir, replica, token, fork))
     except TritonSwapError as error:
         log.error("%s: %s", replica, error)
         return 1
 
 
-async def _run(runtime_dir: Path, replica: str, token: str, zygote: Zygote | None) -> int:
+async def _run(runtime_dir: Path, replica: str, token: str, fork: PreparedFork | None) -> int:
     agent_socket = runtime_dir / AGENT_SOCKET
     try:
         channel: AsyncChannel[wire.ToHost] = await AsyncChannel.connect(str(agent_socket), wire.ToHost)
@@ -87,7 +87,7 @@ async def _run(runtime_dir: Path, replica: str, token: str, zygote: Zygote | Non
         raise ProtocolError(f"the agent sent {type(welcome).__name__} where HostWelcome was due")
     with _vllm_sockets(Path(welcome.engine_socket).with_suffix(".vllm")):
         try:
-            engine = _start_engine(channel, replica, token, welcome, zygote)
+            engine = _start_engine(channel, replica, token, welcome, fork)
         except TritonSwapError as error:
             channel.send(wire.HostFailed(error.code, f"{replica}: {error}"))  # type: ignore[arg-type]  # a plain str
             await channel.drain()
@@ -112,9 +112,9 @@ def _vllm_sockets(folder: Path) -> Iterator[None]:
 
 
 def _start_engine(
-    channel: AsyncChannel[wire.ToHost], replica: str, token: str, welcome: wire.HostWelcome, zygote: Zygote | None
+    channel: AsyncChannel[wire.ToHost], replica: str, token: str, welcome: wire.HostWelcome, fork: PreparedFork | None
 ) -> Engine:
-    """Start vLLM as model.json says. Blocking: EngineCore must be a child of the main thread (see lifetime.py)."""
+    """Start vLLM as model.json says. Blocking: EngineCore must be a child of the main thread (see `__main__`)."""
     import vllm
 
     with _Watch(channel):
@@ -126,7 +126,7 @@ def _start_engine(
         Endpoint(welcome.ranks_socket, replica, token, json.dumps(values, sort_keys=True)).export()
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # what vLLM forks does not die with its parent
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks of one engine are on one machine
-        with zygote.as_engine_core() if zygote else nullcontext():
+        with fork.as_engine_core() if fork else nullcontext():
             return Engine(replica, config, engine_args)
 
 
@@ -145,7 +145,7 @@ class Host:
         self._order: asyncio.Task[None] | None = None
         self._kv: wire.KvCache | None = None
         self._preserves_kv = False
-        self._pressure = Pressure(0, 0)
+        self._demand = KvDemand(0, 0)
         self._kv_told = 0
         """Frames of KV cache that the agent was told last."""
         self._preempted = False
@@ -253,7 +253,7 @@ class Host:
         times = await self._engine.swap_out(
             order.epoch, order.keep, preempt=self._preempted, forget=not self._preserves_kv
         )
-        self._pressure.reset()
+        self._demand.reset()
         if self._kv:
             self._kv_told = self._kv.frames
         self._channel.send(wire.SwappedOut(order.epoch))
@@ -316,11 +316,11 @@ class Host:
 
     async def _watch_kv(self, kv: wire.KvCache) -> None:
         """Tell the agent how much KV cache the requests would use."""
-        self._pressure = Pressure(kv.blocks, kv.most_blocks)
+        self._demand = KvDemand(kv.blocks, kv.most_blocks)
         self._kv_told = kv.frames
         while not self._engine.is_dead:
-            await asyncio.sleep(PRESSURE_INTERVAL_S)
-            if self._gate.is_open and (self._gate.in_flight or self._pressure.wanted > kv.blocks):
+            await asyncio.sleep(DEMAND_INTERVAL_S)
+            if self._gate.is_open and (self._gate.in_flight or self._demand.wanted > kv.blocks):
                 try:
                     await self._look_at_kv(kv)
                 except Exception:
@@ -328,7 +328,7 @@ class Host:
 
     async def _look_at_kv(self, kv: wire.KvCache) -> None:
         load = await self._engine.kv_load()
-        wanted = self._pressure.update(time.monotonic(), load.blocks, load.used, load.waiting)
+        wanted = self._demand.update(time.monotonic(), load.blocks, load.used, load.waiting)
         frames = kv.frames if wanted == kv.blocks else await self._engine.kv_frames(wanted)
         if frames > self._kv_told:
             await self._engine.want_kv(wanted)

@@ -15,7 +15,7 @@ SLACK = 0.5
 """It says so when it needs less than this share of what it asked for."""
 
 
-class Pressure:
+class KvDemand:
     """Between the fewest and the most blocks of one engine."""
 
     def __init__(self, least: int, most: int) -> None:

@@ -124,12 +124,12 @@ class RankConnection:
         self._channel.send(wire.Restore(weights, state))
         self._answer(wire.Mirrored)
 
-    def loaded(self, weights: list[wire.Extent], state: list[wire.Extent], fingerprint: str, outside: str) -> None:
+    def loaded(self, weights: list[wire.Extent], state: list[wire.Extent], fingerprint: str, model_digest: str) -> None:
         """Have the mirror made of what is in the frames; returns once it is complete. Raises Refusal.
 
-        Later engines may be restored from it under `fingerprint`, unless that is empty; see `outside.py`.
+        Later engines may be restored from it under `fingerprint`, unless that is empty; see `model_digest.py`.
         """
-        self._channel.send(wire.Loaded(weights, state, fingerprint, outside))
+        self._channel.send(wire.Loaded(weights, state, fingerprint, model_digest))
         self._answer(wire.Mirrored)
 
     def swap_in(self, space: Space, epoch: int) -> SwapInTimes:

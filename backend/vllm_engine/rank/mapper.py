@@ -12,8 +12,8 @@ from swap_agent.device import mmap
 from swap_agent.device.cuda_driver import Context, call
 
 
-class Addresses(Protocol):
-    """Ranges of addresses of one device."""
+class Mapper(Protocol):
+    """Maps frames at ranges of addresses of one device."""
 
     def reserve(self, size_bytes: int) -> int:
         """Addresses with nothing behind them: any access faults. Raises OSError."""
@@ -28,7 +28,7 @@ class Addresses(Protocol):
         """When nothing runs on these any more (address and size), take away what is mapped in them. Raises OSError."""
 
 
-class HostAddresses:
+class HostMapper:
     """Frames are memfds; see `swap_agent.device.mmap`."""
 
     def reserve(self, size_bytes: int) -> int:
@@ -48,7 +48,7 @@ class HostAddresses:
             mmap.vacate(address, size_bytes)
 
 
-class CudaAddresses:
+class CudaMapper:
     """Frames are allocations of the agent's; a mapping is the only reference to them that this process keeps."""
 
     def __init__(self, ordinal: int) -> None:

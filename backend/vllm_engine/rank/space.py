@@ -12,18 +12,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from swap_agent.errors import ProtocolError, TritonSwapError
 from swap_agent.wire.messages import Region
-from vllm_engine.rank.mapper import Addresses, HostAddresses
+from vllm_engine.rank.mapper import HostMapper, Mapper
 
 
 class Space:
     """Addresses of one rank. Not thread safe: the rank calls it in its paused state only."""
 
-    def __init__(self, frame_bytes: int, addresses: Addresses | None = None) -> None:
-        """`addresses` of the device that the frames are of; None: a simulated one."""
+    def __init__(self, frame_bytes: int, mapper: Mapper | None = None) -> None:
+        """`mapper` for the device that the frames are of; None: a simulated one."""
         if frame_bytes % mmap.PAGESIZE:
             raise ProtocolError(f"frames of {frame_bytes} bytes are not a multiple of the page size")
         self.frame_bytes = frame_bytes
-        self._device = addresses or HostAddresses()
+        self._mapper = mapper or HostMapper()
         self._addresses: dict[Region, int] = {}
         self._frames: dict[Region, int] = {}
         self._mapped: dict[Region, set[int]] = {}
@@ -50,7 +50,7 @@ class Space:
             raise TritonSwapError(f"region {region} is reserved already")
         most = frames if most is None else most
         order = range(most) if order is None else order
-        self._addresses[region] = self._device.reserve(most * self.frame_bytes)
+        self._addresses[region] = self._mapper.reserve(most * self.frame_bytes)
         self._most[region] = most
         self._order[region] = order
         self._mapped[region] = set()
@@ -82,7 +82,7 @@ class Space:
         by_place = sorted((self._order[region][index], fd) for index, fd in zip(indices, fds, strict=True))
         rest = iter(fd for _, fd in by_place)
         for address, count in self._runs(region, indices):
-            self._device.map(address, [next(rest) for _ in range(count)], self.frame_bytes, touch=touch)
+            self._mapper.map(address, [next(rest) for _ in range(count)], self.frame_bytes, touch=touch)
 
     def is_mapped(self, region: Region) -> bool:
         """True when every frame of the region is mapped."""
@@ -99,7 +99,7 @@ class Space:
     def _unmap(self, keep: Mapping[Region, int]) -> None:
         gone = {region: {frame for frame in self._mapped[region] if frame >= kept} for region, kept in keep.items()}
         runs = [run for region, frames in gone.items() for run in self._runs(region, frames)]
-        self._device.vacate([(address, count * self.frame_bytes) for address, count in runs])
+        self._mapper.vacate([(address, count * self.frame_bytes) for address, count in runs])
         for region, frames in gone.items():
             self._mapped[region] -= frames
 

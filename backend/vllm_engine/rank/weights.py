@@ -87,7 +87,7 @@ class Weights:
             with placeholders.no_weights(self._config):
                 self._load(True)
             layout = relocate.plan(self._model(), self._device)
-            if model_digest.digest(self._model(), layout) != found.outside:
+            if model_digest.digest(self._model(), layout) != found.model_digest:
                 raise MirrorMismatch("the model keeps values outside of its tensors that depend on its weights")
             self._obtain_frames(layout)
             self._agent.restore(layout.weights, layout.state)

@@ -40,12 +40,12 @@ class RankMirrors:
         return found
 
     def keep(
-        self, fingerprint: str, weights: Image, state: Image, manifest: dict[Region, list[Extent]], outside: str
+        self, fingerprint: str, weights: Image, state: Image, manifest: dict[Region, list[Extent]], model_digest: str
     ) -> Mirror | None:
         """Hand images over to the store; from now on they count by themselves, not as the replica's."""
 
         def keep() -> Mirror | None:
-            mirror = self._store.add(fingerprint, weights, state, manifest, outside)
+            mirror = self._store.add(fingerprint, weights, state, manifest, model_digest)
             if mirror:
                 size = mirror.resident_bytes()
                 self._engine.mirrors_wanted_bytes -= size

@@ -137,7 +137,7 @@ class RankLink:
     def _recall(self, message: wire.Recall) -> None:
         found = self._recalled = self._mirrors.recall(message.fingerprint) if self._mirrors else None
         if found:
-            self.channel.send(wire.Recalled(found.manifest["weights"], found.manifest["state"], found.outside))
+            self.channel.send(wire.Recalled(found.manifest["weights"], found.manifest["state"], found.model_digest))
         else:
             self.channel.send(wire.Recalled())
 
@@ -175,7 +175,7 @@ class RankLink:
             if message.fingerprint and mirrors:
                 self.space.keep(
                     lambda weights, state: mirrors.keep(
-                        message.fingerprint, weights, state, _manifest(message), message.outside
+                        message.fingerprint, weights, state, _manifest(message), message.model_digest
                     )
                 )
         except (TritonSwapError, OSError) as error:

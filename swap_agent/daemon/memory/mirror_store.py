@@ -25,7 +25,7 @@ class Mirror:
     weights: Image
     state: Image
     manifest: dict[Region, list[Extent]]
-    outside: str
+    model_digest: str
     """Digest of what the model keeps outside of its extents."""
 
     def resident_bytes(self) -> int:
@@ -45,7 +45,7 @@ class Desk(Protocol):
         """The mirror with this fingerprint, which then stays for as long as the engine lives."""
 
     def keep(
-        self, fingerprint: str, weights: Image, state: Image, manifest: dict[Region, list[Extent]], outside: str
+        self, fingerprint: str, weights: Image, state: Image, manifest: dict[Region, list[Extent]], model_digest: str
     ) -> Mirror | None:
         """Hand images over to the store, for later engines. None: the store does not want them."""
 
@@ -70,13 +70,13 @@ class MirrorStore:
         return self._mirrors[name] if name else None
 
     def add(
-        self, fingerprint: str, weights: Image, state: Image, manifest: dict[Region, list[Extent]], outside: str
+        self, fingerprint: str, weights: Image, state: Image, manifest: dict[Region, list[Extent]], model_digest: str
     ) -> Mirror | None:
         """Take images over; they replace what was there under this fingerprint. None when it is known to be unfit."""
         if fingerprint in self._unfit:
             return None
         self._made += 1
-        mirror = Mirror(f"mirror-{self._made}", fingerprint, weights, state, manifest, outside)
+        mirror = Mirror(f"mirror-{self._made}", fingerprint, weights, state, manifest, model_digest)
         self._mirrors[mirror.name] = mirror
         self._current[fingerprint] = mirror.name
         return mirror

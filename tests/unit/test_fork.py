@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HOST = """
 import json, logging, os, signal, socket, sys, threading, time
 from pathlib import Path
-from vllm_engine.adapter.fork import Zygote
+from vllm_engine.adapter.fork import PreparedFork
 
 LOADED_BY = os.getpid()
 
@@ -45,9 +45,9 @@ if __name__ == "__main__":
     answer, code = sys.argv[1:]
     given = []
     exec(code)
-    print(os.getpid(), zygote.pid, flush=True)
+    print(os.getpid(), fork.pid, flush=True)
     if "start" in globals():
-        start(zygote.context.Process(target=work, args=(answer, *given)))
+        start(fork.context.Process(target=work, args=(answer, *given)))
 """
 
 THEN = """
@@ -60,7 +60,7 @@ def start(process):
 
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts a host that runs some code, which makes a `zygote` and may define `start`."""
+    """Starts a host that runs some code, which makes a `fork` and may define `start`."""
     script = tmp_path / "host.py"
     script.write_text(HOST)
     started: list[subprocess.Popen[str]] = []
@@ -84,7 +84,7 @@ def host(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 def test_the_fork_runs_what_the_host_starts(host: Any, tmp_path: Path) -> None:
     process = host(
-        "zygote = Zygote()\n"
+        "fork = PreparedFork()\n"
         "kept = socket.socketpair()\n"
         "os.environ.update(BEFORE='2', NEW='3', OMP_NUM_THREADS='3')\n"
         "del os.environ['GONE']\n"
@@ -108,10 +108,10 @@ def test_the_fork_runs_what_the_host_starts(host: Any, tmp_path: Path) -> None:
         ("", "os.environ['OMP_PLACES'] = '{0}'", "OpenMP's settings or the interpreter have changed"),
         ("", "os.environ['LD_PRELOAD'] = '/nowhere/lib.so'", "/nowhere/lib.so has to be preloaded"),
         ("", "given = socket.socketpair()", "it is given open files"),
-        ("", "os.kill(zygote.pid, 9); os.waitid(os.P_PID, zygote.pid, os.WEXITED | os.WNOWAIT)", "the fork has ended"),
+        ("", "os.kill(fork.pid, 9); os.waitid(os.P_PID, fork.pid, os.WEXITED | os.WNOWAIT)", "the fork has ended"),
         (
             "",
-            "zygote.context.Process(target=work, args=(answer + '1', 'for ever'), daemon=True).start()",
+            "fork.context.Process(target=work, args=(answer + '1', 'for ever'), daemon=True).start()",
             "the fork is in use",
         ),
         (
@@ -124,7 +124,7 @@ def test_the_fork_runs_what_the_host_starts(host: Any, tmp_path: Path) -> None:
 def test_where_a_fork_will_not_do_a_new_process_is_started(
     before: str, after: str, reason: str, host: Any, tmp_path: Path
 ) -> None:
-    process = host(f"{before}\nzygote = Zygote()\n{after}\n{THEN}")
+    process = host(f"{before}\nfork = PreparedFork()\n{after}\n{THEN}")
     out, error = process.communicate(timeout=60)
     told = json.loads((tmp_path / "answer.json").read_text())
     assert told["loaded_by"] == told["pid"], "it has imported anew"
@@ -147,7 +147,7 @@ def gone_within(pid: int, seconds: float) -> bool:
 @pytest.mark.parametrize("working", [False, True])
 def test_a_killed_host_takes_its_fork_along(working: bool, host: Any) -> None:
     start = "given = ['for ever']\ndef start(process): process.start(); time.sleep(60)"
-    process = host(f"zygote = Zygote()\n{start if working else 'def start(process): time.sleep(60)'}")
+    process = host(f"fork = PreparedFork()\n{start if working else 'def start(process): time.sleep(60)'}")
     _, fork_pid = (int(pid) for pid in process.stdout.readline().split())
     if working:
         assert process.stdout.readline() == "at work\n"
@@ -158,7 +158,7 @@ def test_a_killed_host_takes_its_fork_along(working: bool, host: Any) -> None:
     assert gone
 
 
-@pytest.mark.parametrize("code", ["zygote = Zygote()", "zygote = Zygote()\nprint(zygote.pid)\nzygote.discard()"])
+@pytest.mark.parametrize("code", ["fork = PreparedFork()", "fork = PreparedFork()\nprint(fork.pid)\nfork.discard()"])
 def test_a_fork_that_nobody_wants_ends(code: str, host: Any) -> None:
     process = host(code)
     out, error = process.communicate(timeout=60)
@@ -168,7 +168,7 @@ def test_a_fork_that_nobody_wants_ends(code: str, host: Any) -> None:
 
 def test_what_fails_while_it_imports_is_seen_and_a_new_process_starts(host: Any, tmp_path: Path) -> None:
     process = host(
-        "zygote = Zygote(['no.such.module'])\nos.waitid(os.P_PID, zygote.pid, os.WEXITED | os.WNOWAIT)\n" + THEN
+        "fork = PreparedFork(['no.such.module'])\nos.waitid(os.P_PID, fork.pid, os.WEXITED | os.WNOWAIT)\n" + THEN
     )
     _, error = process.communicate(timeout=60)
     assert "ModuleNotFoundError: No module named 'no'" in error

@@ -52,10 +52,10 @@ class Pool(RuleBasedStateMachine):
     def make(self, caching: bool, end: int) -> None:
         from vllm.v1.core.block_pool import BlockPool
 
-        from vllm_engine.adapter.block_pool import ElasticBlockPool
+        from vllm_engine.adapter.block_pool import BoundedBlockPool
 
         self.caching = caching
-        self.pool = ElasticBlockPool.take_over(
+        self.pool = BoundedBlockPool.take_over(
             BlockPool(MOST, caching, hash_block_size=16, enable_kv_cache_events=True)
         )
         self.shrink(end)
@@ -213,12 +213,12 @@ def test_blocks_that_are_to_go_are_handed_out_when_there_is_no_other() -> None:
     pytest.importorskip("vllm")
     from vllm.v1.core.block_pool import BlockPool
 
-    from vllm_engine.adapter.block_pool import ElasticBlockPool
+    from vllm_engine.adapter.block_pool import BoundedBlockPool
 
     def numbers(count: int) -> list[int]:
         return [block.block_id for block in pool.get_new_blocks(count)]
 
-    pool = ElasticBlockPool.take_over(BlockPool(7, True, hash_block_size=16))
+    pool = BoundedBlockPool.take_over(BlockPool(7, True, hash_block_size=16))
     low, high = pool.get_new_blocks(2), pool.get_new_blocks(2)
     assert [block.block_id for block in low + high] == [1, 2, 3, 4]
     assert pool.spare(3) == 5, "up to block 4 they are used"
@@ -240,15 +240,15 @@ def test_a_pool_of_another_kind_is_refused() -> None:
     pytest.importorskip("vllm")
     from vllm.v1.core.block_pool import BlockPool
 
-    from vllm_engine.adapter.block_pool import ElasticBlockPool
+    from vllm_engine.adapter.block_pool import BoundedBlockPool
 
     class Other(BlockPool):  # type: ignore[misc]  # vLLM has no types here
         pass
 
     with pytest.raises(Unsupported, match=r"another block pool .Other.: use a supported version"):
-        ElasticBlockPool.take_over(Other(4, True, 16))
+        BoundedBlockPool.take_over(Other(4, True, 16))
     with pytest.raises(TritonSwapError, match="cannot do with 1 blocks"):
-        ElasticBlockPool.take_over(BlockPool(4, True, 16)).shrink(1)
+        BoundedBlockPool.take_over(BlockPool(4, True, 16)).shrink(1)
 
 
 def test_what_would_keep_a_kv_cache_from_growing_is_known_before_it_has_addresses() -> None:

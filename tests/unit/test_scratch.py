@@ -28,10 +28,10 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
     return library
 
 
-def figures(library: ctypes.CDLL) -> scratch.Figures:
+def usage(library: ctypes.CDLL) -> scratch.ScratchUsage:
     values = (ctypes.c_uint64 * 4)()
-    library.triton_swap_scratch_figures(values)
-    return scratch.Figures(*values)
+    library.triton_swap_scratch_usage(values)
+    return scratch.ScratchUsage(*values)
 
 
 def test_nothing_is_handed_out_twice_and_all_comes_back(library: ctypes.CDLL) -> None:
@@ -51,10 +51,10 @@ def test_nothing_is_handed_out_twice_and_all_comes_back(library: ctypes.CDLL) ->
         assert address % 512 == 0 and address >= BASE and address + size <= BASE + SIZE
         assert all(address + size <= other or other + held[other] <= address for other in held)
         held[address] = size
-    assert figures(library).peak <= SIZE and figures(library).outside == 0
+    assert usage(library).peak <= SIZE and usage(library).outside == 0
     for address, size in held.items():
         library.triton_swap_scratch_free(address, size, 0, None)
-    assert figures(library).used == 0
+    assert usage(library).used == 0
     assert library.triton_swap_scratch_malloc(SIZE, 0, None) == BASE, "the gaps have joined again"
     assert library.triton_swap_scratch_open(BASE, SIZE) == -1, "not while something is handed out"
 
@@ -70,10 +70,10 @@ library.triton_swap_scratch_malloc.restype = ctypes.c_uint64
 library.triton_swap_scratch_malloc.argtypes = (ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p)
 library.triton_swap_scratch_free.argtypes = (ctypes.c_uint64, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p)
 inside, outside = (library.triton_swap_scratch_malloc(4 << 20, 0, None) for _ in range(2))
-print(inside == 1 << 40, outside != 0, *scratch.figures())
+print(inside == 1 << 40, outside != 0, *scratch.usage())
 print(library.triton_swap_scratch_malloc(1 << 40, 0, None))
 library.triton_swap_scratch_free(outside, 4 << 20, 0, None)
-print(*scratch.figures())
+print(*scratch.usage())
 """
 
 
