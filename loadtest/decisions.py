@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from loadtest.counts import percentile
+from swap_agent.policy import actions as act
 from swap_agent.policy import events as ev
 from swap_agent.policy.coordinator import Coordinator
 from swap_agent.policy.ledger import Device
@@ -56,7 +57,7 @@ class _Node:
         devices = [Device(f"cuda:{index}", FRAMES) for index in range(DEVICES)]
         self.policy = Coordinator(devices, host_limit_bytes)
         self.now_s = 0.0
-        self.orders: list[ev.Action] = []
+        self.orders: list[act.Action] = []
         self.times_s: list[float] = []
         self.check_s = 0.0
         self.names = [f"model-{index}/1#0" for index in range(MODELS)]
@@ -93,22 +94,22 @@ class _Node:
         name, now_s = order.name, self.now_s
         replica = self.policy.ledger.replicas[name]
         match order:
-            case ev.StartEngine():
+            case act.StartEngine():
                 for rank in range(len(order.devices)):
                     self.post(ev.FramesWanted(now_s, name, replica.request_frames or 0, rank))
                 self.post(ev.HostMemoryWanted(now_s, name, 1))
-            case ev.GrantHostMemory():
+            case act.GrantHostMemory():
                 for rank in range(replica.ranks):
                     self.post(ev.MirrorKept(now_s, name, f"mirror of {name}, rank {rank}", 1, rank))
                 self.post(ev.EngineReady(now_s, name))
-            case ev.Drain():
+            case act.Drain():
                 self.post(ev.TrafficReported(now_s, name, 0, replica.waiting))
                 self.post(ev.Drained(now_s, name, order.epoch))
-            case ev.SwapOut():
+            case act.SwapOut():
                 self.post(ev.SwappedOut(now_s, name, order.epoch))
-            case ev.SwapIn() if replica.promised_frames:
+            case act.SwapIn() if replica.promised_frames:
                 self.orders.append(order)
-            case ev.SwapIn():
+            case act.SwapIn():
                 self.post(ev.SwappedIn(now_s, name, order.epoch))
 
     def pass_time(self, seconds: float) -> None:

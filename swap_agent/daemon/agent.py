@@ -35,9 +35,11 @@ from swap_agent.daemon.residue.meter import UsageWatch
 from swap_agent.device.open import open_devices
 from swap_agent.device.simulated import INSTANT, SLOW
 from swap_agent.errors import AccountingError, InvalidUsage, RolledBack, TritonSwapError, Unavailable, WeightsCorrupted
+from swap_agent.policy import actions as act
 from swap_agent.policy import events as ev
 from swap_agent.policy.coordinator import Coordinator
-from swap_agent.policy.ledger import Device, Replica
+from swap_agent.policy.ledger import Device
+from swap_agent.policy.replica import Replica
 from swap_agent.policy.states import HOLDS_FRAMES, State
 from swap_agent.wire import messages as wire
 
@@ -207,46 +209,46 @@ class Agent:
             # A timer may be early by the clock's resolution; then the next one follows at once.
             self._alarm = self._loop.call_at(at_s, lambda: self.post(ev.Tick(time.monotonic())))
 
-    def _perform(self, action: ev.Action) -> None:
+    def _perform(self, action: act.Action) -> None:
         engine = self.engines.get(action.name)
         match action:
-            case ev.Activated():
+            case act.Activated():
                 self._activation_of(action.name).set_result(None)
                 del self._activation[action.name]
-            case ev.Refuse():
+            case act.Refuse():
                 self._activation_of(action.name).set_exception(Unavailable(action.message))
                 del self._activation[action.name]
                 if engine and engine.host:
                     engine.host.send(wire.RefuseWaiting("UNAVAILABLE", action.message))
-            case ev.StartEngine():
+            case act.StartEngine():
                 self._start_engine(action.name, action.devices)
-            case ev.DropMirror():
+            case act.DropMirror():
                 if action.reason:
                     log.info("%s", action.reason)
                 self._spawn(self._drop_mirror(self.mirrors.take(action.name)))
             case _ if engine is None or engine.clearing:
                 pass  # it died meanwhile: its end is on the way as an event
-            case ev.StopEngine():
+            case act.StopEngine():
                 log.info("%s", action.reason)
                 self._stop_engine(engine, action.reason)
-            case ev.GrantFrames():
+            case act.GrantFrames():
                 self._memory_plane.answer_frames(action.name, action.rank)
-            case ev.RefuseFrames():
+            case act.RefuseFrames():
                 self._memory_plane.answer_frames(action.name, action.rank, action.message)
-            case ev.GrantHostMemory():
+            case act.GrantHostMemory():
                 self._memory_plane.answer_host_memory(action.name)
-            case ev.RefuseHostMemory():
+            case act.RefuseHostMemory():
                 self._memory_plane.answer_host_memory(action.name, action.message)
-            case ev.Drain():
+            case act.Drain():
                 self._send(engine, wire.Drain(action.epoch, action.wait, action.preempt))
-            case ev.SwapOut():
+            case act.SwapOut():
                 engine.order = self._spawn(self._swap_out(engine, action.epoch, action.keep_frames))
-            case ev.SwapIn():
+            case act.SwapIn():
                 engine.allowance = FrameCredit(action.epoch, action.frames)
                 engine.order = self._spawn(self._swap_in(engine, action.epoch, engine.allowance))
-            case ev.Resize():
+            case act.Resize():
                 engine.order = self._spawn(self._resize(engine, action))
-            case ev.MoreFrames() if engine.allowance:
+            case act.MoreFrames() if engine.allowance:
                 engine.allowance.raise_to(action.epoch, action.frames)
 
     def _activation_of(self, replica: str) -> asyncio.Future[None]:
@@ -295,7 +297,7 @@ class Agent:
 
         await self._or_kill(engine, order(), "swap-in")
 
-    async def _resize(self, engine: Engine, action: ev.Resize) -> None:
+    async def _resize(self, engine: Engine, action: act.Resize) -> None:
         async def order() -> None:
             frames = await kv_resize.resize(engine, action.epoch, action.frames, action.within_s)
             self.post(ev.Resized(time.monotonic(), engine.spec.replica, action.epoch, frames))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from swap_agent.errors import InvalidModel
-from swap_agent.policy.events import MIN_RESIDENCY_S
+from swap_agent.policy.replica import MIN_RESIDENCY_S
 from swap_agent.units import format_bytes, parse_bytes, parse_keep_alive, parse_seconds, parse_share
 
 DEFAULT_KEEP_ALIVE_S = 300.0

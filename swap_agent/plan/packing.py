@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 from swap_agent.errors import AccountingError
 from swap_agent.plan.repository_scan import Wanted
+from swap_agent.policy import actions as act
 from swap_agent.policy import events as ev
 from swap_agent.policy.coordinator import Coordinator
-from swap_agent.policy.ledger import Device, Replica
+from swap_agent.policy.ledger import Device
+from swap_agent.policy.replica import Replica
 from swap_agent.policy.states import State
 
 START_S = 10.0
@@ -109,32 +111,32 @@ class Packing:
                 self._perform(action)
             self.coordinator.ledger.check_integrity()
 
-    def _perform(self, action: ev.Action) -> None:
+    def _perform(self, action: act.Action) -> None:
         """What agent, hosts and ranks would answer."""
         now_s, name = self._now_s, action.name
         match action:
-            case ev.Activated():
+            case act.Activated():
                 self._answers[name] = ""
-            case ev.Refuse():
+            case act.Refuse():
                 self._answers[name] = action.message
-            case ev.StartEngine():
+            case act.StartEngine():
                 self._want_more(name)
-            case ev.GrantFrames() | ev.RefuseFrames() if name not in self._ungranted:
+            case act.GrantFrames() | act.RefuseFrames() if name not in self._ungranted:
                 pass  # another rank was refused: its engine ends
-            case ev.GrantFrames():
+            case act.GrantFrames():
                 self._ungranted[name] -= 1
                 if not self._ungranted[name]:
                     self._want_more(name)
-            case ev.RefuseFrames():
+            case act.RefuseFrames():
                 del self._ungranted[name]
                 self._events.append(ev.EngineExited(now_s, name, f"model {name}: {action.message}"))
-            case ev.StopEngine():
+            case act.StopEngine():
                 self._events.append(ev.EngineExited(now_s, name, action.reason))
-            case ev.Drain():
+            case act.Drain():
                 self._events.append(ev.Drained(now_s, name, action.epoch))
-            case ev.SwapOut():
+            case act.SwapOut():
                 self._events.append(ev.SwappedOut(now_s, name, action.epoch))
-            case ev.SwapIn() | ev.MoreFrames():
+            case act.SwapIn() | act.MoreFrames():
                 if not self.coordinator.ledger.replicas[name].promised_frames:
                     self._events.append(ev.SwappedIn(now_s, name, action.epoch))
             case _:

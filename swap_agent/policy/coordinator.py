@@ -15,12 +15,14 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from swap_agent.policy import actions as act
 from swap_agent.policy import events as ev
 from swap_agent.policy import eviction, placement, residue_budget
 from swap_agent.policy.eviction import LEAVING, Regret, expected_regret
 from swap_agent.policy.host_budget import HostMemory
-from swap_agent.policy.ledger import Device, Ledger, Mirror, Replica
+from swap_agent.policy.ledger import Device, Ledger, Mirror
 from swap_agent.policy.queue import Queue
+from swap_agent.policy.replica import Replica
 from swap_agent.policy.states import State
 
 _QUEUES = frozenset({State.COLD, State.FAILED, State.SWAPPED, *LEAVING})
@@ -90,7 +92,7 @@ class Coordinator:
         """One may have lost its last user or owner."""
         self._touched: set[str] = set()
         """Devices on which the last event may have changed something."""
-        self._actions: list[ev.Action] = []
+        self._actions: list[act.Action] = []
 
     @property
     def next_tick_s(self) -> float:
@@ -103,7 +105,7 @@ class Coordinator:
         """Who waits for activation, in order."""
         return self._queue.names
 
-    def on_event(self, event: ev.Event) -> list[ev.Action]:
+    def on_event(self, event: ev.Event) -> list[act.Action]:
         """Take note of `event`, decide, and return the orders that follow, to be carried out in this order.
 
         1. Take note: each event type has one handler below. Answers with an old epoch are dropped.
@@ -179,11 +181,11 @@ class Coordinator:
         replica.load_wanted = replica.state is not State.RESIDENT
         if replica.state is State.RESIDENT:
             replica.idle_since_s = event.now_s
-            self._actions.append(ev.Activated(replica.name))
+            self._actions.append(act.Activated(replica.name))
 
     def _unload_wanted(self, replica: Replica, event: ev.ParkRequested) -> None:
         if replica.load_wanted and (replica.stopping or replica.state not in (State.STARTING, State.SWAPPING_IN)):
-            self._actions.append(ev.Refuse(replica.name, _UNLOADED.format(replica.name)))
+            self._actions.append(act.Refuse(replica.name, _UNLOADED.format(replica.name)))
         replica.load_wanted = False
         replica.unload_wanted = True
         replica.purge_wanted |= event.purge
@@ -199,7 +201,7 @@ class Coordinator:
     def _frames_wanted(self, replica: Replica, event: ev.FramesWanted) -> None:
         rank = event.rank
         if replica.state is not State.STARTING:
-            self._actions.append(ev.RefuseFrames(replica.name, f"{replica.name} is {replica.state.value}", rank))
+            self._actions.append(act.RefuseFrames(replica.name, f"{replica.name} is {replica.state.value}", rank))
             return
         replica.footprints[rank] = replica.footprints.get(rank, 0) + event.frames
         if event.discardable:
@@ -288,7 +290,7 @@ class Coordinator:
         if event.epoch == replica.epoch and replica.state is State.DRAINING:
             replica.move(State.SWAPPING_OUT)
             replica.left_s = event.now_s
-            self._actions.append(ev.SwapOut(replica.name, replica.epoch, replica.keep_frames))
+            self._actions.append(act.SwapOut(replica.name, replica.epoch, replica.keep_frames))
 
     def _drain_refused(self, replica: Replica, event: ev.DrainRefused) -> None:
         if event.epoch == replica.epoch and replica.state is State.DRAINING:
@@ -298,7 +300,7 @@ class Coordinator:
             replica.drop_wanted = False
             if replica.load_wanted:
                 replica.load_wanted = False
-                self._actions.append(ev.Activated(replica.name))
+                self._actions.append(act.Activated(replica.name))
 
     def _frames_returned(self, replica: Replica, event: ev.FramesReturned) -> None:
         if event.epoch == replica.epoch and replica.state is State.SWAPPING_OUT:
@@ -325,17 +327,17 @@ class Coordinator:
             replica.load_wanted = replica.preempted = False
             replica.waiting = 0  # they are refused; who comes later has it tried again
             replica.left_s = event.now_s  # this was its turn
-            self._actions.append(ev.Refuse(replica.name, event.reason))
+            self._actions.append(act.Refuse(replica.name, event.reason))
 
     def _engine_exited(self, replica: Replica, event: ev.EngineExited) -> None:
         if replica.stopping and replica.unload_wanted and replica.state is State.SWAPPING_IN:
-            self._actions.append(ev.Refuse(replica.name, _UNLOADED.format(replica.name)))
+            self._actions.append(act.Refuse(replica.name, _UNLOADED.format(replica.name)))
         replica.move(State.COLD if replica.stopping and not replica.failure else State.FAILED)
         # A load that came while the old engine was being stopped is still wanted; one that a failure answers is not.
         replica.load_wanted = replica.load_wanted and replica.stopping
         if not replica.stopping:
             replica.failure = event.reason
-            self._actions.append(ev.Refuse(replica.name, event.reason))
+            self._actions.append(act.Refuse(replica.name, event.reason))
         self.ledger.place(replica, ())
         self._owed.discard(replica.name)
         if self._starting == replica.name:
@@ -371,7 +373,7 @@ class Coordinator:
         # The gate is open; the host's next report says how many are left of them.
         replica.in_flight, replica.waiting = replica.in_flight + replica.waiting, 0
         replica.idle_since_s = replica.resident_since_s = now_s
-        self._actions.append(ev.Activated(replica.name))
+        self._actions.append(act.Activated(replica.name))
 
     # --- 2. and 3. wishes and timers ----------------------------------------------------------------------------------
 
@@ -408,7 +410,7 @@ class Coordinator:
     def _stop(self, replica: Replica, reason: str) -> None:
         replica.stopping = True
         self._promise(replica, 0)
-        self._actions.append(ev.StopEngine(replica.name, reason))
+        self._actions.append(act.StopEngine(replica.name, reason))
 
     def _expire(self, replica: Replica, now_s: float) -> None:
         """Swap it out if it has been idle for its keep-alive; else look again when it may have been."""
@@ -432,14 +434,14 @@ class Coordinator:
         replica.epoch += 1
         replica.keep_frames = keep_frames
         replica.preempted = preempt
-        self._actions.append(ev.Drain(replica.name, replica.epoch, wait, reason, preempt))
+        self._actions.append(act.Drain(replica.name, replica.epoch, wait, reason, preempt))
 
     def _release(self, replica: Replica, keep_frames: int) -> None:
         """Take frames from a model that is SWAPPED already."""
         replica.move(State.SWAPPING_OUT)
         replica.epoch += 1
         replica.keep_frames = keep_frames
-        self._actions.append(ev.SwapOut(replica.name, replica.epoch, keep_frames))
+        self._actions.append(act.SwapOut(replica.name, replica.epoch, keep_frames))
 
     # --- 4. the queue -------------------------------------------------------------------------------------------------
 
@@ -538,7 +540,7 @@ class Coordinator:
             replica.waiting = 0
             self._queue.leave(replica)
             touched.update(replica.devices, old_target)
-            self._actions.append(ev.Refuse(replica.name, placement.why_never(replica, devices, able, ledger)))
+            self._actions.append(act.Refuse(replica.name, placement.why_never(replica, devices, able, ledger)))
             self._expire(replica, now_s)
             return
         missing = replica.missing_frames
@@ -600,7 +602,7 @@ class Coordinator:
             if more := min(back, replica.promised_frames):
                 replica.reserved_frames += more
                 self._promise(replica, replica.promised_frames - more)
-                self._actions.append(ev.MoreFrames(name, replica.epoch, replica.reserved_frames))
+                self._actions.append(act.MoreFrames(name, replica.epoch, replica.reserved_frames))
 
     def _admit(self, replica: Replica, devices: Sequence[str], now_s: float) -> None:
         replica.unload_wanted &= replica.preempted
@@ -612,14 +614,14 @@ class Coordinator:
             free = max(0, min(self.ledger.unreserved_frames(device) for device in devices))
             replica.reserved_frames += min(free, missing)
             self._promise(replica, max(0, missing - free))
-            self._actions.append(ev.SwapIn(replica.name, replica.epoch, replica.reserved_frames))
+            self._actions.append(act.SwapIn(replica.name, replica.epoch, replica.reserved_frames))
         else:
             replica.reserved_frames = replica.need_frames
             replica.move(State.STARTING)
             self._starting = replica.name
             self.ledger.place(replica, devices)
             replica.failure = ""
-            self._actions.append(ev.StartEngine(replica.name, replica.devices))
+            self._actions.append(act.StartEngine(replica.name, replica.devices))
 
     def _grow(self, replica: Replica, rank: int, frames: int, blocked: set[str], now_s: float) -> None:
         """Grant what a rank of a starting engine wants, refuse it for good, or make room for it."""
@@ -627,10 +629,10 @@ class Coordinator:
         if message := placement.why_no_more(replica, footprint, self.ledger):
             del self._growth[replica.name, rank]
             replica.footprints[rank] -= frames
-            self._actions.append(ev.RefuseFrames(replica.name, message, rank))
+            self._actions.append(act.RefuseFrames(replica.name, message, rank))
         elif self._take(replica, max(0, footprint - replica.reserved_frames), blocked, now_s):
             del self._growth[replica.name, rank]
-            self._actions.append(ev.GrantFrames(replica.name, frames, rank))
+            self._actions.append(act.GrantFrames(replica.name, frames, rank))
 
     def _settle_debt(self, replica: Replica, blocked: set[str], now_s: float) -> None:
         if replica.state is State.RESIDENT and replica.missing_frames:
@@ -709,7 +711,7 @@ class Coordinator:
         if frames > replica.burst_frames:
             replica.burst_frames = frames
             replica.reserved_frames = max(replica.reserved_frames, replica.footprint_frames + frames)
-        self._actions.append(ev.Resize(replica.name, replica.epoch, frames, within_s))
+        self._actions.append(act.Resize(replica.name, replica.epoch, frames, within_s))
 
     def _serve_bursts(self, touched: set[str], now_s: float) -> None:
         """Lend free frames of the `touched` devices to who wants some, the same to each; take back what is too much.
@@ -785,9 +787,9 @@ class Coordinator:
 
     def _fit_host_memory(self) -> None:
         for name, message in self._host_memory.refused():
-            self._actions.append(ev.RefuseHostMemory(name, message))
+            self._actions.append(act.RefuseHostMemory(name, message))
         for name in self._host_memory.granted(self.ledger):
-            self._actions.append(ev.GrantHostMemory(name))
+            self._actions.append(act.GrantHostMemory(name))
         for victim in self._host_memory.victims(self.ledger):
             victim.drop_wanted = True
             if isinstance(victim, Mirror):
@@ -798,7 +800,7 @@ class Coordinator:
             else:
                 self._drop(victim)
         for name, message in self._host_memory.unsatisfiable(self.ledger):
-            self._actions.append(ev.RefuseHostMemory(name, message))
+            self._actions.append(act.RefuseHostMemory(name, message))
 
     def _drop_mirrors(self) -> None:
         self._mirrors_changed = False
@@ -809,7 +811,7 @@ class Coordinator:
                     owners = ", ".join(sorted({name for name, _ in mirror.owners}))
                     reason = f"the mirror of {owners} is dropped: --host-memory is short, and it was idle for longest"
                 mirror.drop_wanted = mirror.dropping = True
-                self._actions.append(ev.DropMirror(mirror.name, reason))
+                self._actions.append(act.DropMirror(mirror.name, reason))
 
 
 _HANDLERS: dict[type[ev.Event], Callable[..., None]] = {

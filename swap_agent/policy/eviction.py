@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-from swap_agent.policy.ledger import Replica
+from swap_agent.policy.replica import Replica
 from swap_agent.policy.states import State
 
 LEAVING = frozenset({State.DRAINING, State.SWAPPING_OUT})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from swap_agent.policy.ledger import Ledger, Replica
+from swap_agent.policy.ledger import Ledger
+from swap_agent.policy.replica import Replica
 from swap_agent.policy.states import State
 
 _STAYS = frozenset({State.STARTING, State.RESIDENT, State.SWAPPING_IN})

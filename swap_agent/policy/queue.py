@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 
 from swap_agent.policy.eviction import LEAVING
-from swap_agent.policy.ledger import Replica
+from swap_agent.policy.replica import Replica
 
 
 class Queue:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from swap_agent.policy.ledger import Ledger, Replica
+from swap_agent.policy.ledger import Ledger
+from swap_agent.policy.replica import Replica
 from swap_agent.policy.states import State
 from swap_agent.units import format_bytes
 

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from swap_agent.errors import InvalidUsage
-from swap_agent.policy.events import MIN_RESIDENCY_S
 from swap_agent.policy.ledger import Device
+from swap_agent.policy.replica import MIN_RESIDENCY_S
 from swap_agent.units import GIB, MIB, format_bytes, parse_bytes, parse_keep_alive, parse_seconds
 
 T = TypeVar("T")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from swap_agent.policy import actions as act
 from swap_agent.policy import events as ev
 
 
@@ -26,7 +27,7 @@ class Static:
         ends_s = (since_s + self._scale_down_s[name] for name, since_s in self._idle_since_s.items())
         return min(ends_s, default=float("inf"))
 
-    def on_event(self, event: ev.Event) -> list[ev.Action]:
+    def on_event(self, event: ev.Event) -> list[act.Action]:
         """Decide."""
         match event:
             case ev.ActivateRequested():
@@ -38,9 +39,9 @@ class Static:
                 if not event.in_flight and event.name in self._scale_down_s:
                     self._idle_since_s[event.name] = event.now_s
             case ev.FramesWanted():
-                return [ev.GrantFrames(event.name, event.frames, event.rank)]
+                return [act.GrantFrames(event.name, event.frames, event.rank)]
             case ev.EngineReady():
-                return [ev.Activated(event.name)]
+                return [act.Activated(event.name)]
             case ev.EngineExited():
                 self._engines.discard(event.name)
             case ev.Tick():
@@ -48,13 +49,13 @@ class Static:
                 ended = [name for name, since_s in idle if event.now_s - since_s >= self._scale_down_s[name]]
                 for name in ended:
                     del self._idle_since_s[name]
-                return [ev.StopEngine(name, "scaled to zero") for name in ended]
+                return [act.StopEngine(name, "scaled to zero") for name in ended]
         return []
 
-    def _wanted(self, name: str) -> list[ev.Action]:
+    def _wanted(self, name: str) -> list[act.Action]:
         if name in self._engines:
             return []
         if name not in self._homes:
-            return [ev.Refuse(name, f"{name} has no device")]
+            return [act.Refuse(name, f"{name} has no device")]
         self._engines.add(name)
-        return [ev.StartEngine(name, self._homes[name])]
+        return [act.StartEngine(name, self._homes[name])]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from swap_agent.errors import AccountingError, Unsupported
+from swap_agent.policy import actions as act
 from swap_agent.policy import events as ev
 from swap_agent.policy.ledger import Device
 from swap_agent.simulate.cluster import Cluster
@@ -28,7 +29,7 @@ TICK_S = 0.1
 class Decider(Protocol):
     """The policy, or what stands in for it in a comparison."""
 
-    def on_event(self, event: ev.Event) -> list[ev.Action]:
+    def on_event(self, event: ev.Event) -> list[act.Action]:
         """Decide."""
         ...
 
@@ -144,31 +145,31 @@ class World:
 
     # --- orders -------------------------------------------------------------------------------------------------------
 
-    def _perform(self, action: ev.Action) -> None:
+    def _perform(self, action: act.Action) -> None:
         host = self.hosts.get(action.name)
         match action:
-            case ev.Activated():
+            case act.Activated():
                 pass
             case _ if host is None:
                 raise AccountingError(f"there is no such model: {action}")
-            case ev.Drain():
+            case act.Drain():
                 self._drain(host, action)
-            case ev.SwapOut():
+            case act.SwapOut():
                 self._at(self.now_s + self._cluster.swap_out, self._swapped_out, (host, action))
-            case ev.SwapIn() | ev.MoreFrames():
+            case act.SwapIn() | act.MoreFrames():
                 self._swap_in(host, action)
-            case ev.Refuse():
+            case act.Refuse():
                 self._refuse(host, len(host.waiting), "refused by the policy")
-            case ev.StartEngine():
+            case act.StartEngine():
                 self._start_engine(host, action.devices)
-            case ev.GrantFrames():
+            case act.GrantFrames():
                 self._granted(host, action.rank, action.frames)
-            case ev.StopEngine():
+            case act.StopEngine():
                 self._at(self.now_s, self._engine_ended, (host, action.reason))
             case _:
                 raise Unsupported(f"the simulator cannot carry out the policy's order {type(action).__name__}")
 
-    def _drain(self, host: Host, order: ev.Drain) -> None:
+    def _drain(self, host: Host, order: act.Drain) -> None:
         if host.in_flight and not order.wait:
             self.tally.drains_refused += 1
             self._events.append(ev.DrainRefused(self.now_s, host.name, order.epoch))
@@ -180,7 +181,7 @@ class World:
         else:
             self._events.append(ev.Drained(self.now_s, host.name, order.epoch))
 
-    def _swapped_out(self, what: tuple[Host, ev.SwapOut]) -> None:
+    def _swapped_out(self, what: tuple[Host, act.SwapOut]) -> None:
         host, order = what
         if host.open or host.in_flight:
             raise AccountingError(f"{host.name} was swapped out while it may run requests")
@@ -195,9 +196,9 @@ class World:
         host.held = kept
         self._events.append(ev.SwappedOut(self.now_s, host.name, order.epoch))
 
-    def _swap_in(self, host: Host, order: ev.SwapIn | ev.MoreFrames) -> None:
+    def _swap_in(self, host: Host, order: act.SwapIn | act.MoreFrames) -> None:
         """Copying begins when the last frame has come: who leaves returns all of his at once here."""
-        if host.resident or not host.devices or host.moving != isinstance(order, ev.MoreFrames):
+        if host.resident or not host.devices or host.moving != isinstance(order, act.MoreFrames):
             raise AccountingError(f"{host.name} cannot be swapped in now")
         host.moving = True
         if order.frames < host.need:

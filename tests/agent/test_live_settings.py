@@ -15,6 +15,7 @@ from support.devices import FRAME_BYTES, NAME, spec
 from swap_agent.daemon.agent import Agent
 from swap_agent.daemon.config import AgentConfig, RuntimeDir
 from swap_agent.models.repository import Look
+from swap_agent.policy import actions as act
 from swap_agent.policy import events as ev
 from swap_agent.units import format_bytes
 from swap_agent.wire import messages as wire
@@ -100,7 +101,7 @@ async def test_an_edit_is_in_force_within_one_poll_interval_and_the_engine_goes_
     heard: list[ev.Registered] = []
     on_event = world.agent.coordinator.on_event
 
-    def hear(event: ev.Event) -> list[ev.Action]:
+    def hear(event: ev.Event) -> list[act.Action]:
         if isinstance(event, ev.Registered):
             heard.append(event)
         return on_event(event)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from swap_agent.policy import actions as act
 from swap_agent.policy import events as ev
 from swap_agent.policy.coordinator import Coordinator
-from swap_agent.policy.ledger import Device, Replica
+from swap_agent.policy.ledger import Device
+from swap_agent.policy.replica import Replica
 from swap_agent.policy.states import State
 
 
@@ -16,14 +18,14 @@ class Machinery:
     def __init__(self, *devices: Device, host_limit_bytes: int | None = None) -> None:
         self.policy = Coordinator(list(devices), host_limit_bytes)
         self.now_s = 0.0
-        self.open: list[ev.Action] = []
-        self.done: list[ev.Action] = []
+        self.open: list[act.Action] = []
+        self.done: list[act.Action] = []
         self.busy: dict[str, int] = {}
         self.waiting: dict[str, int] = {}
         self.host_bytes: dict[str, int] = {}
         """Of models whose engines ask for host memory before they are ready."""
 
-    def post(self, kind: type[ev.Event], *fields: object) -> list[ev.Action]:
+    def post(self, kind: type[ev.Event], *fields: object) -> list[act.Action]:
         actions = self.policy.on_event(kind(self.now_s, *fields))
         self.policy.ledger.check_integrity()
         self.open += actions
@@ -33,20 +35,20 @@ class Machinery:
     def register(self, name: str, frames: int | None, keep_alive_s: float | None = None, ranks: int = 1) -> None:
         self.post(ev.Registered, name, frames, keep_alive_s, ranks)
 
-    def report(self, name: str, in_flight: int = 0, waiting: int = 0) -> list[ev.Action]:
+    def report(self, name: str, in_flight: int = 0, waiting: int = 0) -> list[act.Action]:
         self.busy[name], self.waiting[name] = in_flight, waiting
         return self.post(ev.TrafficReported, name, in_flight, waiting)
 
-    def tick(self, seconds: float) -> list[ev.Action]:
+    def tick(self, seconds: float) -> list[act.Action]:
         self.now_s += seconds
         return self.post(ev.Tick)
 
-    def obey(self, action: ev.Action) -> None:
+    def obey(self, action: act.Action) -> None:
         """Carry out one order, as an engine with `busy` and `waiting` requests would."""
         self.open.remove(action)
         name = action.name
         match action:
-            case ev.StartEngine():
+            case act.StartEngine():
                 if frames := self.replica(name).request_frames:
                     for rank in range(len(action.devices)):
                         self.post(ev.FramesWanted, name, frames - rank, rank)  # they need not be of one size
@@ -54,27 +56,27 @@ class Machinery:
                     self.post(ev.HostMemoryWanted, name, self.host_bytes[name])
                 else:
                     self.post(ev.EngineReady, name)
-            case ev.GrantHostMemory():
+            case act.GrantHostMemory():
                 self.post(ev.EngineReady, name)
-            case ev.RefuseHostMemory():
+            case act.RefuseHostMemory():
                 self.post(ev.EngineExited, name, action.message)
-            case ev.StopEngine():
+            case act.StopEngine():
                 self.post(ev.EngineExited, name, "stopped")
-            case ev.DropMirror():
+            case act.DropMirror():
                 self.post(ev.MirrorDropped, name)
-            case ev.Drain():
+            case act.Drain():
                 if action.wait or not self.busy.get(name):
                     self.busy[name] = 0
                     self.post(ev.Drained, name, action.epoch)
                 else:
                     self.post(ev.DrainRefused, name, action.epoch)
-            case ev.Resize():
+            case act.Resize():
                 self.post(ev.Resized, name, action.epoch, action.frames)
-            case ev.SwapOut():
+            case act.SwapOut():
                 self.post(ev.SwappedOut, name, action.epoch)
-            case ev.SwapIn() if self.replica(name).promised_frames:
+            case act.SwapIn() if self.replica(name).promised_frames:
                 self.open.append(action)  # others have yet to return its frames
-            case ev.SwapIn():
+            case act.SwapIn():
                 self.post(ev.SwappedIn, name, action.epoch)
                 self.report(name, in_flight=self.waiting.get(name, 0))
 
@@ -103,7 +105,7 @@ def machinery(frames: int = 160, **models: int | None) -> Machinery:
     return machine
 
 
-def kinds(actions: Iterable[ev.Action]) -> list[tuple[str, str]]:
+def kinds(actions: Iterable[act.Action]) -> list[tuple[str, str]]:
     return [(type(action).__name__, action.name) for action in actions]
 
 
@@ -114,16 +116,16 @@ def keep_mirror(machine: Machinery, name: str, mirror: str, size: int) -> None:
     machine.register(name, 10)
     known = mirror in machine.policy.ledger.mirrors
     machine.post(ev.ActivateRequested, name)
-    machine.open.remove(next(action for action in machine.open if isinstance(action, ev.StartEngine)))
+    machine.open.remove(next(action for action in machine.open if isinstance(action, act.StartEngine)))
     machine.post(ev.MirrorWanted, name, mirror if known else "")
     machine.post(ev.HostMemoryWanted, name, 20 if known else 20 + size)
     for _ in range(50):
-        if any(action == ev.GrantHostMemory(name) for action in machine.open):
+        if any(action == act.GrantHostMemory(name) for action in machine.open):
             break
-        for action in [action for action in machine.open if not isinstance(action, ev.GrantHostMemory)]:
+        for action in [action for action in machine.open if not isinstance(action, act.GrantHostMemory)]:
             machine.obey(action)
         machine.tick(0.1)
-    machine.open.remove(ev.GrantHostMemory(name))
+    machine.open.remove(act.GrantHostMemory(name))
     if not known:
         machine.post(ev.MirrorKept, name, mirror, size)
     machine.post(ev.EngineReady, name)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from swap_agent.policy.ledger import Replica
+from swap_agent.policy.replica import Replica
 from swap_agent.policy.states import State
 
 if TYPE_CHECKING:

@@ -10,10 +10,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from support.policy_waits import Waits
+from swap_agent.policy import actions as act
 from swap_agent.policy import events as ev
 from swap_agent.policy.coordinator import RETURN_AGAIN_S, Coordinator
 from swap_agent.policy.eviction import LEAST_IDLE_S, coming_frames, returning_frames
-from swap_agent.policy.ledger import Device, Replica
+from swap_agent.policy.ledger import Device
+from swap_agent.policy.replica import Replica
 from swap_agent.policy.states import MOVES, State
 
 NEVER = float("inf")
@@ -41,7 +43,7 @@ class FakeEngine:
     gate_open: bool = False
     in_flight: int = 0
     waiting: int = 0
-    order: ev.Drain | ev.SwapOut | ev.SwapIn | ev.Resize | ev.StopEngine | None = None
+    order: act.Drain | act.SwapOut | act.SwapIn | act.Resize | act.StopEngine | None = None
     extra: int = 0
     """Frames of each rank beyond its size."""
     wants: int = 0
@@ -100,7 +102,7 @@ class World:
         """Mirrors, and whether they are being dropped."""
         self._refused: list[str] = []
         """Hosts that were told to refuse who waits."""
-        self.history: list[ev.Event | ev.Action] = []
+        self.history: list[ev.Event | act.Action] = []
         self._waits = Waits()
 
     def replica(self, name: str) -> Replica:
@@ -108,7 +110,7 @@ class World:
 
     # --- events -------------------------------------------------------------------------------------------------------
 
-    def post(self, event: ev.Event) -> list[ev.Action]:
+    def post(self, event: ev.Event) -> list[act.Action]:
         """Let the policy decide, obey what needs no time, and check everything."""
         before = {name: replica.state for name, replica in self.policy.ledger.replicas.items()}
         waited = self._waiting()
@@ -121,7 +123,7 @@ class World:
         self._check(before, event)
         self._waits.look(self, self._waiting())
         # What goes for host memory's sake is decided last; who waits for its frames hears of it when it has gone.
-        if not any(isinstance(action, ev.StopEngine) or "host_memory" in str(action) for action in actions):
+        if not any(isinstance(action, act.StopEngine) or "host_memory" in str(action) for action in actions):
             self._check_that_nothing_was_missed(event)
         while self._refused:
             self.report(self._refused.pop(0))  # their going is told before others come
@@ -198,11 +200,11 @@ class World:
     def exceed(self, name: str) -> None:
         """Its engine took too much outside of frames for too long."""
         engine = self.engines[name]
-        if not isinstance(engine.order, ev.StopEngine):
+        if not isinstance(engine.order, act.StopEngine):
             engine.exceeded = "took too much"
         actions = self.post(ev.OutsideExceeded(self.now_s, name, "took too much"))
-        assert isinstance(engine.order, ev.StopEngine), "it is stopped, whatever it was doing"
-        assert not any(isinstance(action, ev.Refuse) and action.name == name for action in actions)
+        assert isinstance(engine.order, act.StopEngine), "it is stopped, whatever it was doing"
+        assert not any(isinstance(action, act.Refuse) and action.name == name for action in actions)
 
     def use_mirror(self, name: str, rank: int, mirror: str) -> None:
         self.engines[name].mirrors[rank] = mirror
@@ -229,8 +231,8 @@ class World:
         engine = self.engines.pop(name)
         self.records[name].reported = (0, 0)
         actions = self.post(ev.EngineExited(self.now_s, name, reason))
-        if isinstance(engine.order, ev.StopEngine):
-            told = [action.message for action in actions if isinstance(action, ev.Refuse) and action.name == name]
+        if isinstance(engine.order, act.StopEngine):
+            told = [action.message for action in actions if isinstance(action, act.Refuse) and action.name == name]
             assert reason not in told and engine.exceeded not in told, "whoever waits for it gets the next engine"
         if engine.exceeded and self.replica(name).state is not State.STARTING:
             failed = self.replica(name)
@@ -241,9 +243,9 @@ class World:
         engine = self.engines[name]
         order = engine.order
         match order:
-            case ev.StopEngine():
+            case act.StopEngine():
                 self.exit(name, "stopped")
-            case ev.Drain():
+            case act.Drain():
                 engine.gate_open = False
                 if engine.in_flight and order.preempt:
                     engine.frozen, engine.order = True, None
@@ -262,11 +264,11 @@ class World:
                     self.post(ev.DrainRefused(self.now_s, name, order.epoch))
                 else:
                     self.post(ev.Drained(self.now_s, name, order.epoch))
-            case ev.SwapOut() if 0 < part < max(engine.held) - order.keep_frames:
+            case act.SwapOut() if 0 < part < max(engine.held) - order.keep_frames:
                 still = max(engine.held) - part
                 engine.held = [min(held, still) for held in engine.held]
                 self.post(ev.FramesReturned(self.now_s, name, order.epoch, still))
-            case ev.Resize():
+            case act.Resize():
                 engine.order = None
                 if fail and order.frames > engine.extra:
                     pass  # it could not grow
@@ -277,16 +279,16 @@ class World:
                     engine.extra = order.frames
                 engine.held = [size + engine.extra for size in engine.sizes]
                 self.post(ev.Resized(self.now_s, name, order.epoch, engine.extra))
-            case ev.SwapOut():
+            case act.SwapOut():
                 engine.order, engine.extra, engine.wants = None, 0, 0
                 engine.held = [min(held, order.keep_frames) for held in engine.held]
                 self.post(ev.SwappedOut(self.now_s, name, order.epoch))
-            case ev.SwapIn() if fail:
+            case act.SwapIn() if fail:
                 engine.order = None
                 self.post(ev.SwapInFailed(self.now_s, name, order.epoch, "no memory"))
-            case ev.SwapIn() if engine.may_hold < max(engine.sizes):
+            case act.SwapIn() if engine.may_hold < max(engine.sizes):
                 pass  # the rest of its frames is on its way
-            case ev.SwapIn():
+            case act.SwapIn():
                 engine.order = None
                 engine.held = list(engine.sizes)
                 engine.gate_open, engine.frozen = True, False
@@ -374,9 +376,9 @@ class World:
     def _must_wait(self, engine: FakeEngine) -> bool:
         """It is told to wait for what runs, or lacks frames that are on their way."""
         order = engine.order
-        if isinstance(order, ev.SwapIn):
+        if isinstance(order, act.SwapIn):
             return engine.may_hold < max(engine.sizes)
-        return isinstance(order, ev.Drain) and order.wait and not order.preempt and engine.in_flight > 0
+        return isinstance(order, act.Drain) and order.wait and not order.preempt and engine.in_flight > 0
 
     def _wishes(self) -> list[str]:
         """Who waits for an answer."""
@@ -390,20 +392,20 @@ class World:
 
     # --- orders -------------------------------------------------------------------------------------------------------
 
-    def _perform(self, action: ev.Action, before: State | None) -> None:
+    def _perform(self, action: act.Action, before: State | None) -> None:
         name = action.name
         engine = self.engines.get(name)
         match action:
-            case ev.DropMirror():
+            case act.DropMirror():
                 assert self.mirrors[name] is False, "dropped twice"
                 assert not any(name in engine.mirrors.values() for engine in self.engines.values()), "in use"
                 self.mirrors[name] = True
                 return
-            case ev.Activated():
+            case act.Activated():
                 assert engine and engine.ready and engine.gate_open
                 self.records[name].loading = False
                 return
-            case ev.Refuse():
+            case act.Refuse():
                 assert action.message
                 self.records[name].loading = False
                 if engine and (engine.waiting or engine.frozen):
@@ -412,38 +414,38 @@ class World:
                     engine.frozen = False
                     self._refused.append(name)
                 return
-            case ev.StartEngine():
+            case act.StartEngine():
                 self._start(action)
                 return
         assert engine, f"{action} is for nobody"
         match action:
-            case ev.GrantFrames():
+            case act.GrantFrames():
                 assert engine.asked.pop(action.rank) == action.frames
                 engine.held[action.rank] += action.frames
                 most = self.replica(name).most_frames
                 assert most is None or engine.held[action.rank] <= most, f"{name} has more than its limit"
-            case ev.RefuseFrames():
+            case act.RefuseFrames():
                 assert action.message
                 if not engine.ready:
                     del engine.asked[action.rank]
                     engine.doomed = True
-            case ev.GrantHostMemory():
+            case act.GrantHostMemory():
                 assert engine.host_asked
                 engine.host_asked = False
                 used = self.policy.ledger.host_bytes()
                 assert self.host_limit_bytes is None or used <= self.host_limit_bytes, "more than --host-memory"
-            case ev.RefuseHostMemory():
+            case act.RefuseHostMemory():
                 assert engine.host_asked
                 engine.host_asked, engine.doomed = False, True
-            case ev.Drain():
+            case act.Drain():
                 assert engine.ready and engine.gate_open and engine.order is None
                 self._may_drain(action)
                 engine.order = action
-            case ev.SwapOut():
+            case act.SwapOut():
                 assert engine.ready and not engine.gate_open and engine.order is None
                 assert engine.frozen or not engine.in_flight
                 engine.order = action
-            case ev.Resize():
+            case act.Resize():
                 assert engine.ready and engine.gate_open and engine.order is None
                 assert action.frames != engine.extra, "it is so large already"
                 most = self.replica(name).most_frames
@@ -455,16 +457,16 @@ class World:
                 if action.within_s is not None:
                     assert action.frames < engine.extra and (self._owed() or max(sizes) == most), "nobody waits for it"
                 engine.order = action
-            case ev.SwapIn():
+            case act.SwapIn():
                 assert engine.ready and not engine.gate_open and engine.order is None
                 assert all(held <= size for held, size in zip(engine.held, engine.sizes, strict=True))
                 engine.order, engine.may_hold = action, action.frames
-            case ev.MoreFrames():
-                assert isinstance(engine.order, ev.SwapIn) and engine.order.epoch == action.epoch
+            case act.MoreFrames():
+                assert isinstance(engine.order, act.SwapIn) and engine.order.epoch == action.epoch
                 assert engine.may_hold < action.frames, "more"
                 engine.may_hold = action.frames
-            case ev.StopEngine():
-                assert engine.ready and not isinstance(engine.order, ev.StopEngine)
+            case act.StopEngine():
+                assert engine.ready and not isinstance(engine.order, act.StopEngine)
                 if not engine.exceeded:
                     assert not engine.gate_open and engine.order is None, "only parked ones end for others"
                     assert not engine.frozen or not self.records[name].reported[0], "who stands still is not cut off"
@@ -472,14 +474,14 @@ class World:
                     assert self.residue_budget_bytes is not None and not self.records[name].settings.pinned
                     waits = self.records[name].reported[1] and name not in self._refused
                     assert not self.records[name].loading and not waits, "it is wanted"
-                    held = [e.residue for n, e in self.engines.items() if not isinstance(e.order, ev.StopEngine)]
+                    held = [e.residue for n, e in self.engines.items() if not isinstance(e.order, act.StopEngine)]
                     used = [sum(residue.get(device, 0) for residue in held) for device in engine.devices]
                     assert max(used) > self.residue_budget_bytes, "there was no need"
                 engine.order = action
             case _:
                 raise AssertionError(action)
 
-    def _start(self, action: ev.StartEngine) -> None:
+    def _start(self, action: act.StartEngine) -> None:
         settings = self.records[action.name].settings
         assert action.name not in self.engines, "started twice"
         assert all(engine.ready for engine in self.engines.values()), "one engine starts at a time"
@@ -488,7 +490,7 @@ class World:
         nothing = [0] * settings.ranks
         self.engines[action.name] = FakeEngine(action.devices, list(nothing), nothing)
 
-    def _may_drain(self, drain: ev.Drain) -> None:
+    def _may_drain(self, drain: act.Drain) -> None:
         record = self.records[drain.name]
         settings, busy = record.settings, record.reported != (0, 0)
         over_s = record.resident_since_s + settings.min_residency_s
@@ -528,12 +530,12 @@ class World:
             if r.activation_wanted and r.state in (State.SWAPPED, State.COLD, State.FAILED) and not r.stopping
         }
 
-    def _count_who_passed(self, actions: list[ev.Action], waited: dict[str, Replica]) -> None:
+    def _count_who_passed(self, actions: list[act.Action], waited: dict[str, Replica]) -> None:
         """Nobody is passed by the same one twice, whatever the priorities."""
         for action in actions:
             for name, replica in waited.items():
                 record = self.records[name]
-                if not isinstance(action, (ev.SwapIn, ev.StartEngine)) or action.name == name:
+                if not isinstance(action, (act.SwapIn, act.StartEngine)) or action.name == name:
                     continue
                 if name not in self._waiting():
                     continue
@@ -542,7 +544,7 @@ class World:
                     self._soon_free(device) < replica.missing_frames for device in shared
                 ):  # else it takes none of its
                     record.overtaken[action.name] += 1
-                if isinstance(action, ev.StartEngine) and replica.state is not State.SWAPPED:
+                if isinstance(action, act.StartEngine) and replica.state is not State.SWAPPED:
                     record.starts[action.name] += 1
         for name in set(self.records) - set(self._waiting()):
             self.records[name].overtaken.clear()
@@ -600,7 +602,7 @@ class World:
         everything._actions = []
         everything._serve_queue(set(self.devices), self.now_s)
         # Who is refused because of what this very event decided hears it at the next one, which is on its way.
-        missed = [action for action in everything._actions if not isinstance(action, ev.Refuse)]
+        missed = [action for action in everything._actions if not isinstance(action, act.Refuse)]
         assert missed == [], f"{event} was to bring about {missed}"
 
     def _check_replica(self, name: str, replica: Replica) -> None:
@@ -612,21 +614,21 @@ class World:
         assert replica.devices == engine.devices, "an engine never moves"
         assert max(engine.held) <= replica.reserved_frames, f"{name} holds more than is set aside"
         assert (replica.state is State.STARTING) != engine.ready
-        if engine.order is None or isinstance(engine.order, ev.StopEngine):
+        if engine.order is None or isinstance(engine.order, act.StopEngine):
             assert self.policy.ledger.audit(replica, engine.held) == ""
         if replica.stopping:
-            assert isinstance(engine.order, ev.StopEngine)
+            assert isinstance(engine.order, act.StopEngine)
             return
-        orders = {State.DRAINING: ev.Drain, State.SWAPPING_OUT: ev.SwapOut, State.SWAPPING_IN: ev.SwapIn}
+        orders = {State.DRAINING: act.Drain, State.SWAPPING_OUT: act.SwapOut, State.SWAPPING_IN: act.SwapIn}
         if replica.promised_frames:
             left = min(self.policy.ledger.unreserved_frames(device) for device in replica.devices)
             assert left == 0, "it gets at once what has come"
         if replica.state in orders:
             assert isinstance(engine.order, orders[replica.state])
         elif replica.state is State.RESIDENT and replica.resize_to is not None:
-            assert isinstance(engine.order, ev.Resize)
+            assert isinstance(engine.order, act.Resize)
         else:
-            assert engine.order is None or (isinstance(engine.order, ev.StopEngine) and replica.stopping)
+            assert engine.order is None or (isinstance(engine.order, act.StopEngine) and replica.stopping)
             if replica.state is State.RESIDENT and engine.extra:
                 most = replica.most_frames or 0
                 assert max(engine.sizes) + engine.extra <= most, f"{name} has more than its limit, and may keep it"

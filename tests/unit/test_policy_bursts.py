@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 from support.policy_machinery import Machinery, kinds, machinery
 
+from swap_agent.policy import actions as act
 from swap_agent.policy import events as ev
 from swap_agent.policy.coordinator import CALL_BACK_S, RETURN_AGAIN_S
 from swap_agent.policy.eviction import LEAST_IDLE_S
 from swap_agent.policy.states import State
 
 
-def declare(machine: Machinery, name: str, request: int, limit: int | None, **more: object) -> list[ev.Action]:
+def declare(machine: Machinery, name: str, request: int, limit: int | None, **more: object) -> list[act.Action]:
     return machine.post(ev.Registered, name, request, None, 1, limit, *more.values())
 
 
@@ -29,7 +30,7 @@ def held(machine: Machinery) -> dict[str, int]:
     return {name: replica.reserved_frames for name, replica in machine.policy.ledger.replicas.items()}
 
 
-def want(machine: Machinery, name: str, frames: int, step: int = 1) -> list[ev.Action]:
+def want(machine: Machinery, name: str, frames: int, step: int = 1) -> list[act.Action]:
     return machine.post(ev.BurstWanted, name, frames, step)
 
 
@@ -79,7 +80,7 @@ def test_what_is_on_loan_is_called_back_first_and_only_as_much_as_is_needed() ->
     assert held(machine) == {"a": 90, "b": 10, "c": 0}
     machine.now_s += LEAST_IDLE_S
     epoch = machine.replica("a").epoch + 1
-    assert machine.post(ev.ActivateRequested, "c") == [ev.Resize("a", epoch, 40, CALL_BACK_S)]
+    assert machine.post(ev.ActivateRequested, "c") == [act.Resize("a", epoch, 40, CALL_BACK_S)]
     assert want(machine, "a", 60) == [], "nobody is lent anything while somebody waits"
     assert kinds(machine.post(ev.Resized, "a", epoch, 40)) == [("StartEngine", "c")]
     assert held(machine) == {"a": 70, "b": 10, "c": 20}
@@ -90,18 +91,18 @@ def test_what_is_not_wanted_any_more_stays_as_long_as_it_is_used_and_nobody_wait
     want(machine, "a", 60)
     machine.settle()
     replica = machine.replica("a")
-    assert want(machine, "a", 0) == [ev.Resize("a", replica.epoch, 0, None)]
+    assert want(machine, "a", 0) == [act.Resize("a", replica.epoch, 0, None)]
     machine.post(ev.Resized, "a", replica.epoch, 45)
     assert held(machine) == {"a": 75, "b": 10}
-    assert want(machine, "b", 40) == [ev.Resize("b", machine.replica("b").epoch, 15, None)], "it is lent what came"
+    assert want(machine, "b", 40) == [act.Resize("b", machine.replica("b").epoch, 15, None)], "it is lent what came"
     machine.settle()
     assert machine.tick(RETURN_AGAIN_S / 2) == [], "not all the time"
-    assert machine.tick(RETURN_AGAIN_S / 2) == [ev.Resize("a", replica.epoch, 0, None)]
+    assert machine.tick(RETURN_AGAIN_S / 2) == [act.Resize("a", replica.epoch, 0, None)]
     machine.post(ev.Resized, "a", replica.epoch, 5)
     machine.settle()
     assert held(machine) == {"a": 35, "b": 50}
     machine.open.clear()
-    assert want(machine, "a", 10) == [ev.Resize("a", replica.epoch, 10, None)], "growth need not wait"
+    assert want(machine, "a", 10) == [act.Resize("a", replica.epoch, 10, None)], "growth need not wait"
     machine.settle()
     want(machine, "a", 0)
     machine.tick(RETURN_AGAIN_S)
@@ -119,14 +120,14 @@ def test_what_a_model_uses_is_called_back_when_somebody_comes_to_wait_for_it() -
         machine.report("a", in_flight=1)
         machine.now_s += LEAST_IDLE_S
         (order,) = want(machine, "a", 0)
-        assert isinstance(order, ev.Resize) and order.within_s is None
+        assert isinstance(order, act.Resize) and order.within_s is None
         if moment == "while":
             assert machine.post(ev.ActivateRequested, "c") == [], "that may do"
             called_back = machine.post(ev.Resized, "a", order.epoch, 50)
         else:
             assert machine.post(ev.Resized, "a", order.epoch, 50) == []
             called_back = machine.post(ev.ActivateRequested, "c")
-        assert called_back == [ev.Resize("a", order.epoch + 1, 20, CALL_BACK_S)], moment
+        assert called_back == [act.Resize("a", order.epoch + 1, 20, CALL_BACK_S)], moment
         assert kinds(machine.post(ev.Resized, "a", order.epoch + 1, 20)) == [("StartEngine", "c")]
         assert held(machine) == {"a": 50, "b": 10, "c": 40}
 
@@ -174,7 +175,7 @@ def test_a_lower_limit_is_followed_at_once() -> None:
     want(machine, "a", 60)
     machine.settle()
     (order,) = declare(machine, "a", 30, 50)
-    assert order == ev.Resize("a", machine.replica("a").epoch, 20, CALL_BACK_S), "whatever it is used for"
+    assert order == act.Resize("a", machine.replica("a").epoch, 20, CALL_BACK_S), "whatever it is used for"
     machine.settle()
     assert held(machine) == {"a": 50}
 
@@ -207,7 +208,7 @@ def test_a_wish_that_crossed_a_drain_counts_when_that_is_refused() -> None:
     machine.register("c", 80)
     machine.now_s += LEAST_IDLE_S
     (order,) = machine.post(ev.ActivateRequested, "c")
-    assert isinstance(order, ev.Drain)
+    assert isinstance(order, act.Drain)
     assert want(machine, "a", 20) == []
     machine.post(ev.ActivateRequested, "a")
     machine.post(ev.ParkRequested, "c", False)

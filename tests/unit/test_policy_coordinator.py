@@ -8,12 +8,14 @@ import pytest
 from support.policy_machinery import Machinery, keep_mirror, kinds, machinery, mirrors
 
 from swap_agent.errors import AccountingError
+from swap_agent.policy import actions as act
 from swap_agent.policy import events as ev
 from swap_agent.policy.coordinator import Coordinator
-from swap_agent.policy.events import MIN_RESIDENCY_S as TURN_S
 from swap_agent.policy.eviction import LEAST_IDLE_S, least_recently_used
-from swap_agent.policy.ledger import Device, Replica
+from swap_agent.policy.ledger import Device
 from swap_agent.policy.placement import blocked_by_pins
+from swap_agent.policy.replica import MIN_RESIDENCY_S as TURN_S
+from swap_agent.policy.replica import Replica
 from swap_agent.policy.states import HOLDS_FRAMES, MOVES, State
 
 
@@ -76,7 +78,7 @@ def test_who_was_parked_longest_becomes_cold_when_host_memory_is_short() -> None
         machine.settle()
     machine.load("c")
     assert [machine.state(name) for name in "abc"] == [State.COLD, State.SWAPPED, State.RESIDENT]
-    (stop,) = [action for action in machine.done if isinstance(action, ev.StopEngine)]
+    (stop,) = [action for action in machine.done if isinstance(action, act.StopEngine)]
     assert stop.reason == "a becomes COLD: --host-memory is short, and it was idle for longest"
     machine.load("a")  # b is parked, c idle but resident
     assert [machine.state(name) for name in "abc"] == [State.RESIDENT, State.COLD, State.RESIDENT]
@@ -91,10 +93,10 @@ def test_ranks_ask_for_host_memory_in_turn_and_the_last_sum_counts() -> None:
     machine.settle()
     machine.register("pair", 10, ranks=2)
     machine.post(ev.ActivateRequested, "pair")
-    assert machine.post(ev.HostMemoryWanted, "pair", 50) == [ev.GrantHostMemory("pair")]
+    assert machine.post(ev.HostMemoryWanted, "pair", 50) == [act.GrantHostMemory("pair")]
     (stop,) = machine.post(ev.HostMemoryWanted, "pair", 70)
-    assert isinstance(stop, ev.StopEngine) and stop.name == "a"
-    assert ev.GrantHostMemory("pair") in machine.post(ev.EngineExited, "a", "stopped")
+    assert isinstance(stop, act.StopEngine) and stop.name == "a"
+    assert act.GrantHostMemory("pair") in machine.post(ev.EngineExited, "a", "stopped")
     assert machine.policy.ledger.host_bytes() == 70
 
 
@@ -108,7 +110,7 @@ def test_what_a_starting_model_has_already_is_not_missing_twice() -> None:
         machine.settle()
     machine.register("pair", 10, ranks=2)
     machine.post(ev.ActivateRequested, "pair")
-    assert machine.post(ev.HostMemoryWanted, "pair", 30) == [ev.GrantHostMemory("pair")]
+    assert machine.post(ev.HostMemoryWanted, "pair", 30) == [act.GrantHostMemory("pair")]
     assert kinds(machine.post(ev.HostMemoryWanted, "pair", 50)) == [("StopEngine", "a")], "one is enough"
 
 
@@ -132,7 +134,7 @@ def test_a_model_that_somebody_came_to_want_is_not_dropped() -> None:
     machine.post(ev.ActivateRequested, "c")
     (wish,) = machine.open
     machine.obey(wish)  # c asks for host memory: a is to drain
-    (drain,) = [action for action in machine.open if isinstance(action, ev.Drain)]
+    (drain,) = [action for action in machine.open if isinstance(action, act.Drain)]
     assert (drain.name, drain.reason) == ("a", "host_memory")
     machine.report("a", waiting=1)
     machine.settle()
@@ -144,7 +146,7 @@ def test_more_host_memory_than_there_is_is_refused_by_name() -> None:
     machine = host_machinery(100 << 20, a=101 << 20)
     machine.post(ev.ActivateRequested, "a")
     machine.settle()
-    (refusal,) = [action for action in machine.done if isinstance(action, ev.RefuseHostMemory)]
+    (refusal,) = [action for action in machine.done if isinstance(action, act.RefuseHostMemory)]
     assert refusal.message == (
         "it needs 101 MiB of host memory for its mirror and its engine's processes; --host-memory is 100 MiB: raise it"
     )
@@ -171,7 +173,7 @@ def test_a_victim_loses_only_what_is_needed_and_gets_back_only_that() -> None:
     machine.load("a")
     assert held() == {"a": 100, "b": 0, "c": 60}
     kinds_a = [type(action) for action in machine.done if action.name == "a"]
-    assert kinds_a[-3:] == [ev.SwapIn, ev.MoreFrames, ev.Activated]
+    assert kinds_a[-3:] == [act.SwapIn, act.MoreFrames, act.Activated]
     machine.load("b")
     assert held() == {"a": 80, "b": 80, "c": 0}
     assert machine.state("a") is machine.state("c") is State.SWAPPED
@@ -199,7 +201,7 @@ def test_keep_alive_and_unload_take_the_rest_as_well() -> None:
     assert machine.replica("a").reserved_frames == 80
     assert machine.tick(30) == []
     (release,) = machine.tick(31)
-    assert release == ev.SwapOut("a", machine.replica("a").epoch, keep_frames=0)
+    assert release == act.SwapOut("a", machine.replica("a").epoch, keep_frames=0)
     machine.settle()
     assert machine.replica("a").reserved_frames == 0
     machine.load("a")
@@ -266,7 +268,7 @@ def test_busy_models_take_turns_after_a_while() -> None:
     assert machine.report("a", waiting=2) == [] if machine.state("a") is State.SWAPPED else False
     assert machine.tick(TURN_S / 2) == []
     (drain,) = machine.tick(TURN_S)
-    assert drain == ev.Drain("b", machine.replica("b").epoch, wait=True, reason="turn")
+    assert drain == act.Drain("b", machine.replica("b").epoch, wait=True, reason="turn")
     machine.settle()
     assert machine.state("a") is State.RESIDENT
     assert machine.replica("a").in_flight == 2
@@ -278,7 +280,7 @@ def test_a_load_that_waits_is_refused_when_its_model_is_unloaded() -> None:
     machine.report("a", in_flight=1)
     assert machine.post(ev.ActivateRequested, "b") == []
     (refused,) = machine.post(ev.ParkRequested, "b", False)
-    assert isinstance(refused, ev.Refuse) and refused.name == "b" and "unloaded" in refused.message
+    assert isinstance(refused, act.Refuse) and refused.name == "b" and "unloaded" in refused.message
 
 
 def test_a_withdrawn_wish_leaves_the_queue() -> None:
@@ -301,7 +303,7 @@ def test_keep_alive_counts_from_the_last_request() -> None:
     machine.report("a")
     assert machine.tick(4.9) == []
     (drain,) = machine.tick(0.2)
-    assert drain == ev.Drain("a", 1, wait=False, reason="keep_alive")
+    assert drain == act.Drain("a", 1, wait=False, reason="keep_alive")
     machine.settle()
     assert machine.state("a") is State.SWAPPED
     assert machine.policy.ledger.free_frames("cpu:0") == 100
@@ -320,7 +322,7 @@ def test_unload_waits_for_requests_and_purge_ends_the_engine() -> None:
     machine.load("a")
     machine.report("a", in_flight=1)
     (drain,) = machine.post(ev.ParkRequested, "a", True)
-    assert drain == ev.Drain("a", 1, wait=True, reason="unload")
+    assert drain == act.Drain("a", 1, wait=True, reason="unload")
     machine.settle()
     assert machine.state("a") is State.COLD
     assert machine.replica("a").devices == ()
@@ -330,7 +332,7 @@ def test_load_after_purge_starts_a_new_engine() -> None:
     machine = machinery(a=100)
     machine.load("a")
     machine.post(ev.ParkRequested, "a", True)
-    while not any(isinstance(action, ev.StopEngine) for action in machine.open):
+    while not any(isinstance(action, act.StopEngine) for action in machine.open):
         machine.obey(machine.open[0])
     machine.post(ev.ActivateRequested, "a")
     machine.settle()
@@ -354,7 +356,7 @@ def test_a_dead_engine_frees_its_frames_and_the_next_load_starts_it_again() -> N
 def test_a_model_that_no_device_can_hold_is_refused() -> None:
     machine = machinery(a=161)
     (refusal,) = machine.post(ev.ActivateRequested, "a")
-    assert refusal == ev.Refuse("a", "a needs 161 frames; the largest device has 160 frames")
+    assert refusal == act.Refuse("a", "a needs 161 frames; the largest device has 160 frames")
     assert machine.tick(1) == []
 
 
@@ -363,14 +365,14 @@ def test_an_undeclared_model_takes_frames_while_it_starts_and_evicts_for_them() 
     machine.load("a")
     machine.tick(LEAST_IDLE_S)
     machine.post(ev.ActivateRequested, "b")
-    assert machine.post(ev.FramesWanted, "b", 50) == [ev.GrantFrames("b", 50)]
+    assert machine.post(ev.FramesWanted, "b", 50) == [act.GrantFrames("b", 50)]
     (drain,) = machine.post(ev.FramesWanted, "b", 30)
     assert drain.name == "a"
     machine.open = [drain]
     machine.obey(drain)
     (swap_out,) = machine.open
     machine.obey(swap_out)
-    assert machine.open == [ev.GrantFrames("b", 30)]
+    assert machine.open == [act.GrantFrames("b", 30)]
     assert machine.replica("b").reserved_frames == 80
     machine.post(ev.EngineReady, "b")
     assert machine.replica("b").need_frames == 80
@@ -381,15 +383,15 @@ def test_an_undeclared_model_larger_than_the_device_is_refused_with_the_sum() ->
     machine.post(ev.ActivateRequested, "b")
     machine.post(ev.FramesWanted, "b", 100)
     (refusal,) = machine.post(ev.FramesWanted, "b", 61)
-    assert refusal == ev.RefuseFrames("b", "it needs at least 161 frames of cpu:0, which has 160 frames")
+    assert refusal == act.RefuseFrames("b", "it needs at least 161 frames of cpu:0, which has 160 frames")
 
 
 def test_no_engine_gets_more_than_its_request() -> None:
     machine = machinery(a=100)
     machine.post(ev.ActivateRequested, "a")
-    assert machine.post(ev.FramesWanted, "a", 100) == [ev.GrantFrames("a", 100)]
+    assert machine.post(ev.FramesWanted, "a", 100) == [act.GrantFrames("a", 100)]
     (refusal,) = machine.post(ev.FramesWanted, "a", 1)
-    assert isinstance(refusal, ev.RefuseFrames)
+    assert isinstance(refusal, act.RefuseFrames)
 
 
 def test_the_fuller_device_that_fits_is_taken_first() -> None:
@@ -478,10 +480,10 @@ def test_a_model_of_more_ranks_than_devices_is_refused() -> None:
     machine.register("three", 10, ranks=3)
     machine.register("large", 70, ranks=2)
     assert machine.post(ev.ActivateRequested, "three") == [
-        ev.Refuse("three", "three has 3 ranks and needs a device for each, this node has 2")
+        act.Refuse("three", "three has 3 ranks and needs a device for each, this node has 2")
     ]
     assert machine.post(ev.ActivateRequested, "large") == [
-        ev.Refuse("large", "large needs 70 frames on each of 2 devices; 1 of 2 devices have as many")
+        act.Refuse("large", "large needs 70 frames on each of 2 devices; 1 of 2 devices have as many")
     ]
 
 
@@ -492,8 +494,8 @@ def test_an_undeclared_model_of_two_ranks_grows_on_both_devices() -> None:
     machine.tick(LEAST_IDLE_S)
     machine.register("pair", None, ranks=2)
     machine.post(ev.ActivateRequested, "pair")
-    assert machine.post(ev.FramesWanted, "pair", 30, 1) == [ev.GrantFrames("pair", 30, 1)]
-    assert machine.post(ev.FramesWanted, "pair", 25, 0) == [ev.GrantFrames("pair", 25, 0)]
+    assert machine.post(ev.FramesWanted, "pair", 30, 1) == [act.GrantFrames("pair", 30, 1)]
+    assert machine.post(ev.FramesWanted, "pair", 25, 0) == [act.GrantFrames("pair", 25, 0)]
     assert free(machine) == [70, 0], "the larger rank counts on both"
     (drain,) = machine.post(ev.FramesWanted, "pair", 10, 0)
     assert drain.name == "one"
@@ -501,7 +503,7 @@ def test_an_undeclared_model_of_two_ranks_grows_on_both_devices() -> None:
     machine.settle()
     assert machine.replica("pair").reserved_frames == 35 and machine.replica("one").reserved_frames == 45
     (refusal,) = machine.post(ev.FramesWanted, "pair", 60, 1)
-    assert refusal == ev.RefuseFrames("pair", "it needs at least 90 frames of cpu:1, which has 80 frames", 1)
+    assert refusal == act.RefuseFrames("pair", "it needs at least 90 frames of cpu:1, which has 80 frames", 1)
 
 
 def test_the_books_of_two_ranks_are_compared_rank_by_rank() -> None:
@@ -577,7 +579,7 @@ def test_random_histories_keep_the_books_and_serve_everybody(seed: int) -> None:
                 machine.report(name)
         machine.tick(TURN_S)
     assert not machine.open
-    told = {action.name for action in machine.done if isinstance(action, ev.Activated)}
+    told = {action.name for action in machine.done if isinstance(action, act.Activated)}
     waiting = [name for name in names if machine.replica(name).load_wanted]
     assert waiting == [] and told == set(names), (asked_at, waiting)
 
@@ -604,8 +606,8 @@ def test_a_mirror_counts_once_whoever_uses_it_and_outlives_its_engines() -> None
     machine.post(ev.ParkRequested, "a#1", True)
     machine.settle()
     assert mirrors(machine) == set() and machine.policy.ledger.host_bytes() == 0
-    (drop,) = [action for action in machine.done if isinstance(action, ev.DropMirror)]
-    assert drop == ev.DropMirror("m", ""), "nobody has to be told"
+    (drop,) = [action for action in machine.done if isinstance(action, act.DropMirror)]
+    assert drop == act.DropMirror("m", ""), "nobody has to be told"
 
 
 def test_a_mirror_of_what_the_model_was_is_dropped() -> None:
@@ -629,9 +631,9 @@ def test_mirrors_without_engine_go_first_the_least_recently_used_before_others()
     keep_mirror(machine, "d", "mirror of d", 30)
     assert mirrors(machine) == {"mirror of a", "mirror of c", "mirror of d"}
     assert machine.policy.ledger.host_bytes() == 130
-    (drop,) = [action for action in machine.done if isinstance(action, ev.DropMirror)]
+    (drop,) = [action for action in machine.done if isinstance(action, act.DropMirror)]
     assert drop.reason == "the mirror of b is dropped: --host-memory is short, and it was idle for longest"
-    assert not any(isinstance(action, ev.StopEngine) for action in machine.done)
+    assert not any(isinstance(action, act.StopEngine) for action in machine.done)
 
 
 def test_a_model_that_becomes_cold_keeps_its_mirror_where_that_fits() -> None:
@@ -666,7 +668,7 @@ def test_a_lower_priority_gives_way_at_the_end_of_its_turn_and_its_requests_stan
     machine.report("low", in_flight=2)
     assert machine.report("high", waiting=1) == [], "its minimum residency is not over"
     (drain,) = machine.tick(TURN_S)
-    assert drain == ev.Drain("low", machine.replica("low").epoch, False, "preemption", preempt=True)
+    assert drain == act.Drain("low", machine.replica("low").epoch, False, "preemption", preempt=True)
     machine.open.clear()
     machine.post(ev.Drained, "low", drain.epoch)
     assert machine.replica("low").activation_wanted, "two requests stand still inside"
@@ -674,13 +676,13 @@ def test_a_lower_priority_gives_way_at_the_end_of_its_turn_and_its_requests_stan
     assert machine.state("high") is State.RESIDENT
     machine.busy["high"] = 1
     machine.tick(TURN_S)
-    (turn,) = [action for action in machine.open if isinstance(action, ev.Drain)]
+    (turn,) = [action for action in machine.open if isinstance(action, act.Drain)]
     assert (turn.name, turn.wait, turn.preempt) == ("high", True, False), "a higher priority is never preempted"
     machine.settle()
     assert machine.state("low") is State.RESIDENT and not machine.replica("low").preempted
 
 
-def settings(machine: Machinery, name: str, frames: int | None, **more: object) -> list[ev.Action]:
+def settings(machine: Machinery, name: str, frames: int | None, **more: object) -> list[act.Action]:
     return machine.policy.on_event(ev.Registered(machine.now_s, name, frames, None, **more))  # type: ignore[arg-type]
 
 
@@ -713,7 +715,7 @@ def test_frames_taken_from_a_parked_model_were_no_turn_of_its() -> None:
     machine.now_s += 0.1
     machine.report("low", waiting=1)
     machine.tick(TURN_S)
-    order = next(action for action in machine.open if isinstance(action, ev.SwapOut))
+    order = next(action for action in machine.open if isinstance(action, act.SwapOut))
     assert order.name == "high"
     machine.obey(order)
     machine.report("high", waiting=1)
@@ -732,8 +734,8 @@ def unmapping() -> tuple[Machinery, int]:
     held = machine.replica("b").reserved_frames
     assert held == 60, "it keeps what nobody has needed"
     assert machine.post(ev.Drained, "a", epoch) == [
-        ev.SwapOut("a", epoch, 80),
-        ev.SwapIn("b", machine.replica("b").epoch, 60),
+        act.SwapOut("a", epoch, 80),
+        act.SwapIn("b", machine.replica("b").epoch, 60),
     ]
     machine.open.clear()
     return machine, epoch
@@ -742,9 +744,9 @@ def unmapping() -> tuple[Machinery, int]:
 def test_a_swap_in_begins_while_its_frames_are_being_unmapped() -> None:
     machine, epoch = unmapping()
     b = machine.replica("b")
-    assert machine.post(ev.FramesReturned, "a", epoch, 95) == [ev.MoreFrames("b", b.epoch, 65)]
-    assert machine.post(ev.FramesReturned, "a", epoch, 90) == [ev.MoreFrames("b", b.epoch, 70)]
-    assert machine.post(ev.SwappedOut, "a", epoch) == [ev.MoreFrames("b", b.epoch, 80)]
+    assert machine.post(ev.FramesReturned, "a", epoch, 95) == [act.MoreFrames("b", b.epoch, 65)]
+    assert machine.post(ev.FramesReturned, "a", epoch, 90) == [act.MoreFrames("b", b.epoch, 70)]
+    assert machine.post(ev.SwappedOut, "a", epoch) == [act.MoreFrames("b", b.epoch, 80)]
     assert kinds(machine.post(ev.SwappedIn, "b", b.epoch)) == [("Activated", "b")]
     assert (b.reserved_frames, machine.replica("a").reserved_frames) == (80, 80)
 
@@ -845,7 +847,7 @@ def test_a_pinned_model_stays_and_whoever_it_leaves_no_room_is_refused_by_its_na
     machine.load("a")
     machine.tick(1000)
     (refusal,) = machine.post(ev.ActivateRequested, "b")
-    assert refusal == ev.Refuse("b", "b needs 100 frames, and pinned models leave it less: unpin one of a")
+    assert refusal == act.Refuse("b", "b needs 100 frames, and pinned models leave it less: unpin one of a")
     machine.post(ev.ParkRequested, "a", False)
     machine.settle()
     assert machine.state("a") is State.SWAPPED, "who unloads it means it"
@@ -898,25 +900,27 @@ def test_an_engine_starts_where_its_settings_allow() -> None:
     assert kinds(machine.post(ev.ActivateRequested, "b")) == [("Drain", "a")], "cpu:0 is empty"
     machine.settle()
     assert machine.post(ev.ActivateRequested, "pair") == [
-        ev.Refuse("pair", "pair has 2 ranks and needs a device for each, GPU_DEVICE_IDS allows 1")
+        act.Refuse("pair", "pair has 2 ranks and needs a device for each, GPU_DEVICE_IDS allows 1")
     ]
     settings(machine, "b", 101, allowed_devices=("cpu:1",))
     machine.post(ev.ParkRequested, "b", True)
     machine.settle()
     (refusal,) = machine.post(ev.ActivateRequested, "b")
-    assert refusal == ev.Refuse("b", "b needs 101 frames; the largest that GPU_DEVICE_IDS allows has 100 frames")
+    assert refusal == act.Refuse("b", "b needs 101 frames; the largest that GPU_DEVICE_IDS allows has 100 frames")
 
 
 def test_no_engine_gets_more_than_its_limit_and_the_field_is_named() -> None:
     machine = machinery()
     settings(machine, "a", 50, limit_frames=80)
     machine.post(ev.ActivateRequested, "a")
-    assert machine.post(ev.FramesWanted, "a", 80) == [ev.GrantFrames("a", 80)]
-    assert machine.post(ev.FramesWanted, "a", 3) == [ev.RefuseFrames("a", "3 frames more than GPU_MEMORY_LIMIT allows")]
+    assert machine.post(ev.FramesWanted, "a", 80) == [act.GrantFrames("a", 80)]
+    assert machine.post(ev.FramesWanted, "a", 3) == [
+        act.RefuseFrames("a", "3 frames more than GPU_MEMORY_LIMIT allows")
+    ]
     assert machine.replica("a").footprint_frames == 80, "what was refused is not its own"
     settings(machine, "a", 50)
     (refusal,) = machine.post(ev.FramesWanted, "a", 1)
-    assert refusal == ev.RefuseFrames("a", "31 frames more than GPU_MEMORY_REQUEST allows")
+    assert refusal == act.RefuseFrames("a", "31 frames more than GPU_MEMORY_REQUEST allows")
 
 
 def test_a_limit_that_is_lowered_while_an_engine_waits_for_frames_counts() -> None:
@@ -927,7 +931,7 @@ def test_a_limit_that_is_lowered_while_an_engine_waits_for_frames_counts() -> No
     machine.post(ev.ActivateRequested, "b")
     assert machine.post(ev.FramesWanted, "b", 80) == []
     assert settings(machine, "b", None, limit_frames=70) == [
-        ev.RefuseFrames("b", "10 frames more than GPU_MEMORY_LIMIT allows")
+        act.RefuseFrames("b", "10 frames more than GPU_MEMORY_LIMIT allows")
     ]
 
 
@@ -937,7 +941,7 @@ def test_a_start_is_told_when_pinned_models_leave_it_no_more() -> None:
     machine.load("a")
     machine.post(ev.ActivateRequested, "b")
     (refusal,) = machine.post(ev.FramesWanted, "b", 61)
-    assert refusal == ev.RefuseFrames(
+    assert refusal == act.RefuseFrames(
         "b", "it needs at least 61 frames of cpu:0, and pinned models have 100 frames of 160 frames"
     )
 
@@ -989,7 +993,7 @@ def test_requests_that_waited_run_once_the_gate_opens() -> None:
     machine.settle()  # and it leaves at once
     assert machine.state("a") is State.SWAPPED
     machine.report("a", waiting=2)
-    while not any(isinstance(action, ev.SwapIn) for action in machine.open):
+    while not any(isinstance(action, act.SwapIn) for action in machine.open):
         machine.obey(machine.open[0])
     assert kinds(machine.post(ev.SwappedIn, "a", machine.replica("a").epoch)) == [("Activated", "a")]
     assert machine.replica("a").in_flight == 2
@@ -1006,7 +1010,7 @@ def test_engines_start_in_order_and_one_that_waits_for_room_is_not_passed() -> N
     assert machine.post(ev.ActivateRequested, "next") == [], "it would keep the start from large, again and again"
     machine.tick(TURN_S)
     machine.settle()
-    assert [action.name for action in machine.done if isinstance(action, ev.StartEngine)] == ["busy", "large", "next"]
+    assert [action.name for action in machine.done if isinstance(action, act.StartEngine)] == ["busy", "large", "next"]
 
 
 def test_room_is_made_where_enough_can_be_had_and_models_share_the_most() -> None:
@@ -1081,7 +1085,7 @@ def preempted() -> Machinery:
 def test_requests_that_stand_still_are_refused_with_their_model() -> None:
     machine = preempted()
     actions = settings(machine, "high", 100, pinned=True) + machine.tick(1)
-    assert any(isinstance(action, ev.Refuse) and action.name == "low" for action in actions)
+    assert any(isinstance(action, act.Refuse) and action.name == "low" for action in actions)
     assert not machine.replica("low").activation_wanted and machine.policy.waiting == []
 
 
@@ -1089,7 +1093,7 @@ def test_a_swap_in_that_failed_is_not_tried_again_for_requests_that_stood_still(
     machine = preempted()
     machine.report("high")
     machine.tick(TURN_S)
-    while not any(isinstance(action, ev.SwapIn) for action in machine.open):
+    while not any(isinstance(action, act.SwapIn) for action in machine.open):
         machine.obey(machine.open[0])
     actions = machine.post(ev.SwapInFailed, "low", machine.replica("low").epoch, "no memory")
     assert kinds(actions) == [("Refuse", "low")]
@@ -1098,12 +1102,12 @@ def test_a_swap_in_that_failed_is_not_tried_again_for_requests_that_stood_still(
 def test_an_unload_lets_requests_that_stand_still_finish_first() -> None:
     machine = preempted()
     machine.post(ev.ParkRequested, "low", True)
-    assert not any(isinstance(action, ev.StopEngine) for action in machine.open)
+    assert not any(isinstance(action, act.StopEngine) for action in machine.open)
     machine.report("high")
     machine.busy["low"] = 1
     machine.tick(TURN_S)
     machine.settle()
-    drains = [action for action in machine.done if isinstance(action, ev.Drain) and action.name == "low"]
+    drains = [action for action in machine.done if isinstance(action, act.Drain) and action.name == "low"]
     assert (drains[-1].reason, drains[-1].wait) == ("unload", True) and machine.state("low") is State.COLD
 
 
@@ -1132,7 +1136,7 @@ def test_a_load_that_was_unloaded_hears_so_when_the_engine_that_came_for_it_is_s
     assert machine.post(ev.ParkRequested, "a", False) == [], "it is on its way"
     machine.post(ev.OutsideExceeded, "a", "took too much")
     actions = machine.post(ev.EngineExited, "a", "stopped")
-    assert actions == [ev.Refuse("a", "a was unloaded while its load waited")]
+    assert actions == [act.Refuse("a", "a was unloaded while its load waited")]
 
 
 def test_an_engine_that_is_ended_on_purpose_goes_from_swapped_to_cold(monkeypatch: pytest.MonkeyPatch) -> None:

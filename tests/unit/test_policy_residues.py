@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from support.policy_machinery import Machinery, keep_mirror, kinds, mirrors
 
+from swap_agent.policy import actions as act
 from swap_agent.policy import events as ev
 from swap_agent.policy.coordinator import Coordinator
 from swap_agent.policy.ledger import Device
@@ -49,8 +50,8 @@ def test_as_many_parked_engines_end_as_keep_the_rest_within_the_budget() -> None
 def test_it_is_said_who_ends_and_why() -> None:
     machine = machinery(a=3, b=4)
     measure(machine, 3, "a", "b")
-    (stop,) = [action for action in machine.open if isinstance(action, ev.StopEngine)]
-    assert stop == ev.StopEngine(
+    (stop,) = [action for action in machine.open if isinstance(action, act.StopEngine)]
+    assert stop == act.StopEngine(
         "a",
         "a becomes COLD, its mirror stays: outside of frames the engines on cpu:0 take 6 GiB, --residue-budget is "
         "5 GiB, and of those parked it is the least valuable (priority 3, idle for 3 s, 3 GiB)",
@@ -137,7 +138,7 @@ def test_an_engine_that_takes_too_much_is_stopped_whatever_it_does(state: State)
     assert machine.state("a") is state
     late, machine.open = machine.open, []
     wanted = machine.replica("a").load_wanted
-    assert machine.post(ev.OutsideExceeded, "a", "a takes too much") == [ev.StopEngine("a", "a takes too much")]
+    assert machine.post(ev.OutsideExceeded, "a", "a takes too much") == [act.StopEngine("a", "a takes too much")]
     assert machine.post(ev.OutsideExceeded, "a", "a takes more") == [], "once"
     for order in late:
         machine.open.append(order)
@@ -148,7 +149,7 @@ def test_an_engine_that_takes_too_much_is_stopped_whatever_it_does(state: State)
         assert machine.state("a") is State.RESIDENT, "who waited gets the next engine"
     else:
         assert (machine.state("a"), machine.replica("a").failure) == (State.FAILED, "a takes too much")
-    assert not any(isinstance(action, ev.Refuse) for action in machine.done)
+    assert not any(isinstance(action, act.Refuse) for action in machine.done)
 
 
 def test_a_load_that_comes_while_it_ends_is_for_the_next_engine() -> None:
@@ -159,7 +160,7 @@ def test_a_load_that_comes_while_it_ends_is_for_the_next_engine() -> None:
     assert machine.state("a") is State.DRAINING, "it finishes what runs"
     assert machine.post(ev.ActivateRequested, "a") == [], "nobody is told that this engine is there for him"
     assert kinds(machine.post(ev.EngineExited, "a", "a takes too much")) == [("StartEngine", "a")]
-    machine.open = [ev.StartEngine("a", ("cpu:0",))]
+    machine.open = [act.StartEngine("a", ("cpu:0",))]
     machine.settle()
     assert (machine.state("a"), machine.replica("a").failure) == (State.RESIDENT, "")
 

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from swap_agent.policy import actions as act
 from swap_agent.policy import events as ev
 from swap_agent.policy.coordinator import Coordinator
 from swap_agent.policy.eviction import LEAST_IDLE_S
@@ -69,7 +70,7 @@ class Model:
     open: bool = False
     running: int = 0
     held_back: list[Request] = field(default_factory=list)
-    drain: ev.Drain | None = None
+    drain: act.Drain | None = None
     closed_s: float = 0.0
 
 
@@ -82,7 +83,7 @@ class Driver:
         self.now_s = 0.0
         self.requests: list[Request] = []
         self.swap_ins: list[tuple[float, str]] = []
-        self.drains: list[tuple[float, ev.Drain]] = []
+        self.drains: list[tuple[float, act.Drain]] = []
         self.drain_times_s: list[float] = []
         self.models = {f"m{index}": Model() for index in range(count)}
         self.on_answer: Callable[[Request], None] = lambda request: None
@@ -126,25 +127,25 @@ class Driver:
 
     # --- engines ------------------------------------------------------------------------------------------------------
 
-    def _obey(self, action: ev.Action) -> None:
+    def _obey(self, action: act.Action) -> None:
         name = action.name
         model, timings = self.models[name], self.timings
         match action:
-            case ev.StartEngine():
+            case act.StartEngine():
                 self.at(self.now_s, lambda: self._started(name))
-            case ev.Drain():
+            case act.Drain():
                 self.drains.append((self.now_s, action))
                 self.at(self.now_s, lambda: self._close(name, action))
-            case ev.SwapOut(epoch=epoch):
+            case act.SwapOut(epoch=epoch):
                 self.at(self.now_s + timings.swap_out_s, lambda: self.post(ev.SwappedOut(self.now_s, name, epoch)))
-            case ev.SwapIn(epoch=epoch) | ev.MoreFrames(epoch=epoch):
-                if isinstance(action, ev.SwapIn):
+            case act.SwapIn(epoch=epoch) | act.MoreFrames(epoch=epoch):
+                if isinstance(action, act.SwapIn):
                     self.swap_ins.append((self.now_s, name))
                 if action.frames == self.policy.ledger.replicas[name].need_frames:
                     self.at(self.now_s + timings.swap_in_s, lambda: self._swapped_in(name, epoch))
-            case ev.Activated():
+            case act.Activated():
                 assert model.open or self.state(name) is State.RESIDENT
-            case ev.GrantFrames():
+            case act.GrantFrames():
                 pass
             case _:
                 raise AssertionError(action)
@@ -154,7 +155,7 @@ class Driver:
         self.models[name].open = True
         self.post(ev.EngineReady(self.now_s, name))
 
-    def _close(self, name: str, drain: ev.Drain) -> None:
+    def _close(self, name: str, drain: act.Drain) -> None:
         model = self.models[name]
         if model.running and not drain.wait:
             self.post(ev.DrainRefused(self.now_s, name, drain.epoch))

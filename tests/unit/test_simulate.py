@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from swap_agent.policy import actions as act
 from swap_agent.policy import events as ev
 from swap_agent.policy.coordinator import Coordinator
 from swap_agent.simulate import cluster as clusters
@@ -124,7 +125,7 @@ class Idle:
     def __init__(self) -> None:
         self.heard: list[ev.Event] = []
 
-    def on_event(self, event: ev.Event) -> list[ev.Action]:
+    def on_event(self, event: ev.Event) -> list[act.Action]:
         self.heard.append(event)
         return []
 
@@ -178,7 +179,7 @@ def test_what_models_declare_reaches_the_policy() -> None:
 class Audited(Coordinator):
     """Checks the policy's own books after every event."""
 
-    def on_event(self, event: ev.Event) -> list[ev.Action]:
+    def on_event(self, event: ev.Event) -> list[act.Action]:
         actions = super().on_event(event)
         self.ledger.check_integrity()
         return actions

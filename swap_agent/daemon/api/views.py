@@ -13,7 +13,7 @@ from swap_agent.daemon.engines.engine import Engine
 from swap_agent.daemon.engines.process import private_bytes
 from swap_agent.daemon.residue.meter import key_of, measure, residue_bytes
 from swap_agent.models.settings import ModelSettings
-from swap_agent.policy.ledger import Replica
+from swap_agent.policy.replica import Replica
 
 
 def models(agent: Agent) -> list[dict[str, Any]]:
