@@ -25,6 +25,8 @@ class StopEngine(Action):
 
     reason: str
     """One line for a person."""
+    beneficiary: str = ""
+    """The replica for whose sake it ends; empty: for nobody's."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class DropMirror(Action):
 
     reason: str
     """One line for a person; empty when nobody has to know."""
+    beneficiary: str = ""
+    """The replica for whose sake it goes; empty: for nobody's."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,8 @@ class Drain(Action):
     """Why: `unload`, `keep_alive`, `eviction`, `turn`, `preemption` or `host_memory`."""
     preempt: bool = False
     """Do not wait for what is in flight: it stands still until the replica is RESIDENT again."""
+    beneficiary: str = ""
+    """The replica for whose sake it leaves; empty: for nobody's."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,10 @@ class SwapOut(Action):
 
     epoch: int
     keep_frames: int
+    reason: str
+    """Why: the reason of its Drain; of a parked replica `unload`, `keep_alive`, `eviction` or `kv_loan`."""
+    beneficiary: str = ""
+    """The replica for whose sake; empty: for nobody's."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +119,11 @@ class Resize(Action):
 
     epoch: int
     frames: int
+    reason: str
+    """Why: `kv_loan` (it grows), `recall` (another replica needs the frames), `limit` (it has more than its limit) or
+    `unused` (it wants them no more)."""
+    beneficiary: str = ""
+    """The replica for whose sake; empty: for nobody's."""
     within_s: float | None = None
     """When frames are called back: after this time it does without them, whatever they are used for. None: nobody waits
     for them; it keeps what it uses."""

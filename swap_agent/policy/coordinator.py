@@ -290,7 +290,9 @@ class Coordinator:
         if event.epoch == replica.epoch and replica.state is State.DRAINING:
             replica.move(State.SWAPPING_OUT)
             replica.left_s = event.now_s
-            self._actions.append(act.SwapOut(replica.name, replica.epoch, replica.keep_frames))
+            self._actions.append(
+                act.SwapOut(replica.name, replica.epoch, replica.keep_frames, replica.leave_reason, replica.beneficiary)
+            )
 
     def _drain_refused(self, replica: Replica, event: ev.DrainRefused) -> None:
         if event.epoch == replica.epoch and replica.state is State.DRAINING:
@@ -387,7 +389,7 @@ class Coordinator:
         if replica.unload_wanted and replica.state is State.RESIDENT:
             self._drain(replica, 0, wait=True, reason="unload")
         elif replica.unload_wanted and replica.state is State.SWAPPED and replica.reserved_frames:
-            self._release(replica, 0)
+            self._release(replica, 0, reason="unload")
         elif replica.unload_wanted and replica.state in (State.SWAPPED, State.COLD, State.FAILED):
             replica.unload_wanted = False
         if replica.drop_wanted and replica.state is State.SWAPPED:
@@ -405,12 +407,13 @@ class Coordinator:
         """End a parked engine for the sake of host memory, unless somebody has come to want it."""
         replica.drop_wanted = False
         if not replica.activation_wanted:
-            self._stop(replica, f"{replica.name} becomes COLD: --host-memory is short, and it was idle for longest")
+            reason = f"{replica.name} becomes COLD: --host-memory is short, and it was idle for longest"
+            self._stop(replica, reason, self._host_memory.beneficiary)
 
-    def _stop(self, replica: Replica, reason: str) -> None:
+    def _stop(self, replica: Replica, reason: str, beneficiary: str = "") -> None:
         replica.stopping = True
         self._promise(replica, 0)
-        self._actions.append(act.StopEngine(replica.name, reason))
+        self._actions.append(act.StopEngine(replica.name, reason, beneficiary))
 
     def _expire(self, replica: Replica, now_s: float) -> None:
         """Swap it out if it has been idle for its keep-alive; else look again when it may have been."""
@@ -427,21 +430,32 @@ class Coordinator:
         elif replica.state is State.RESIDENT:
             self._drain(replica, 0, wait=False, reason="keep_alive")
         else:
-            self._release(replica, 0)
+            self._release(replica, 0, reason="keep_alive")
 
-    def _drain(self, replica: Replica, keep_frames: int, *, wait: bool, reason: str, preempt: bool = False) -> None:
+    def _drain(
+        self,
+        replica: Replica,
+        keep_frames: int,
+        *,
+        wait: bool,
+        reason: str,
+        preempt: bool = False,
+        beneficiary: str = "",
+    ) -> None:
         replica.move(State.DRAINING)
         replica.epoch += 1
         replica.keep_frames = keep_frames
+        replica.leave_reason, replica.beneficiary = reason, beneficiary
         replica.preempted = preempt
-        self._actions.append(act.Drain(replica.name, replica.epoch, wait, reason, preempt))
+        self._actions.append(act.Drain(replica.name, replica.epoch, wait, reason, preempt, beneficiary))
 
-    def _release(self, replica: Replica, keep_frames: int) -> None:
+    def _release(self, replica: Replica, keep_frames: int, reason: str, beneficiary: str = "") -> None:
         """Take frames from a model that is SWAPPED already."""
         replica.move(State.SWAPPING_OUT)
         replica.epoch += 1
         replica.keep_frames = keep_frames
-        self._actions.append(act.SwapOut(replica.name, replica.epoch, keep_frames))
+        replica.leave_reason, replica.beneficiary = reason, beneficiary
+        self._actions.append(act.SwapOut(replica.name, replica.epoch, keep_frames, reason, beneficiary))
 
     # --- 4. the queue -------------------------------------------------------------------------------------------------
 
@@ -691,27 +705,30 @@ class Coordinator:
             return False
         for name in [name for name in loans if name not in keeps]:
             debtor = self.ledger.replicas[name]
-            self._resize(debtor, max(0, loans[name] - debtor.footprint_frames), CALL_BACK_S)
+            left = max(0, loans[name] - debtor.footprint_frames)
+            self._resize(debtor, left, reason="recall", beneficiary=who.name, within_s=CALL_BACK_S)
         for name, keep in keeps.items():
             victim = self.ledger.replicas[name]
             if victim.state is State.SWAPPED:
-                self._release(victim, keep)
+                self._release(victim, keep, reason="eviction", beneficiary=who.name)
             elif victim.idle:
-                self._drain(victim, keep, wait=False, reason="eviction")
+                self._drain(victim, keep, wait=False, reason="eviction", beneficiary=who.name)
             elif self._preempt and who.priority > victim.priority:
-                self._drain(victim, keep, wait=False, reason="preemption", preempt=True)
+                self._drain(victim, keep, wait=False, reason="preemption", preempt=True, beneficiary=who.name)
             else:
-                self._drain(victim, keep, wait=True, reason="turn")
+                self._drain(victim, keep, wait=True, reason="turn", beneficiary=who.name)
         return True
 
-    def _resize(self, replica: Replica, frames: int, within_s: float | None = None) -> None:
+    def _resize(
+        self, replica: Replica, frames: int, *, reason: str, beneficiary: str = "", within_s: float | None = None
+    ) -> None:
         """Have it have so many frames on loan; unless `within_s` says by when, it keeps those that it uses."""
         replica.epoch += 1
         replica.resize_to = frames
         if frames > replica.burst_frames:
             replica.burst_frames = frames
             replica.reserved_frames = max(replica.reserved_frames, replica.footprint_frames + frames)
-        self._actions.append(act.Resize(replica.name, replica.epoch, frames, within_s))
+        self._actions.append(act.Resize(replica.name, replica.epoch, frames, reason, beneficiary, within_s))
 
     def _serve_bursts(self, touched: set[str], now_s: float) -> None:
         """Lend free frames of the `touched` devices to who wants some, the same to each; take back what is too much.
@@ -729,12 +746,12 @@ class Coordinator:
             wanted = max(0, min(replica.burst_wanted_frames, most))
             after_s = replica.return_after_s if wanted < replica.burst_frames else replica.burst_after_s
             if most < replica.burst_frames:
-                self._resize(replica, most, CALL_BACK_S)
+                self._resize(replica, most, reason="limit", within_s=CALL_BACK_S)
             elif wanted != replica.burst_frames and now_s < after_s:
                 for device in replica.devices:
                     self._look_again(device, after_s)
             elif wanted < replica.burst_frames:
-                self._resize(replica, wanted)
+                self._resize(replica, wanted, reason="unused")
             elif wanted > replica.burst_frames:
                 wanting.append((replica, wanted))
             elif not replica.burst_wanted_frames:
@@ -753,7 +770,7 @@ class Coordinator:
             more -= more % replica.burst_step
             lacking = wanted - replica.burst_frames - max(0, more)
             if more > 0:
-                self._resize(replica, replica.burst_frames + more)
+                self._resize(replica, replica.burst_frames + more, reason="kv_loan")
             for device in replica.devices if lacking >= replica.burst_step else ():
                 on_device = self.ledger.on(device)
                 coming = max(0, self.ledger.free_frames(device)) + eviction.returning_frames(on_device)
@@ -765,7 +782,9 @@ class Coordinator:
                     if short > 0 and parked.state is State.SWAPPED and not self._waiting_on(parked.devices):
                         taken = min(short, frames)
                         short -= taken
-                        self._release(parked, parked.reserved_frames - taken)
+                        self._release(
+                            parked, parked.reserved_frames - taken, reason="kv_loan", beneficiary=replica.name
+                        )
 
     def _look_again(self, device: str, at_s: float) -> None:
         if self._alarm_s.get(device, float("inf")) > at_s:
@@ -796,7 +815,7 @@ class Coordinator:
                 self._mirrors_changed = True
                 continue
             if victim.state is State.RESIDENT:
-                self._drain(victim, 0, wait=False, reason="host_memory")
+                self._drain(victim, 0, wait=False, reason="host_memory", beneficiary=self._host_memory.beneficiary)
             else:
                 self._drop(victim)
         for name, message in self._host_memory.unsatisfiable(self.ledger):
@@ -806,12 +825,13 @@ class Coordinator:
         self._mirrors_changed = False
         for mirror in self.ledger.mirrors.values():
             if not mirror.users and not mirror.dropping and (mirror.drop_wanted or not mirror.owners):
-                reason = ""
+                reason = beneficiary = ""
                 if mirror.drop_wanted:
+                    beneficiary = self._host_memory.beneficiary
                     owners = ", ".join(sorted({name for name, _ in mirror.owners}))
                     reason = f"the mirror of {owners} is dropped: --host-memory is short, and it was idle for longest"
                 mirror.drop_wanted = mirror.dropping = True
-                self._actions.append(act.DropMirror(mirror.name, reason))
+                self._actions.append(act.DropMirror(mirror.name, reason, beneficiary))
 
 
 _HANDLERS: dict[type[ev.Event], Callable[..., None]] = {

@@ -27,6 +27,11 @@ class HostMemory:
         self._lacking = 0
         """Bytes that will be missing even when everybody has left who was told to."""
 
+    @property
+    def beneficiary(self) -> str:
+        """The starting replica that has waited for host memory for longest; empty: running ones have outgrown it."""
+        return next(iter(self.wanted), "")
+
     def refused(self) -> Iterator[tuple[str, str]]:
         """Take out the wishes that can never be granted; each with one line for a person."""
         for name, total in list(self.wanted.items()):

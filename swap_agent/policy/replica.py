@@ -52,6 +52,10 @@ class Replica:
     """The number of them that an order under way will leave it with."""
     keep_frames: int = 0
     """Frames of each device that stay its own when it is SWAPPED, as last decided."""
+    leave_reason: str = ""
+    """Why it leaves, or last left, its devices."""
+    beneficiary: str = ""
+    """The replica for whose sake; empty: for nobody's."""
     footprints: dict[int, int] = field(default_factory=dict)
     """Frames that the regions of each rank take, summed up while the engine starts."""
     discardable_frames: int = 0

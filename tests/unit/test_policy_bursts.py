@@ -80,7 +80,7 @@ def test_what_is_on_loan_is_called_back_first_and_only_as_much_as_is_needed() ->
     assert held(machine) == {"a": 90, "b": 10, "c": 0}
     machine.now_s += LEAST_IDLE_S
     epoch = machine.replica("a").epoch + 1
-    assert machine.post(ev.ActivateRequested, "c") == [act.Resize("a", epoch, 40, CALL_BACK_S)]
+    assert machine.post(ev.ActivateRequested, "c") == [act.Resize("a", epoch, 40, "recall", "c", CALL_BACK_S)]
     assert want(machine, "a", 60) == [], "nobody is lent anything while somebody waits"
     assert kinds(machine.post(ev.Resized, "a", epoch, 40)) == [("StartEngine", "c")]
     assert held(machine) == {"a": 70, "b": 10, "c": 20}
@@ -91,18 +91,20 @@ def test_what_is_not_wanted_any_more_stays_as_long_as_it_is_used_and_nobody_wait
     want(machine, "a", 60)
     machine.settle()
     replica = machine.replica("a")
-    assert want(machine, "a", 0) == [act.Resize("a", replica.epoch, 0, None)]
+    assert want(machine, "a", 0) == [act.Resize("a", replica.epoch, 0, "unused")]
     machine.post(ev.Resized, "a", replica.epoch, 45)
     assert held(machine) == {"a": 75, "b": 10}
-    assert want(machine, "b", 40) == [act.Resize("b", machine.replica("b").epoch, 15, None)], "it is lent what came"
+    assert want(machine, "b", 40) == [act.Resize("b", machine.replica("b").epoch, 15, "kv_loan")], (
+        "it is lent what came"
+    )
     machine.settle()
     assert machine.tick(RETURN_AGAIN_S / 2) == [], "not all the time"
-    assert machine.tick(RETURN_AGAIN_S / 2) == [act.Resize("a", replica.epoch, 0, None)]
+    assert machine.tick(RETURN_AGAIN_S / 2) == [act.Resize("a", replica.epoch, 0, "unused")]
     machine.post(ev.Resized, "a", replica.epoch, 5)
     machine.settle()
     assert held(machine) == {"a": 35, "b": 50}
     machine.open.clear()
-    assert want(machine, "a", 10) == [act.Resize("a", replica.epoch, 10, None)], "growth need not wait"
+    assert want(machine, "a", 10) == [act.Resize("a", replica.epoch, 10, "kv_loan")], "growth need not wait"
     machine.settle()
     want(machine, "a", 0)
     machine.tick(RETURN_AGAIN_S)
@@ -127,7 +129,7 @@ def test_what_a_model_uses_is_called_back_when_somebody_comes_to_wait_for_it() -
         else:
             assert machine.post(ev.Resized, "a", order.epoch, 50) == []
             called_back = machine.post(ev.ActivateRequested, "c")
-        assert called_back == [act.Resize("a", order.epoch + 1, 20, CALL_BACK_S)], moment
+        assert called_back == [act.Resize("a", order.epoch + 1, 20, "recall", "c", CALL_BACK_S)], moment
         assert kinds(machine.post(ev.Resized, "a", order.epoch + 1, 20)) == [("StartEngine", "c")]
         assert held(machine) == {"a": 50, "b": 10, "c": 40}
 
@@ -163,6 +165,8 @@ def test_what_parked_models_kept_is_lent_unless_somebody_waits_for_them() -> Non
     want(machine, "a", 50)
     machine.settle()
     assert held(machine) == {"a": 80, "parked": 20} and machine.state("parked") is State.SWAPPED
+    (*_, release) = [order for order in machine.done if isinstance(order, act.SwapOut)]
+    assert (release.name, release.reason, release.beneficiary) == ("parked", "kv_loan", "a")
     want(machine, "a", 0)
     machine.settle()
     machine.report("a", in_flight=1)
@@ -175,7 +179,9 @@ def test_a_lower_limit_is_followed_at_once() -> None:
     want(machine, "a", 60)
     machine.settle()
     (order,) = declare(machine, "a", 30, 50)
-    assert order == act.Resize("a", machine.replica("a").epoch, 20, CALL_BACK_S), "whatever it is used for"
+    assert order == act.Resize("a", machine.replica("a").epoch, 20, "limit", within_s=CALL_BACK_S), (
+        "whatever it is used for"
+    )
     machine.settle()
     assert held(machine) == {"a": 50}
 

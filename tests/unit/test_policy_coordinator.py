@@ -80,6 +80,7 @@ def test_who_was_parked_longest_becomes_cold_when_host_memory_is_short() -> None
     assert [machine.state(name) for name in "abc"] == [State.COLD, State.SWAPPED, State.RESIDENT]
     (stop,) = [action for action in machine.done if isinstance(action, act.StopEngine)]
     assert stop.reason == "a becomes COLD: --host-memory is short, and it was idle for longest"
+    assert stop.beneficiary == "c"
     machine.load("a")  # b is parked, c idle but resident
     assert [machine.state(name) for name in "abc"] == [State.RESIDENT, State.COLD, State.RESIDENT]
 
@@ -194,6 +195,20 @@ def test_who_waits_behind_gives_up_its_frames_last_of_the_idle() -> None:
     assert machine.state("a") is State.RESIDENT
 
 
+def test_orders_say_why_a_model_leaves_and_for_whose_sake() -> None:
+    machine = machinery(a=100, b=80, c=160)
+    machine.load("a", "b")
+    left = lambda: [(o.name, o.reason, o.beneficiary) for o in machine.done if isinstance(o, act.Drain | act.SwapOut)]  # noqa: E731
+    assert left() == [("a", "eviction", "b")] * 2, "it drains, then it is swapped out"
+    machine.done.clear()
+    machine.load("c")
+    assert left() == [("a", "eviction", "c"), ("b", "eviction", "c"), ("b", "eviction", "c")], "a is parked already"
+    machine.done.clear()
+    machine.post(ev.ParkRequested, "c", False)
+    machine.settle()
+    assert left() == [("c", "unload", "")] * 2
+
+
 def test_keep_alive_and_unload_take_the_rest_as_well() -> None:
     machine = machinery(a=100, b=80)
     machine.register("a", 100, keep_alive_s=60)
@@ -201,7 +216,7 @@ def test_keep_alive_and_unload_take_the_rest_as_well() -> None:
     assert machine.replica("a").reserved_frames == 80
     assert machine.tick(30) == []
     (release,) = machine.tick(31)
-    assert release == act.SwapOut("a", machine.replica("a").epoch, keep_frames=0)
+    assert release == act.SwapOut("a", machine.replica("a").epoch, keep_frames=0, reason="keep_alive")
     machine.settle()
     assert machine.replica("a").reserved_frames == 0
     machine.load("a")
@@ -268,7 +283,7 @@ def test_busy_models_take_turns_after_a_while() -> None:
     assert machine.report("a", waiting=2) == [] if machine.state("a") is State.SWAPPED else False
     assert machine.tick(TURN_S / 2) == []
     (drain,) = machine.tick(TURN_S)
-    assert drain == act.Drain("b", machine.replica("b").epoch, wait=True, reason="turn")
+    assert drain == act.Drain("b", machine.replica("b").epoch, wait=True, reason="turn", beneficiary="a")
     machine.settle()
     assert machine.state("a") is State.RESIDENT
     assert machine.replica("a").in_flight == 2
@@ -633,6 +648,7 @@ def test_mirrors_without_engine_go_first_the_least_recently_used_before_others()
     assert machine.policy.ledger.host_bytes() == 130
     (drop,) = [action for action in machine.done if isinstance(action, act.DropMirror)]
     assert drop.reason == "the mirror of b is dropped: --host-memory is short, and it was idle for longest"
+    assert drop.beneficiary == "d"
     assert not any(isinstance(action, act.StopEngine) for action in machine.done)
 
 
@@ -668,7 +684,9 @@ def test_a_lower_priority_gives_way_at_the_end_of_its_turn_and_its_requests_stan
     machine.report("low", in_flight=2)
     assert machine.report("high", waiting=1) == [], "its minimum residency is not over"
     (drain,) = machine.tick(TURN_S)
-    assert drain == act.Drain("low", machine.replica("low").epoch, False, "preemption", preempt=True)
+    assert drain == act.Drain(
+        "low", machine.replica("low").epoch, False, "preemption", preempt=True, beneficiary="high"
+    )
     machine.open.clear()
     machine.post(ev.Drained, "low", drain.epoch)
     assert machine.replica("low").activation_wanted, "two requests stand still inside"
@@ -734,7 +752,7 @@ def unmapping() -> tuple[Machinery, int]:
     held = machine.replica("b").reserved_frames
     assert held == 60, "it keeps what nobody has needed"
     assert machine.post(ev.Drained, "a", epoch) == [
-        act.SwapOut("a", epoch, 80),
+        act.SwapOut("a", epoch, 80, "eviction", "b"),
         act.SwapIn("b", machine.replica("b").epoch, 60),
     ]
     machine.open.clear()
