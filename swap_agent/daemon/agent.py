@@ -26,7 +26,6 @@ from swap_agent.daemon.engines.engine import Engine, ModelSpec
 from swap_agent.daemon.engines.frame_credit import FrameCredit
 from swap_agent.daemon.engines.mirror_access import void
 from swap_agent.daemon.engines.process import end_leftovers, private_bytes, start_engine, subreaper
-from swap_agent.daemon.engines.rank_link import ACK_TIMEOUT_S
 from swap_agent.daemon.live_settings import LiveSettings
 from swap_agent.daemon.memory.frame_pool import FramePool
 from swap_agent.daemon.memory.mirror_store import Mirror, MirrorStore
@@ -45,12 +44,8 @@ from swap_agent.wire import messages as wire
 
 log = logging.getLogger(__name__)
 
-_AUDIT_S = 0.1
-_MEASURE_S = 5.0
 _SPARE_FILES = 1024
 """Open files beside the frames: descriptors on their way to ranks, connections, logs."""
-_GONE_S = 5.0
-"""How long an engine that has lost a rank may take to end by itself, telling its clients."""
 
 
 class Agent:
@@ -78,6 +73,7 @@ class Agent:
         self._closing = False
         self._numbers = 0
         self._loop: asyncio.AbstractEventLoop
+        self._end_within_s = config.drain_timeout_s + config.timeouts.kill_margin_s
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -92,7 +88,7 @@ class Agent:
         runtime = self.config.runtime
         runtime.create()
         with _exclusive(runtime.lock), subreaper():
-            await asyncio.to_thread(end_leftovers, runtime, self.config.drain_timeout_s + 2)
+            await asyncio.to_thread(end_leftovers, runtime, self._end_within_s)
             await self._open_devices()
             self._memory_plane.open()
             await self._control_plane.open()
@@ -118,7 +114,7 @@ class Agent:
         """When nobody else uses frames of them any more. Raises InvalidUsage, Unsupported."""
         latencies = SLOW if self.config.poison else INSTANT
         for device in await asyncio.to_thread(open_devices, self.config.device, latencies):
-            self.pools[device.name] = FramePool(device, poison=self.config.poison)
+            self.pools[device.name] = FramePool(device, poison=self.config.poison, busy_s=self.config.timeouts.busy_s)
             self.pools[device.name].start_cleaning()
         devices = [Device(n, pool.device.total_frames, pool.device.frame_bytes) for n, pool in self.pools.items()]
         self.coordinator = Coordinator(
@@ -149,7 +145,7 @@ class Agent:
 
     async def _keep_books(self) -> None:
         while True:
-            await asyncio.sleep(_AUDIT_S)
+            await asyncio.sleep(self.config.timeouts.audit_s)
             try:
                 self._audit()
             except Exception:
@@ -244,7 +240,7 @@ class Agent:
             case act.SwapOut():
                 engine.order = self._spawn(self._swap_out(engine, action.epoch, action.keep_frames))
             case act.SwapIn():
-                engine.allowance = FrameCredit(action.epoch, action.frames)
+                engine.allowance = FrameCredit(action.epoch, action.frames, engine.timeouts.frames_s)
                 engine.order = self._spawn(self._swap_in(engine, action.epoch, engine.allowance))
             case act.Resize():
                 engine.order = self._spawn(self._resize(engine, action))
@@ -271,7 +267,7 @@ class Agent:
             keeps = together.plan_keeps(engine.ranks, keep_frames)
             self._send(engine, wire.SwapOut(epoch, [[dict(keep) for keep in steps] for steps in keeps]))
             await together.swap_out(engine.ranks, epoch, keeps, returned)
-            await asyncio.wait_for(acked, ACK_TIMEOUT_S)
+            await asyncio.wait_for(acked, engine.timeouts.ack_s)
             engine.swaps_out += 1
             self.post(ev.SwappedOut(time.monotonic(), engine.spec.replica, epoch))
 
@@ -287,10 +283,10 @@ class Agent:
             except RolledBack as error:
                 engine.forget(epoch, wire.SwappedIn)
                 log.error("%s", error)
-                await asyncio.wait_for(undone, ACK_TIMEOUT_S)
+                await asyncio.wait_for(undone, engine.timeouts.ack_s)
                 self.post(ev.SwapInFailed(time.monotonic(), engine.spec.replica, epoch, str(error)))
                 return
-            await asyncio.wait_for(acked, ACK_TIMEOUT_S)
+            await asyncio.wait_for(acked, engine.timeouts.ack_s)
             engine.forget(epoch, wire.SwapInFailed)
             engine.swaps_in += 1
             self.post(ev.SwappedIn(time.monotonic(), engine.spec.replica, epoch))
@@ -325,7 +321,9 @@ class Agent:
     def _start_engine(self, replica: str, devices: Sequence[str]) -> None:
         self._numbers += 1
         pools = [self.pools[device] for device in devices]
-        engine = Engine(self.specs[replica], pools, self.config.runtime.engine_socket(self._numbers))
+        engine = Engine(
+            self.specs[replica], pools, self.config.runtime.engine_socket(self._numbers), self.config.timeouts
+        )
         self.engines[replica] = engine
         log.info("%s: starting its engine on %s", replica, " and ".join(devices))
         self._spawn(self._watch(engine))
@@ -369,7 +367,7 @@ class Agent:
         engine.stopping = True
         engine.fail(message)
         self._send(engine, wire.Shutdown(message))
-        self._spawn(self._kill_later(engine, self.config.drain_timeout_s + 2 if engine.ready else 0.0))
+        self._spawn(self._kill_later(engine, self._end_within_s if engine.ready else 0.0))
 
     async def _kill_later(self, engine: Engine, delay_s: float) -> None:
         deadline_s = time.monotonic() + delay_s
@@ -388,7 +386,7 @@ class Agent:
         """A rank closed its connection: its engine cannot swap any more. It ends by itself, or is ended."""
         if self.engines.get(engine.spec.replica) is engine and not engine.stopping and not engine.clearing:
             log.warning("%s: rank %d is gone", engine.spec.replica, number)
-            self._spawn(self._kill_later(engine, _GONE_S))
+            self._spawn(self._kill_later(engine, engine.timeouts.lost_rank_s))
 
     def _mirrors_are_leaving(self) -> bool:
         return any(mirror.dropping for mirror in self.coordinator.ledger.mirrors.values())
@@ -402,7 +400,7 @@ class Agent:
     async def _measure(self) -> None:
         """Tell the policy what mirrors and processes take, for as long as the agent runs."""
         while True:
-            await asyncio.sleep(_MEASURE_S)
+            await asyncio.sleep(self.config.timeouts.host_memory_s)
             for engine in list(self.engines.values()):
                 if not engine.ready or not engine.process:
                     continue

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from swap_agent.daemon.timeouts import Timeouts
 from swap_agent.errors import InvalidUsage
 from swap_agent.units import DeviceSpec
 from swap_agent.wire.runtime_dir import AGENT_SOCKET
@@ -94,6 +95,7 @@ class AgentConfig:
     queue_timeout_s: float = 300.0
     """Of a model that declares no QUEUE_TIMEOUT."""
     drain_timeout_s: float = 10.0
+    timeouts: Timeouts = field(default_factory=Timeouts)
     engine_command: tuple[str, ...] = (sys.executable, "-m", "vllm_engine")
     """Starts an engine host; --runtime-dir, --replica and --token are added."""
     poison: bool = False

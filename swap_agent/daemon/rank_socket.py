@@ -30,8 +30,6 @@ from swap_agent.wire.framing import Channel, listen
 
 log = logging.getLogger(__name__)
 
-_HELLO_TIMEOUT_S = 10.0
-
 Answer = concurrent.futures.Future[None]
 T = TypeVar("T")
 
@@ -102,7 +100,7 @@ class RankSocket:
     def _greet(self, sock: socket.socket) -> None:
         channel: Channel[wire.FromRank] = Channel(sock, wire.FromRank)
         try:
-            hello, _ = channel.receive(_HELLO_TIMEOUT_S)
+            hello, _ = channel.receive(self._config.timeouts.hello_s)
             link = self._link(channel, hello)
         except (PeerGone, ProtocolError, TimeoutError) as error:
             log.warning("a connection to %s was closed: %s", self._config.runtime.ranks_socket, error)
@@ -133,6 +131,7 @@ class RankSocket:
             on_failure=lambda reason: engine.fail(f"model {hello.replica}: {reason}"),
             on_gone=lambda: self._gone(engine, number),
             mirrors=RankMirrors(self._mirrors, engine, number, lambda call: self._on_loop(engine, call), self._post),
+            timeouts=self._config.timeouts,
         )
         settings = engine.spec.settings
         welcome = wire.RankWelcome(

@@ -11,13 +11,20 @@ from support.devices import FRAMES, make_device
 
 from swap_agent.daemon.agent import Agent
 from swap_agent.daemon.memory.frame_pool import FramePool
+from swap_agent.daemon.timeouts import Timeouts
 from swap_agent.device.api import DeviceMemory
 from swap_agent.policy.states import State
 
 
 @pytest.fixture
-async def agent(tmp_path: Path) -> AsyncIterator[Agent]:
-    agent = Agent(config(tmp_path))
+def timeouts() -> Timeouts:
+    """The agent's; `short` gives a test others."""
+    return Timeouts()
+
+
+@pytest.fixture
+async def agent(tmp_path: Path, timeouts: Timeouts) -> AsyncIterator[Agent]:
+    agent = Agent(config(tmp_path, timeouts=timeouts))
     async with agent.started():
         yield agent
         agent._audit()

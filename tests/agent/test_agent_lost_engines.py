@@ -8,7 +8,7 @@ import signal
 import time
 
 import pytest
-from support.agent_client import Stub, until
+from support.agent_client import Stub, short, until
 from support.devices import killed_stay_busy
 
 from swap_agent.daemon.agent import Agent
@@ -69,10 +69,8 @@ async def test_who_attaches_while_a_dead_engine_is_being_cleared_away_gets_the_n
 
 
 @pytest.mark.parametrize("fault", ["dies_in_swap_in", "dies_when_mapped", "no_map_ack"])
-async def test_an_engine_lost_in_a_swap_in_is_refused_in_words_and_leaves_nothing(
-    agent: Agent, monkeypatch: pytest.MonkeyPatch, fault: str
-) -> None:
-    monkeypatch.setattr("swap_agent.daemon.engines.rank_link.ACK_TIMEOUT_S", 0.5)
+@short(ack_s=0.5)
+async def test_an_engine_lost_in_a_swap_in_is_refused_in_words_and_leaves_nothing(agent: Agent, fault: str) -> None:
     stub = await Stub.connect(agent, "a")
     attached = await stub.attach(faults=[fault])
     assert isinstance(attached, wire.Attached)
@@ -95,10 +93,8 @@ async def test_an_engine_lost_in_a_swap_out_leaves_its_frames_to_who_needs_them(
     assert pool.granted_frames == 10 and good.report["state"] == "RESIDENT"
 
 
-async def test_a_swap_in_that_has_begun_gets_the_frames_of_an_engine_that_hangs(
-    agent: Agent, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("swap_agent.daemon.engines.rank_link.ACK_TIMEOUT_S", 0.5)
+@short(ack_s=0.5)
+async def test_a_swap_in_that_has_begun_gets_the_frames_of_an_engine_that_hangs(agent: Agent) -> None:
     good, bad = await Stub.connect(agent, "good"), await Stub.connect(agent, "bad")
     await good.attach(frames=10)
     await bad.attach(frames=10, faults=["no_unmap_ack"])
@@ -136,10 +132,8 @@ async def test_an_engine_that_fails_a_swap_is_ended_and_costs_nobody_else(agent:
     assert good.report["state"] == "RESIDENT"
 
 
-async def test_a_rank_that_does_not_ack_is_killed_with_its_engine(
-    agent: Agent, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("swap_agent.daemon.engines.rank_link.ACK_TIMEOUT_S", 0.3)
+@short(ack_s=0.3)
+async def test_a_rank_that_does_not_ack_is_killed_with_its_engine(agent: Agent) -> None:
     stub = await Stub.connect(agent, "a")
     attached = await stub.attach(faults=["no_unmap_ack"])
     assert isinstance(attached, wire.Attached)

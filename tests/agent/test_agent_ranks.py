@@ -11,17 +11,18 @@ import re
 import signal
 import threading
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.agent_client import ENGINE, Stub, until
+from support.agent_client import Stub, config, short, until
 from support.devices import FRAME_BYTES, NAME, break_nth, spec
 
 from swap_agent.daemon.agent import Agent
-from swap_agent.daemon.config import AgentConfig, RuntimeDir
 from swap_agent.daemon.engines.process import group_exists
 from swap_agent.daemon.memory.frame_pool import FramePool
+from swap_agent.daemon.timeouts import Timeouts
 from swap_agent.errors import Unavailable
 from swap_agent.units import format_bytes
 from swap_agent.wire import messages as wire
@@ -31,9 +32,8 @@ FRAMES = (16, 14)
 
 
 @pytest.fixture
-async def agent(tmp_path: Path) -> AsyncIterator[Agent]:
-    device = spec(*FRAMES)
-    agent = Agent(AgentConfig(RuntimeDir(tmp_path), device, engine_command=ENGINE, drain_timeout_s=1, poison=True))
+async def agent(tmp_path: Path, timeouts: Timeouts) -> AsyncIterator[Agent]:
+    agent = Agent(replace(config(tmp_path, timeouts=timeouts), device=spec(*FRAMES)))
     async with agent.started():
         yield agent
         agent._audit()
@@ -157,10 +157,8 @@ async def everything_is_gone(agent: Agent, stub: Stub, attached_pid: object) -> 
 
 
 @pytest.mark.parametrize("fault", ["dies_in_swap_in@1", "dies_when_mapped@1", "no_map_ack@1", "no_map_ack@0"])
-async def test_a_rank_lost_in_a_swap_in_ends_the_engine_on_both_devices(
-    agent: Agent, monkeypatch: pytest.MonkeyPatch, fault: str
-) -> None:
-    monkeypatch.setattr("swap_agent.daemon.engines.rank_link.ACK_TIMEOUT_S", 0.5)
+@short(ack_s=0.5)
+async def test_a_rank_lost_in_a_swap_in_ends_the_engine_on_both_devices(agent: Agent, fault: str) -> None:
     stub = await pair(agent, fault)
     pid = stub.report["engine_pid"]
     await agent.unload(stub.replica, purge=False)
@@ -169,11 +167,11 @@ async def test_a_rank_lost_in_a_swap_in_ends_the_engine_on_both_devices(
     await everything_is_gone(agent, stub, pid)
 
 
+@short(ack_s=0.5)
 async def test_a_rank_that_does_not_give_back_what_failed_elsewhere_ends_the_engine(
     agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A copy fails on one device, then the ack of the other rank never comes."""
-    monkeypatch.setattr("swap_agent.daemon.engines.rank_link.ACK_TIMEOUT_S", 0.5)
     stub = await pair(agent, "no_taken_back_ack@0")
     pid = stub.report["engine_pid"]
     await agent.unload(stub.replica, purge=False)
@@ -184,10 +182,10 @@ async def test_a_rank_that_does_not_give_back_what_failed_elsewhere_ends_the_eng
 
 
 @pytest.mark.parametrize("fault", ["dies_in_swap_out@1", "no_unmap_ack@1", "no_unmap_ack@0"])
+@short(ack_s=0.5)
 async def test_a_rank_lost_in_a_swap_out_keeps_both_devices_from_others_until_all_is_gone(
     agent: Agent, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    monkeypatch.setattr("swap_agent.daemon.engines.rank_link.ACK_TIMEOUT_S", 0.5)
     stub = await pair(agent, fault)
     pid = stub.report["engine_pid"]
     given_back: list[tuple[bool, bool]] = []
@@ -204,10 +202,8 @@ async def test_a_rank_lost_in_a_swap_out_keeps_both_devices_from_others_until_al
     await everything_is_gone(agent, stub, pid)
 
 
-async def test_a_rank_that_vanishes_between_two_swaps_ends_the_engine(
-    agent: Agent, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("swap_agent.daemon.agent._GONE_S", 0.3)
+@short(lost_rank_s=0.3)
+async def test_a_rank_that_vanishes_between_two_swaps_ends_the_engine(agent: Agent) -> None:
     stub = await pair(agent)
     pid = stub.report["engine_pid"]
     os.kill(ranks_of(agent, stub)[1], signal.SIGKILL)

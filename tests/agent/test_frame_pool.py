@@ -148,7 +148,7 @@ def test_a_grant_waits_for_memory_of_the_killed_and_blocks_nobody(
 
 
 def test_a_grant_does_not_wait_for_ever_nor_without_a_death(pool: FramePool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swap_agent.daemon.memory.frame_pool.BUSY_S", 0.3)
+    pool.busy_s = 0.3
     with killed_stay_busy(monkeypatch, pool.device, 30):
         killed, _ = pool.grant("a", 6)
         pool.return_frames("a", killed, recycle=False)
@@ -156,7 +156,7 @@ def test_a_grant_does_not_wait_for_ever_nor_without_a_death(pool: FramePool, mon
         with pytest.raises(OutOfDeviceMemory, match="no memory left"):
             pool.grant("b", 5)
         assert time.monotonic() > started_s + 0.25
-        monkeypatch.setattr("swap_agent.daemon.memory.frame_pool.BUSY_S", 60)
+        pool.busy_s = 60
         with pytest.raises(OutOfDeviceMemory, match="no memory left"):
             pool.grant("b", 5)
         assert time.monotonic() < started_s + 30

@@ -18,6 +18,7 @@ from swap_agent.daemon.engines.frame_credit import FrameCredit
 from swap_agent.daemon.engines.rank_link import RankLink, start_serving
 from swap_agent.daemon.memory.frame_pool import FramePool
 from swap_agent.daemon.memory.rank_space import RankSpace
+from swap_agent.daemon.timeouts import Timeouts
 from swap_agent.errors import PeerGone, RolledBack, Unavailable
 from swap_agent.wire import messages as wire
 from swap_agent.wire.framing import Channel
@@ -30,7 +31,7 @@ CYCLES = 10_000 if "TRITON_SWAP_SOAK" in os.environ else 1_000
 class Rank:
     """A link with a started space of four frames, and the other end of its connection."""
 
-    def __init__(self) -> None:
+    def __init__(self, ack_s: float = 5) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX)
         self.pool = FramePool(make_device(FRAMES), poison=True)
         self.space = RankSpace("m/1#0", self.pool)
@@ -43,6 +44,7 @@ class Rank:
             lambda _: None,
             self.failures.append,
             self.gone.set,
+            timeouts=Timeouts(ack_s=ack_s),
         )
         self.peer: Channel[wire.ToRank] = Channel(theirs, wire.ToRank)
         for region, count in (("weights", 2), ("state", 1), ("kv", 1)):
@@ -69,9 +71,8 @@ class Rank:
 
 
 @pytest.fixture
-def rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rank]:
-    monkeypatch.setattr("swap_agent.daemon.engines.rank_link.ACK_TIMEOUT_S", 0.5)
-    rank = Rank()
+def rank() -> Iterator[Rank]:
+    rank = Rank(ack_s=0.5)
     yield rank
     rank.peer.close()
     assert rank.gone.wait(5)
@@ -93,13 +94,13 @@ def test_acks_of_older_epochs_are_ignored(rank: Rank) -> None:
 def test_frames_are_filled_and_mapped_before_the_rank_is_told(rank: Rank) -> None:
     rank.swap_out(1)
     with pytest.raises(Unavailable, match="no Mapped from rank"):
-        rank.link.prepare(2, FrameCredit(2, 4))
+        rank.link.prepare(2, FrameCredit(2, 4, 90))
     rank.peer.send(wire.Unmapped(2))
     rank.link.refuse(2, "it did not answer")
     rank.link.undo()
     assert rank.receive_grants() == 4
     rank.peer.send(wire.Mapped(3))
-    rank.link.prepare(3, FrameCredit(3, 4))
+    rank.link.prepare(3, FrameCredit(3, 4, 90))
     first, second = (contents(frame) for frame in rank.space.frames["weights"])
     assert (first == 7).all() and (second[:-10] == 7).all() and not second[-10:].any()
     rank.link.commit(3)
@@ -108,7 +109,7 @@ def test_frames_are_filled_and_mapped_before_the_rank_is_told(rank: Rank) -> Non
 
 def test_waiting_for_frames_is_told_apart_from_the_swap_in_itself(rank: Rank) -> None:
     rank.swap_out(1)
-    allowance = FrameCredit(2, 2)
+    allowance = FrameCredit(2, 2, 90)
     threading.Timer(0.3, allowance.raise_to, (2, 4)).start()
     threading.Timer(0.6, rank.peer.send, (wire.Mapped(2),)).start()
     begin_s = time.monotonic()
@@ -122,7 +123,7 @@ def test_a_rank_that_cannot_map_says_why_and_is_taken_back(rank: Rank) -> None:
     rank.swap_out(1)
     rank.peer.send(wire.MapFailed(2, "no addresses"))
     with pytest.raises(RolledBack, match="m/1#0 was not swapped in: its engine could not map the frames: no addresses"):
-        rank.link.prepare(2, FrameCredit(2, 4))
+        rank.link.prepare(2, FrameCredit(2, 4, 90))
     assert rank.pool.free_frames == FRAMES - 4, "the rank may map them still"
     rank.peer.send(wire.Unmapped(2))
     rank.link.refuse(2, "no addresses")
@@ -131,9 +132,8 @@ def test_a_rank_that_cannot_map_says_why_and_is_taken_back(rank: Rank) -> None:
 
 
 @pytest.fixture
-def both(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Rank, Rank]]:
+def both() -> Iterator[tuple[Rank, Rank]]:
     """Two ranks of an engine, swapped out."""
-    monkeypatch.setattr("swap_agent.daemon.engines.rank_link.ACK_TIMEOUT_S", 5)
     ranks = Rank(), Rank()
     for each in ranks:
         each.swap_out(1)
@@ -148,7 +148,7 @@ def test_no_rank_is_told_before_every_rank_is_filled_and_mapped(both: tuple[Rank
 
 
 async def _both_or_none(first: Rank, second: Rank) -> None:
-    swapping = asyncio.create_task(together.swap_in([first.link, second.link], 2, FrameCredit(2, 4)))
+    swapping = asyncio.create_task(together.swap_in([first.link, second.link], 2, FrameCredit(2, 4, 90)))
     first.peer.send(wire.Mapped(2))
     with pytest.raises(TimeoutError):
         await asyncio.to_thread(first.receive_grants, 0.5)
@@ -164,7 +164,7 @@ def test_one_rank_that_cannot_takes_all_back(both: tuple[Rank, Rank]) -> None:
 
 async def _all_back(first: Rank, second: Rank) -> None:
     both = first, second
-    swapping = asyncio.create_task(together.swap_in([first.link, second.link], 2, FrameCredit(2, 4)))
+    swapping = asyncio.create_task(together.swap_in([first.link, second.link], 2, FrameCredit(2, 4, 90)))
     first.peer.send(wire.Mapped(2))
     second.peer.send(wire.MapFailed(2, "no addresses"))
     for each in both:
@@ -179,9 +179,8 @@ async def _all_back(first: Rank, second: Rank) -> None:
 
 
 @pytest.fixture
-def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Rank, Rank]]:
+def running() -> Iterator[tuple[Rank, Rank]]:
     """Two ranks of a running engine, whose KV cache may grow from one frame to three."""
-    monkeypatch.setattr("swap_agent.daemon.engines.rank_link.ACK_TIMEOUT_S", 5)
     ranks = Rank(), Rank()
     for each in ranks:
         each.link.most_kv_frames = 3
@@ -228,7 +227,7 @@ async def _grow_and_shrink(first: Rank, second: Rank) -> None:
         each.space.take_back({})
         assert each.pool.free_frames == FRAMES
         each.peer.send(wire.Mapped(5))
-        each.link.prepare(5, FrameCredit(5, 9))
+        each.link.prepare(5, FrameCredit(5, 9, 90))
         assert each.space.held == {"weights": 2, "state": 1, "kv": 1}
 
 
@@ -292,7 +291,7 @@ def test_kv_that_is_preserved_comes_back_once(rank: Rank) -> None:
     rank.swap_out(1)
     for epoch, preserved in ((2, True), (3, False)):
         rank.peer.send(wire.Mapped(epoch))
-        rank.link.prepare(epoch, FrameCredit(epoch, 4))
+        rank.link.prepare(epoch, FrameCredit(epoch, 4, 90))
         rank.link.commit(epoch)
         assert rank.receive_grants() == 4
         kv = contents(rank.space.frames["kv"][0])

@@ -9,10 +9,13 @@ import time
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytest
+
 from support.devices import FRAME_BYTES, spec
 from swap_agent.daemon.agent import Agent
 from swap_agent.daemon.api import views
 from swap_agent.daemon.config import AgentConfig, RuntimeDir
+from swap_agent.daemon.timeouts import Timeouts
 from swap_agent.wire import messages as wire
 from swap_agent.wire.framing import AsyncChannel
 
@@ -23,6 +26,11 @@ def config(path: Path, frames: int = 16, **settings: Any) -> AgentConfig:
     return AgentConfig(
         RuntimeDir(path), spec(frames), engine_command=ENGINE, drain_timeout_s=1, poison=True, **settings
     )
+
+
+def short(**timeouts: float) -> pytest.MarkDecorator:
+    """Marks a test whose agent has these timeouts."""
+    return pytest.mark.parametrize("timeouts", [Timeouts(**timeouts)], ids=["short"])
 
 
 class Stub:

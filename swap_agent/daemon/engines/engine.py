@@ -14,6 +14,7 @@ from swap_agent.daemon.engines.process import EngineProcess
 from swap_agent.daemon.engines.rank_link import RankLink
 from swap_agent.daemon.memory.frame_pool import FramePool
 from swap_agent.daemon.memory.rank_space import SwapIn
+from swap_agent.daemon.timeouts import Timeouts
 from swap_agent.errors import Unavailable
 from swap_agent.models.settings import ModelSettings
 from swap_agent.wire import messages as wire
@@ -51,6 +52,7 @@ class Engine:
     pools: Sequence[FramePool]
     """Of the devices on which its ranks are, in their order."""
     socket: Path
+    timeouts: Timeouts = field(default_factory=Timeouts)
     token: str = field(default_factory=lambda: secrets.token_hex(16))
     process: EngineProcess | None = None
     host: AsyncChannel[wire.FromStub | wire.FromHost] | None = None

@@ -7,15 +7,14 @@ import time
 
 from swap_agent.errors import OutOfDeviceMemory, PeerGone
 
-FRAMES_TIMEOUT_S = 90.0
-"""Longer than an engine may take to unmap, or to end when it does not; shorter than a rank waits for its grants."""
-
 
 class FrameCredit:
     """Of one swap-in, on each of its devices. Thread-safe: the agent's loop raises it, threads of ranks wait."""
 
-    def __init__(self, epoch: int, frames: int) -> None:
-        self._deadline_s = time.monotonic() + FRAMES_TIMEOUT_S
+    def __init__(self, epoch: int, frames: int, within_s: float) -> None:
+        """It may hold `frames` now; all others have to come `within_s`."""
+        self._within_s = within_s
+        self._deadline_s = time.monotonic() + within_s
         self._epoch = epoch
         self._frames = frames
         self._closed = False
@@ -46,6 +45,6 @@ class FrameCredit:
                 raise PeerGone("its engine has ended")
             if self._frames <= held:
                 raise OutOfDeviceMemory(
-                    f"frames that others were to give back did not come within {FRAMES_TIMEOUT_S:.0f} s"
+                    f"frames that others were to give back did not come within {self._within_s:.0f} s"
                 )
             return self._frames - held

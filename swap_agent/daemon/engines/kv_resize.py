@@ -7,7 +7,6 @@ import logging
 
 from swap_agent.daemon.engines import rank_group as together
 from swap_agent.daemon.engines.engine import Engine
-from swap_agent.daemon.engines.rank_link import BETWEEN_STEPS_S
 from swap_agent.errors import RolledBack
 from swap_agent.wire import messages as wire
 
@@ -53,10 +52,10 @@ async def grow(engine: Engine, epoch: int, frames: int) -> None:
 
     try:
         await together.grow_kv(engine.ranks, epoch, frames, announce)
-        await asyncio.wait_for(acked, BETWEEN_STEPS_S)
+        await asyncio.wait_for(acked, engine.timeouts.between_steps_s)
     except RolledBack:
         if announced:
-            await asyncio.wait_for(undone, BETWEEN_STEPS_S)
+            await asyncio.wait_for(undone, engine.timeouts.between_steps_s)
         raise
     finally:
         engine.forget(epoch, wire.KvGrown)
@@ -72,6 +71,7 @@ async def shrink(engine: Engine, epoch: int, frames: int, deadline_s: float | No
     assert engine.host
     acked = engine.expect(epoch, wire.KvShrunk)
     engine.host.send(wire.ShrinkKv(epoch, frames, deadline_s))
-    kept = (await asyncio.wait_for(acked, (deadline_s or 0.0) + BETWEEN_STEPS_S)).frames
+    within_s = (deadline_s or 0.0) + engine.timeouts.between_steps_s
+    kept = (await asyncio.wait_for(acked, within_s)).frames
     await together.shrink_kv(engine.ranks, epoch, kept)
     return kept

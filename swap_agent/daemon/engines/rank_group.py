@@ -9,7 +9,7 @@ from functools import partial
 from typing import TypeVar
 
 from swap_agent.daemon.engines.frame_credit import FrameCredit
-from swap_agent.daemon.engines.rank_link import BETWEEN_STEPS_S, RankLink
+from swap_agent.daemon.engines.rank_link import RankLink
 from swap_agent.daemon.memory.rank_space import SwapIn
 from swap_agent.errors import RolledBack
 from swap_agent.wire.messages import Region
@@ -119,7 +119,7 @@ async def shrink_kv(ranks: Sequence[RankLink], epoch: int, frames: int) -> None:
 
     Raises Unavailable, PeerGone: the engine is in an unknown state.
     """
-    _raise_first(await _together([partial(rank.unmapped, epoch, BETWEEN_STEPS_S) for rank in ranks]))
+    _raise_first(await _together([partial(rank.unmapped, epoch, rank.timeouts.between_steps_s) for rank in ranks]))
     _raise_first(await _together([partial(rank.space.cut, "kv", frames) for rank in ranks]))
 
 

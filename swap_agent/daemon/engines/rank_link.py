@@ -12,6 +12,7 @@ from collections.abc import Callable
 from swap_agent.daemon.engines.frame_credit import FrameCredit
 from swap_agent.daemon.memory.mirror_store import Desk, Mirror, end, same_layout
 from swap_agent.daemon.memory.rank_space import RankSpace, SwapIn
+from swap_agent.daemon.timeouts import Timeouts
 from swap_agent.device.api import Frame
 from swap_agent.errors import (
     MirrorMismatch,
@@ -31,11 +32,6 @@ Ack = wire.Mapped | wire.MapFailed | wire.Unmapped
 
 log = logging.getLogger(__name__)
 
-ACK_TIMEOUT_S = 60.0
-"""A rank that has not mapped or unmapped by then is taken for hung, and its engine is killed."""
-BETWEEN_STEPS_S = 600.0
-"""The same while its engine serves: it obeys between two of vLLM's steps, and a long prompt on a CPU takes minutes."""
-
 
 class RankLink:
     """Connection and space of one rank.
@@ -53,7 +49,9 @@ class RankLink:
         on_failure: Callable[[str], None],
         on_gone: Callable[[], None],
         mirrors: Desk | None = None,
+        timeouts: Timeouts | None = None,
     ) -> None:
+        self.timeouts = timeouts or Timeouts()
         self.channel = channel
         self.space = space
         self.pid = channel.pid
@@ -263,7 +261,7 @@ class RankLink:
             self._send_grants(epoch, "kv", self.space.frames["kv"], self._held["kv"])
         except OSError as error:
             raise RolledBack(f"{self.space.holder} was given no more KV cache: {error}") from error
-        ack = self._await(epoch, wire.Mapped, wire.MapFailed, within_s=BETWEEN_STEPS_S)
+        ack = self._await(epoch, wire.Mapped, wire.MapFailed, within_s=self.timeouts.between_steps_s)
         if isinstance(ack, wire.MapFailed):
             raise RolledBack(f"{self.space.holder}: its engine could not map more KV cache: {ack.message}")
 
@@ -281,7 +279,7 @@ class RankLink:
 
     def _await(self, epoch: int, *kinds: type[Ack], within_s: float | None = None) -> Ack:
         """Wait for an answer of one of these kinds; others, and answers of older epochs, are ignored."""
-        within_s = ACK_TIMEOUT_S if within_s is None else within_s
+        within_s = self.timeouts.ack_s if within_s is None else within_s
         deadline_s = time.monotonic() + within_s
         while True:
             try:

@@ -27,9 +27,12 @@ class FramePool:
     are free (`start_cleaning`); that gives way to copies that somebody waits for.
     """
 
-    def __init__(self, device: DeviceMemory, *, poison: bool = False) -> None:
-        """`poison`, for tests: a frame that is not said to be zero is 0xFF, not what its last holder left."""
+    def __init__(self, device: DeviceMemory, *, poison: bool = False, busy_s: float = BUSY_S) -> None:
+        """`busy_s`: how long memory of a killed process may be in use that the books say is free.
+
+        `poison`, for tests: a frame that is not said to be zero is 0xFF, not what its last holder left."""
         self.device = device
+        self.busy_s = busy_s
         self._poison = poison
         self._changed = threading.Condition()
         self._dirty: deque[Frame] = deque()
@@ -67,7 +70,7 @@ class FramePool:
         """`count` frames for `holder`, and how many of them, at the front of the list, are dirty; the rest is zero.
 
         All or none. `zeroed`: so many, at the end of the list, have to be zero, and the holder overwrites the others.
-        None, for an engine that starts: all. Raises OutOfDeviceMemory; after a process was killed up to `BUSY_S` late,
+        None, for an engine that starts: all. Raises OutOfDeviceMemory; after a process was killed up to `busy_s` late,
         since the device may say that it is full while it clears away: nobody who must not block calls this.
         """
         overwritten = 0 if zeroed is None else count - zeroed
@@ -137,7 +140,7 @@ class FramePool:
                 try:
                     self._destroy(frames, killed=True)
                 finally:
-                    self._busy_until_s = time.monotonic() + BUSY_S
+                    self._busy_until_s = time.monotonic() + self.busy_s
 
     def _spoil(self, frames: list[Frame]) -> None:
         with self.device.transfer("swap_out") as transfer:

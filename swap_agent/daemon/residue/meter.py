@@ -22,9 +22,6 @@ from swap_agent.policy import events as ev
 
 log = logging.getLogger(__name__)
 
-_MEASURE_S = 5.0
-_LOOK_S = 0.2
-"""How soon after an engine has become ready its baseline is taken."""
 _LEAST_ALLOWANCE_BYTES = 1 << 30
 _ALLOWANCE_SHARE = 20
 
@@ -83,14 +80,15 @@ class UsageWatch:
             for name, device in self._devices.items()
         }
         self.watch = Watch(allowances, config.outside_grace_s)
-        self._pause_s = min(_MEASURE_S, max(_LOOK_S, config.outside_grace_s / 3))
+        self._look_s = config.timeouts.baseline_s
+        self._pause_s = min(config.timeouts.residue_s, max(self._look_s, config.outside_grace_s / 3))
 
     async def run(self) -> None:
         """For as long as the agent runs: at every change of who is ready, and regularly."""
         known: set[EngineKey] = set()
         due_s = 0.0
         while True:
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(self._look_s)
             ready = {
                 key: engine
                 for engine in self._engines.values()
