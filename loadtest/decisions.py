@@ -149,7 +149,10 @@ class _Node:
         elif replica.state is State.RESIDENT:
             self.post(ev.TrafficReported(self.now_s, name, self.rng.choice([0, 0, 1, 2, 3]), 0))
         elif replica.devices and self.rng.random() < 0.3:
-            self.post(ev.TrafficReported(self.now_s, name, replica.in_flight, self.rng.choice([0, 1, 2])))
+            waiting = self.rng.choice([0, 1, 2])
+            self.post(ev.TrafficReported(self.now_s, name, replica.in_flight, waiting))
+            if waiting:
+                self.post(ev.RequestsHeld(self.now_s, name, replica.epoch))
         self.waited += len(self.policy.waiting)
 
 

@@ -102,6 +102,8 @@ class ControlSocket:
                     engine.fail(message.message)
                 case wire.Report():
                     self._agent.post(ev.TrafficReported(now_s, replica, message.in_flight, message.waiting))
+                case wire.Activate():
+                    self._agent.post(ev.RequestsHeld(now_s, replica, message.epoch))
                 case wire.Drained():
                     self._agent.post(ev.Drained(now_s, replica, message.epoch))
                 case wire.DrainRefused():

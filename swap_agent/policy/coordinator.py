@@ -156,13 +156,25 @@ class Coordinator:
         _HANDLERS[type(event)](self, replica, event)
         self._follow_wishes(replica)
         self._expire(replica, event.now_s)
+        if self._ensure_resident(replica, event.now_s):
+            return replica.devices or before or self._targets.get(name, ())
+        return (*(replica.devices or before), *self._targets.pop(name, ()))
+
+    def _ensure_resident(self, replica: Replica, now_s: float) -> bool:
+        """Have it become RESIDENT while that is wanted; returns whether it has to wait for that. Idempotent.
+
+        1. Not wanted: it does not wait, or no more.
+        2. RESIDENT, STARTING, SWAPPING_IN: it is there, or on its way.
+        3. COLD, FAILED, SWAPPED: it waits in the queue, at the place that it has there already if it has one.
+        4. DRAINING, SWAPPING_OUT: as 3; it finishes leaving first.
+        """
         if replica.activation_wanted and replica.state in _QUEUES:
             if replica.name in self.ledger.replicas:
-                self._queue.enter(replica, event.now_s)
-            return replica.devices or before or self._targets.get(name, ())
+                self._queue.enter(replica, now_s)
+            return True
         self._queue.leave(replica)
-        self._coming.pop(name, None)
-        return (*(replica.devices or before), *self._targets.pop(name, ()))
+        self._coming.pop(replica.name, None)
+        return False
 
     def _registered(self, replica: Replica, event: ev.Registered) -> None:
         replica.ranks = event.ranks
@@ -183,6 +195,10 @@ class Coordinator:
             replica.idle_since_s = event.now_s
             self._actions.append(act.Activated(replica.name))
 
+    def _requests_held(self, replica: Replica, event: ev.RequestsHeld) -> None:
+        if event.epoch == replica.epoch and replica.state is not State.RESIDENT:
+            replica.requests_held = True
+
     def _unload_wanted(self, replica: Replica, event: ev.ParkRequested) -> None:
         if replica.load_wanted and (replica.stopping or replica.state not in (State.STARTING, State.SWAPPING_IN)):
             self._actions.append(act.Refuse(replica.name, _UNLOADED.format(replica.name)))
@@ -195,6 +211,8 @@ class Coordinator:
         if (arrived := event.in_flight + event.waiting - replica.in_flight - replica.waiting) > 0:
             replica.demand.arrived(arrived, event.now_s)
         replica.in_flight, replica.waiting = event.in_flight, event.waiting
+        if not replica.waiting and not (replica.preempted and replica.in_flight):
+            replica.requests_held = False  # those that it was for are gone
         if replica.idle and was_busy:
             replica.idle_since_s = event.now_s
 
@@ -299,7 +317,7 @@ class Coordinator:
             replica.move(State.RESIDENT)
             self._guarantee(replica)
             replica.in_flight = max(replica.in_flight, 1)
-            replica.drop_wanted = False
+            replica.drop_wanted = replica.requests_held = False
             if replica.load_wanted:
                 replica.load_wanted = False
                 self._actions.append(act.Activated(replica.name))
@@ -326,7 +344,7 @@ class Coordinator:
             replica.move(State.SWAPPED)
             replica.reserved_frames = replica.keep_frames
             self._promise(replica, 0)
-            replica.load_wanted = replica.preempted = False
+            replica.load_wanted = replica.requests_held = replica.preempted = False
             replica.waiting = 0  # they are refused; who comes later has it tried again
             replica.left_s = event.now_s  # this was its turn
             self._actions.append(act.Refuse(replica.name, event.reason))
@@ -359,7 +377,8 @@ class Coordinator:
         if replica.purge_wanted:
             self._forget_mirrors(replica)
         replica.stopping = replica.unload_wanted = replica.purge_wanted = replica.drop_wanted = False
-        replica.preempted = False
+        replica.preempted = replica.requests_held = False
+        replica.epoch += 1  # what its host said last, and is heard only now, counts no more
         self._growth = {key: frames for key, frames in self._growth.items() if key[0] != replica.name}
         self._host_memory.wanted.pop(replica.name, None)
 
@@ -371,7 +390,7 @@ class Coordinator:
 
     def _settle(self, replica: Replica, now_s: float) -> None:
         self._guarantee(replica)  # its settings may have changed meanwhile
-        replica.load_wanted = replica.preempted = False
+        replica.load_wanted = replica.requests_held = replica.preempted = False
         # The gate is open; the host's next report says how many are left of them.
         replica.in_flight, replica.waiting = replica.in_flight + replica.waiting, 0
         replica.idle_since_s = replica.resident_since_s = now_s
@@ -550,7 +569,8 @@ class Coordinator:
         devices = placement.candidates(replica, ledger)
         able = placement.able(replica, devices, ledger)
         if len(able) < replica.ranks:  # 5
-            replica.load_wanted = replica.preempted = False  # who stands still inside is refused as well
+            # Who stands still inside is refused as well.
+            replica.load_wanted = replica.requests_held = replica.preempted = False
             replica.waiting = 0
             self._queue.leave(replica)
             touched.update(replica.devices, old_target)
@@ -837,6 +857,7 @@ class Coordinator:
 _HANDLERS: dict[type[ev.Event], Callable[..., None]] = {
     ev.Registered: Coordinator._registered,
     ev.ActivateRequested: Coordinator._load_wanted,
+    ev.RequestsHeld: Coordinator._requests_held,
     ev.ParkRequested: Coordinator._unload_wanted,
     ev.TrafficReported: Coordinator._load_reported,
     ev.FramesWanted: Coordinator._frames_wanted,

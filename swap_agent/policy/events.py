@@ -51,6 +51,19 @@ class ActivateRequested(Event):
 
 
 @dataclass(frozen=True)
+class RequestsHeld(Event):
+    """An engine host asks for its replica: requests wait at its gate, or stand still inside, since it is not RESIDENT.
+
+    `epoch` is that of the last order that the host has taken. An older one than the replica's is stale: the order that
+    is on its way opens the gate, has the requests refused, or makes the host ask again. TrafficReported withdraws this
+    when no such requests are left.
+    """
+
+    name: str
+    epoch: int
+
+
+@dataclass(frozen=True)
 class ParkRequested(Event):
     """Triton or an operator wants the replica parked; with `purge` its engine ends as well."""
 
@@ -60,7 +73,7 @@ class ParkRequested(Event):
 
 @dataclass(frozen=True)
 class TrafficReported(Event):
-    """The engine host's own count of requests in the engine and at the gate."""
+    """The engine host's own count of requests in the engine and at the gate. It asks for nothing."""
 
     name: str
     in_flight: int

@@ -80,6 +80,9 @@ class Replica:
     epoch: int = 0
     """Counts drains and swaps; an answer with an older epoch is ignored."""
     load_wanted: bool = False
+    """Triton or an operator wants it RESIDENT."""
+    requests_held: bool = False
+    """Its engine host wants it RESIDENT, for requests at its gate or standing still inside."""
     unload_wanted: bool = False
     purge_wanted: bool = False
     drop_wanted: bool = False
@@ -98,7 +101,7 @@ class Replica:
     @property
     def activation_wanted(self) -> bool:
         """Somebody waits for it to be RESIDENT."""
-        return self.load_wanted or self.waiting > 0 or (self.preempted and self.in_flight > 0)
+        return self.load_wanted or self.requests_held
 
     @property
     def footprint_frames(self) -> int:

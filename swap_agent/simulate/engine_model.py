@@ -56,6 +56,8 @@ class Host:
     """Requests at the gate."""
     in_flight: int = 0
     served: int = 0
+    epoch: int = 0
+    """Of the last order that opens or closes the gate."""
     reported: tuple[int, int, int] = (0, 0, 0)
     """In flight, waiting, served, as last told."""
     report_s: float = 0.0

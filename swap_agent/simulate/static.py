@@ -30,13 +30,11 @@ class Static:
     def on_event(self, event: ev.Event) -> list[act.Action]:
         """Decide."""
         match event:
-            case ev.ActivateRequested():
+            case ev.ActivateRequested() | ev.RequestsHeld():
                 return self._wanted(event.name)
             case ev.TrafficReported():
                 self._idle_since_s.pop(event.name, None)
-                if event.waiting:
-                    return self._wanted(event.name)
-                if not event.in_flight and event.name in self._scale_down_s:
+                if not event.in_flight and not event.waiting and event.name in self._scale_down_s:
                     self._idle_since_s[event.name] = event.now_s
             case ev.FramesWanted():
                 return [act.GrantFrames(event.name, event.frames, event.rank)]

@@ -155,6 +155,7 @@ class World:
             case act.Drain():
                 self._drain(host, action)
             case act.SwapOut():
+                self._closed_at(host, action.epoch)
                 self._at(self.now_s + self._cluster.swap_out, self._swapped_out, (host, action))
             case act.SwapIn() | act.MoreFrames():
                 self._swap_in(host, action)
@@ -170,6 +171,7 @@ class World:
                 raise Unsupported(f"the simulator cannot carry out the policy's order {type(action).__name__}")
 
     def _drain(self, host: Host, order: act.Drain) -> None:
+        host.epoch = order.epoch
         if host.in_flight and not order.wait:
             self.tally.drains_refused += 1
             self._events.append(ev.DrainRefused(self.now_s, host.name, order.epoch))
@@ -180,6 +182,13 @@ class World:
             host.drain_epoch = order.epoch
         else:
             self._events.append(ev.Drained(self.now_s, host.name, order.epoch))
+
+    def _closed_at(self, host: Host, epoch: int) -> None:
+        """What was asked for at an earlier epoch is asked for again."""
+        if epoch != host.epoch:
+            host.epoch = epoch
+            if host.waiting:
+                self._ask(host)
 
     def _swapped_out(self, what: tuple[Host, act.SwapOut]) -> None:
         host, order = what
@@ -201,6 +210,7 @@ class World:
         if host.resident or not host.devices or host.moving != isinstance(order, act.MoreFrames):
             raise AccountingError(f"{host.name} cannot be swapped in now")
         host.moving = True
+        host.epoch = order.epoch
         if order.frames < host.need:
             return
         size_bytes = host.missing_bytes(self._cluster.frame)
@@ -314,6 +324,11 @@ class World:
                 host.timeout_s = self.now_s + self._cluster.queue_timeout
                 self._at(host.timeout_s, self._timed_out, host)
         self._load_changed(host)
+        if len(host.waiting) == 1 and not host.open:
+            self._ask(host)
+
+    def _ask(self, host: Host) -> None:
+        self._events.append(ev.RequestsHeld(self.now_s, host.name, host.epoch))
 
     def _enter(self, host: Host, request: int) -> None:
         first_s, end_s = host.run(self.now_s, self._prompt[request], self._output[request])

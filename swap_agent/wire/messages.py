@@ -128,14 +128,26 @@ class HostFailed(Message, frozen=True):
 
 
 class Report(Message, frozen=True):
-    """Load of the host. Sent when a count enters or leaves zero, else at most every 50 ms."""
+    """Traffic of the host. Sent when a count enters or leaves zero, else at most every 50 ms. It asks for nothing."""
 
     in_flight: int
     """Requests inside the engine."""
     waiting: int
-    """Requests held at the gate because the model is not resident. Above zero, this asks for activation."""
+    """Requests held at the gate because the model is not resident."""
     served: int
     """Requests ended since the engine started, however they ended."""
+
+
+class Activate(Message, frozen=True):
+    """Have the model swapped in: requests wait at the gate, or stand still inside since `Drain.preempt`.
+
+    Sent once: when the first request has to wait, right after the `Report` that counts it, or at `Drain.preempt`. Sent
+    again when an order of another epoch leaves the gate closed; the agent may have dropped what the older epoch asked.
+    A `Report` without any such request withdraws it.
+    """
+
+    epoch: int
+    """Of the last order that the host has taken; 0: none yet."""
 
 
 class Drain(Message, frozen=True):
@@ -505,8 +517,8 @@ class Step(Message, frozen=True):
 FromStub = Attach | Detach
 ToStub = Attached | Detached | Refused
 FromHost = (
-    HostHello | HostReady | HostFailed | Report | Drained | DrainRefused | SwappedOut | SwappedIn | SwapInFailed
-    | OrderFailed | KvWanted | KvGrown | KvGrowFailed | KvShrunk
+    HostHello | HostReady | HostFailed | Report | Activate | Drained | DrainRefused | SwappedOut | SwappedIn
+    | SwapInFailed | OrderFailed | KvWanted | KvGrown | KvGrowFailed | KvShrunk
 )  # fmt: skip
 ToHost = HostWelcome | Drain | SwapOut | SwapIn | GrowKv | ShrinkKv | RefuseWaiting | QueueLimits | Shutdown | Refused
 FromRank = RankHello | Recall | Reserve | Restore | Loaded | RankFailed | Mapped | MapFailed | KvPreserved | Unmapped

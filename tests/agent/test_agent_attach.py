@@ -41,7 +41,7 @@ async def test_an_unload_returns_although_its_model_is_wanted_again(agent: Agent
     unloading = asyncio.create_task(agent.unload(stub.replica, purge=False))
     await asyncio.sleep(0)
     assert agent.replica(stub.replica).state is State.DRAINING
-    agent.post(ev.TrafficReported(time.monotonic(), stub.replica, 0, 1))  # a request at its gate
+    agent.post(ev.RequestsHeld(time.monotonic(), stub.replica, agent.replica(stub.replica).epoch))
     await asyncio.wait_for(unloading, 5)
     await until(lambda: stub.report["state"] == "RESIDENT")
 

@@ -295,6 +295,7 @@ def test_a_preempted_request_goes_on_where_it_stood(
     begun = [[next(stream) for _ in range(3)] for stream in streams]  # all three are generating
     number = epoch()
     agent.swap_out(number, preempt=True)
+    assert agent.activations[-1] == number, "for those that stand still"
     with pytest.raises(TimeoutError):  # once what was on its way has arrived
         while True:
             stub.take(0.5)
@@ -308,7 +309,8 @@ def test_a_preempted_request_goes_on_where_it_stood(
 def test_a_request_for_a_swapped_out_model_waits_and_is_answered(
     agent: FakeAgent, stub: Stub, reference: list[str], epoch: Callable[[], int]
 ) -> None:
-    agent.swap_out(epoch())
+    number = epoch()
+    agent.swap_out(number)
     requests = [stub.submit(PROMPTS[index % 3], GREEDY) for index in range(5)]
     wait_for_report(agent, 0, 4)
     (overflow,) = stub.items(requests[4])
@@ -324,6 +326,7 @@ def test_a_request_for_a_swapped_out_model_waits_and_is_answered(
     assert expired == wire.Failed(late, "UNAVAILABLE", "tiny/1#0 was not swapped in within 0.1 s: try again later")
     agent.host.send(wire.QueueLimits(4, 60))
     agent.swap_in(epoch())
+    assert agent.activations.count(number) == 1, "for all that wait together"
     answers = [text(list(stub.items(request))) for request in requests[:4]]
     assert all(len(answer.split()) == 64 for answer in answers)  # run as one batch: other roundings than one by one
     assert text(stub.ask(PROMPTS[0], GREEDY)) == reference[0]
@@ -332,7 +335,8 @@ def test_a_request_for_a_swapped_out_model_waits_and_is_answered(
 def test_cancelling_or_leaving_while_waiting_leaves_nothing_behind(
     agent: FakeAgent, stub: Stub, epoch: Callable[[], int]
 ) -> None:
-    agent.swap_out(epoch())
+    first, later = epoch(), epoch()
+    agent.swap_out(first)
     request = stub.submit(PROMPTS[0], GREEDY)
     wait_for_report(agent, 0, 1)
     stub.channel.send(wire.Abort(request))
@@ -341,6 +345,8 @@ def test_cancelling_or_leaving_while_waiting_leaves_nothing_behind(
     other = Stub(agent)
     other.submit(PROMPTS[0], GREEDY)
     wait_for_report(agent, 0, 1)
+    agent.swap_out(later)
+    assert agent.activations[-3:] == [first, first, later], "for each that was the first to wait, and at a new epoch"
     other.channel.close()
     wait_for_report(agent, 0, 0)
 

@@ -41,6 +41,8 @@ class FakeAgent:
         self.rank: Channel[Any]
         self.rank_failure: wire.RankFailed | None = None
         self.reports: list[wire.Report] = []
+        self.activations: list[int] = []
+        """Epochs at which the host asked to be swapped in."""
         self.wanted: list[int] = []
         """Frames of `KvWanted`."""
         self.most_kv = 0
@@ -81,16 +83,18 @@ class FakeAgent:
         return self.receive(wire.HostReady | wire.HostFailed, START_S)
 
     def receive(self, kind: Any, timeout_s: float = 60.0) -> Any:
-        """The next message of the host of this kind; others than Report and KvWanted, which are kept, are wrong."""
+        """The next message of the host of this kind. Report, Activate and KvWanted are kept; others are wrong."""
         while True:
             message = self.host.receive(timeout_s)[0]
             if isinstance(message, wire.Report):
                 self.reports.append(message)
+            if isinstance(message, wire.Activate):
+                self.activations.append(message.epoch)
             if isinstance(message, wire.KvWanted):
                 self.wanted.append(message.frames)
             if isinstance(message, kind):
                 return message
-            assert isinstance(message, wire.Report | wire.KvWanted), message
+            assert isinstance(message, wire.Report | wire.Activate | wire.KvWanted), message
 
     def settle(self) -> None:
         """Take the reports that are on their way, so that the next one tells of what comes now."""

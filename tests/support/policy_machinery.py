@@ -36,8 +36,14 @@ class Machinery:
         self.post(ev.Registered, name, frames, keep_alive_s, ranks)
 
     def report(self, name: str, in_flight: int = 0, waiting: int = 0) -> list[act.Action]:
+        """The host tells its counts, and asks for its model when the first request has to wait."""
+        first = waiting and not self.waiting.get(name)
         self.busy[name], self.waiting[name] = in_flight, waiting
-        return self.post(ev.TrafficReported, name, in_flight, waiting)
+        actions = self.post(ev.TrafficReported, name, in_flight, waiting)
+        return actions + self.ask(name) if first else actions
+
+    def ask(self, name: str) -> list[act.Action]:
+        return self.post(ev.RequestsHeld, name, self.replica(name).epoch)
 
     def tick(self, seconds: float) -> list[act.Action]:
         self.now_s += seconds
@@ -64,6 +70,9 @@ class Machinery:
                 self.post(ev.EngineExited, name, "stopped")
             case act.DropMirror():
                 self.post(ev.MirrorDropped, name)
+            case act.Drain() if action.preempt and self.busy.get(name):
+                self.ask(name)  # what is in flight stands still
+                self.post(ev.Drained, name, action.epoch)
             case act.Drain():
                 if action.wait or not self.busy.get(name):
                     self.busy[name] = 0
@@ -79,6 +88,8 @@ class Machinery:
             case act.SwapIn():
                 self.post(ev.SwappedIn, name, action.epoch)
                 self.report(name, in_flight=self.waiting.get(name, 0))
+            case act.Refuse():
+                self.waiting[name] = 0
 
     def settle(self) -> None:
         """Obey until nothing is open."""

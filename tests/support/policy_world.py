@@ -43,6 +43,8 @@ class FakeEngine:
     gate_open: bool = False
     in_flight: int = 0
     waiting: int = 0
+    epoch: int = 0
+    """Of the last order that its host has taken."""
     order: act.Drain | act.SwapOut | act.SwapIn | act.Resize | act.StopEngine | None = None
     extra: int = 0
     """Frames of each rank beyond its size."""
@@ -163,14 +165,17 @@ class World:
         self.engines[name].waiting = 0
 
     def report(self, name: str) -> None:
-        """The host tells its counts, if they changed."""
+        """The host tells its counts, if they changed; and asks for its model when the first request has to wait."""
         engine, record = self.engines[name], self.records[name]
         now = (engine.in_flight, engine.waiting)
         if now != record.reported:
             if now == (0, 0):
                 record.idle_since_s = self.now_s
+            first = now[1] and not record.reported[1]
             record.reported = now
             self.post(ev.TrafficReported(self.now_s, name, *now))
+            if first:
+                self.post(ev.RequestsHeld(self.now_s, name, engine.epoch))
 
     def ask(self, name: str, rank: int, frames: int) -> None:
         """A rank wants frames; only a starting one that does not wait for others may have some."""
@@ -242,13 +247,22 @@ class World:
         """One step of what its engine was ordered; with `fail` a swap-in is undone; a swap-out returns `part` first."""
         engine = self.engines[name]
         order = engine.order
+        if isinstance(order, act.SwapOut) and engine.epoch != order.epoch:
+            engine.epoch = order.epoch
+            if self.records[name].reported[1] or (engine.frozen and engine.in_flight):
+                self.post(ev.RequestsHeld(self.now_s, name, engine.epoch))  # what it asked for before may be stale
+        elif isinstance(order, act.Drain | act.SwapIn):
+            engine.epoch = order.epoch
         match order:
             case act.StopEngine():
                 self.exit(name, "stopped")
             case act.Drain():
                 engine.gate_open = False
                 if engine.in_flight and order.preempt:
-                    engine.frozen, engine.order = True, None
+                    engine.frozen = True
+                    self.report(name)
+                    self.post(ev.RequestsHeld(self.now_s, name, order.epoch))
+                    engine.order = None
                     self.post(ev.Drained(self.now_s, name, order.epoch))
                     return
                 if engine.in_flight and order.wait:

@@ -10,7 +10,8 @@ type; mapping or unmapping a frame takes "map_s" seconds. Weights hold a pattern
 swaps; KV must arrive as zeros, and grows to "most_kv_frames", a block each; [seconds after the start, frames] in
 "wants" is what it then asks for; of those it uses as many as "uses" says in the same way, which go with a deadline
 only. SIGUSR1 has the host take "hoard" bytes of private memory, SIGUSR2 give them back.
-Told to stop, it "lingers" so many seconds.
+Told to stop, it "lingers" so many seconds. While it is swapped out it holds requests, and sends Activate once for them;
+as many times as "asks" says, if it says so, and with an epoch that is so much older as "stale" says.
 """
 
 from __future__ import annotations
@@ -314,17 +315,45 @@ async def in_all(ranks: list[Any], order: str, arguments: list[tuple[Any, ...]])
     return await asyncio.gather(*calls)
 
 
-async def serve_requests(
-    agent: AsyncChannel[wire.ToHost], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-) -> None:
+class Gate:
+    """Holds requests while the engine is swapped out, and asks for its activation."""
+
+    def __init__(self, agent: AsyncChannel[wire.ToHost], model: dict[str, Any]) -> None:
+        self.agent = agent
+        self.asks, self.stale = model.get("asks", 1), model.get("stale", 0)
+        self.opened = asyncio.Event()
+        self.opened.set()
+        self.epoch = self.running = self.held = 0
+
+    def report(self) -> None:
+        self.agent.send(wire.Report(self.running, self.held, 0))
+
+    async def enter(self) -> None:
+        if not self.opened.is_set():
+            self.held += 1
+            self.report()
+            for _ in range(self.asks if self.held == 1 else 0):
+                self.agent.send(wire.Activate(self.epoch - self.stale))
+            await self.opened.wait()
+            self.held -= 1
+        self.running += 1
+        self.report()
+
+    def leave(self) -> None:
+        self.running -= 1
+        self.report()
+
+
+async def serve_requests(gate: Gate, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Answer each prompt, a number of seconds, with itself after that time."""
     channel = AsyncChannel(reader, writer, wire.StubToEngine, DATA_LIMIT_BYTES)
     running: dict[int, asyncio.Task[None]] = {}
 
     async def answer(submit: wire.Submit) -> None:
+        await gate.enter()
         await asyncio.sleep(float(submit.prompt))
         del running[submit.id]
-        agent.send(wire.Report(len(running), 0, 0))
+        gate.leave()
         sequence = wire.Sequence(submit.prompt, "stop", 1)
         channel.send(wire.Step([wire.Output(submit.id, [sequence], 1, finished=True)]))
 
@@ -333,7 +362,6 @@ async def serve_requests(
             message = await channel.receive()
             assert isinstance(message, wire.Submit), message
             running[message.id] = asyncio.create_task(answer(message))
-            agent.send(wire.Report(len(running), 0, 0))
 
 
 async def main() -> None:
@@ -359,8 +387,9 @@ async def main() -> None:
     ranks = await start_ranks(welcome, options.replica, options.token, model)
     if "garbage" in faults:
         agent._writer.write(b"\xff\xff\xff\xff")
+    gate = Gate(agent, model)
     server = await asyncio.start_unix_server(
-        lambda reader, writer: serve_requests(agent, reader, writer), sock=listen(Path(welcome.engine_socket))
+        lambda reader, writer: serve_requests(gate, reader, writer), sock=listen(Path(welcome.engine_socket))
     )
     print("limits at first:", welcome.max_queue, welcome.queue_timeout_s, flush=True)
     least, most = model.get("kv_frames", 0), model.get("most_kv_frames", 0)
@@ -375,16 +404,22 @@ async def main() -> None:
         match message:
             case wire.Drain():
                 busy = model.get("busy", False) and not message.wait
+                if not busy:
+                    gate.opened.clear()
+                    gate.epoch = message.epoch
                 agent.send(wire.DrainRefused(message.epoch) if busy else wire.Drained(message.epoch))
             case wire.SwapOut():
+                gate.epoch = message.epoch
                 keeps = message.keep or [[{}] for _ in ranks]
                 await in_all(ranks, "swap_out", [(message.epoch, steps) for steps in keeps])
                 agent.send(wire.SwappedOut(message.epoch))
             case wire.SwapIn():
-                epoch = message.epoch
+                epoch = gate.epoch = message.epoch
                 undone = await in_all(ranks, "swap_in", [(epoch,) for _ in ranks])
                 assert all(undone) or not any(undone), undone
                 agent.send(wire.SwapInFailed(epoch, undone[0]) if undone[0] else wire.SwappedIn(epoch))
+                if not undone[0]:
+                    gate.opened.set()
             case wire.GrowKv():
                 undone = await in_all(ranks, "grow_kv", [(message.epoch, message.frames)] * len(ranks))
                 assert all(undone) or not any(undone), undone

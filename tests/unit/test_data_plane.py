@@ -54,7 +54,8 @@ class Setup:
     def __init__(self, path: Path) -> None:
         self.changes: list[tuple[int, int]] = []
         self.engine = ScriptedEngine()
-        self.gate = Gate("m/1#0", 8, 60.0, lambda: self.changes.append((self.gate.in_flight, self.gate.waiting)))
+        changed = lambda: self.changes.append((self.gate.in_flight, self.gate.waiting))  # noqa: E731
+        self.gate = Gate("m/1#0", 8, 60.0, changed, lambda: None)
         self.plane = DataPlane(self.engine, self.gate, self.parse, stall_timeout_s=0.2)
         self.path = path
 

@@ -13,7 +13,15 @@ class Watched(Gate):
 
     def __init__(self, max_queue: int = 8, queue_timeout_s: float = 60.0) -> None:
         self.seen: list[tuple[int, int]] = []
-        super().__init__("m/1#0", max_queue, queue_timeout_s, lambda: self.seen.append((self.in_flight, self.waiting)))
+        self.asked: list[int] = []
+        """How many changes had been told whenever it asked for activation."""
+        super().__init__(
+            "m/1#0",
+            max_queue,
+            queue_timeout_s,
+            lambda: self.seen.append((self.in_flight, self.waiting)),
+            lambda: self.asked.append(len(self.seen)),
+        )
 
 
 async def waiters(gate: Gate, count: int) -> list[asyncio.Task[None]]:
@@ -147,3 +155,50 @@ async def test_refusing_all_closes_for_good() -> None:
     with pytest.raises(TritonSwapError, match="the swap agent is gone"):
         await gate.enter()
     assert gate.in_flight == 1
+
+
+async def test_activation_is_asked_for_once_for_all_that_wait_after_the_first_was_counted() -> None:
+    gate = Watched()
+    gate.open()
+    await gate.enter()
+    assert gate.asked == [], "who goes straight in asks for nothing"
+    gate.close()
+    tasks = await waiters(gate, 3)
+    assert gate.seen[-3:] == [(1, 1), (1, 2), (1, 3)]
+    assert gate.asked == [gate.seen.index((1, 1)) + 1], "once, after the first one was told"
+    gate.open()
+    await asyncio.gather(*tasks)
+    gate.close()
+    assert len(gate.asked) == 1
+    (later,) = await waiters(gate, 1)
+    assert len(gate.asked) == 2, "what was asked for has been had"
+    later.cancel()
+
+
+@pytest.mark.parametrize("how", ["cancelled", "refused", "expired"])
+async def test_activation_is_asked_for_again_once_nobody_waited_any_more(how: str) -> None:
+    gate = Watched(queue_timeout_s=0.01 if how == "expired" else 60.0)
+    first = await waiters(gate, 2)
+    if how == "cancelled":
+        for task in first:
+            task.cancel()
+    elif how == "refused":
+        gate.refuse_waiting(Unavailable("no"))
+    await asyncio.wait(first)
+    assert gate.waiting == 0 and len(gate.asked) == 1
+    second = await waiters(gate, 2)
+    assert gate.waiting == 2 and len(gate.asked) == 2
+    gate.open()
+    await asyncio.gather(*second, *first, return_exceptions=True)
+
+
+async def test_one_that_comes_while_another_leaves_is_never_forgotten() -> None:
+    gate = Watched()
+    (leaving,) = await waiters(gate, 1)
+    leaving.cancel()
+    waiting = asyncio.create_task(gate.enter())
+    await asyncio.sleep(0)
+    told_none = [number for number, (_, count) in enumerate(gate.seen) if not count]
+    assert gate.waiting == 1 and gate.asked[-1] > max(told_none, default=-1), "after whatever withdrew the request"
+    gate.open()
+    await waiting

@@ -687,8 +687,7 @@ def test_a_lower_priority_gives_way_at_the_end_of_its_turn_and_its_requests_stan
     assert drain == act.Drain(
         "low", machine.replica("low").epoch, False, "preemption", preempt=True, beneficiary="high"
     )
-    machine.open.clear()
-    machine.post(ev.Drained, "low", drain.epoch)
+    machine.obey(drain)
     assert machine.replica("low").activation_wanted, "two requests stand still inside"
     machine.settle()
     assert machine.state("high") is State.RESIDENT
@@ -1092,8 +1091,7 @@ def preempted() -> Machinery:
     machine.report("low", in_flight=1)
     machine.report("high", waiting=1)
     (drain,) = machine.tick(TURN_S)
-    machine.open.clear()
-    machine.post(ev.Drained, "low", drain.epoch)  # type: ignore[attr-defined]
+    machine.obey(drain)
     machine.settle()
     assert (machine.state("low"), machine.state("high")) == (State.SWAPPED, State.RESIDENT)
     assert machine.policy.waiting == ["low"]

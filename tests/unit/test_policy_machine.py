@@ -21,7 +21,16 @@ names = st.sampled_from(NAMES)
 counts = st.integers(1, 3)
 seconds = st.sampled_from([0.05, 0.1, 0.5, 1.0, 2.0, 5.0])
 sizes = st.sampled_from([10, 20, 30, 40, 60, 90])
-ANSWERS = [ev.Drained, ev.DrainRefused, ev.FramesReturned, ev.SwappedOut, ev.SwappedIn, ev.SwapInFailed, ev.Resized]
+ANSWERS = [
+    ev.Drained,
+    ev.DrainRefused,
+    ev.FramesReturned,
+    ev.SwappedOut,
+    ev.SwappedIn,
+    ev.SwapInFailed,
+    ev.Resized,
+    ev.RequestsHeld,
+]
 
 
 @st.composite

@@ -198,6 +198,8 @@ class Driver:
         else:
             model.held_back.append(request)
         self._report(name)
+        if len(model.held_back) == 1:
+            self.post(ev.RequestsHeld(self.now_s, name, self.policy.ledger.replicas[name].epoch))
 
     def _enter(self, request: Request) -> None:
         request.entered_s = self.now_s

@@ -17,9 +17,20 @@ class Gate:
     A request calls `enter` and, if that returned, `leave` exactly once. Cancelling `enter` leaves nothing behind.
     """
 
-    def __init__(self, name: str, max_queue: int, queue_timeout_s: float, on_change: Callable[[], None]) -> None:
-        """Closed at first. `name` stands in errors; `on_change` is called after every change of a count."""
+    def __init__(
+        self,
+        name: str,
+        max_queue: int,
+        queue_timeout_s: float,
+        on_change: Callable[[], None],
+        on_first_waiting: Callable[[], None],
+    ) -> None:
+        """Closed at first. `name` stands in errors; `on_change` is called after every change of a count.
+
+        `on_first_waiting` is called, after that, when a request begins to wait and no other one did.
+        """
         self._name = name
+        self._on_first_waiting = on_first_waiting
         self._max_queue = max_queue
         self._queue_timeout_s = queue_timeout_s
         self._on_change = on_change
@@ -61,8 +72,11 @@ class Gate:
         loop = asyncio.get_running_loop()
         turn: asyncio.Future[None] = loop.create_future()
         deadline = loop.call_later(self._queue_timeout_s, self._expire, turn, self._queue_timeout_s)
+        is_first = not self._waiting
         self._waiting[turn] = None
         self._on_change()
+        if is_first:
+            self._on_first_waiting()
         try:
             await turn
         except asyncio.CancelledError:

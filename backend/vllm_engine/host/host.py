@@ -1,9 +1,10 @@
 """The engine host: one replica's engine, its gate and its data plane, under the orders of the agent.
 
-One decision per message, in `Host._take`:
+A request that has to wait has the agent told once (`Activate`). One decision per message, in `Host._take`:
 1. Drain, wait: close the gate, answer Drained when nobody is inside.  Drain, no wait: refuse if somebody is inside;
    with preempt: answer Drained at once, and whoever is inside stands still while the engine is swapped out.
-2. SwapOut, SwapIn: carried out one at a time; the gate is closed before and open after.
+2. SwapOut, SwapIn: carried out one at a time; the gate is closed before and open after. A SwapOut that comes while
+   requests wait crossed their Activate, which is sent again.
 3. GrowKv, ShrinkKv: as 2, with the gate open.
 4. RefuseWaiting: fail who waits at the gate, and who stands still inside.  QueueLimits: for who comes from now on.
 5. Shutdown, SIGTERM, or the agent gone: refuse the rest, finish what runs (bounded), exit.
@@ -140,7 +141,9 @@ class Host:
         self._replica = replica
         self._welcome = welcome
         self._engine = engine
-        self._gate = Gate(replica, welcome.max_queue, welcome.queue_timeout_s, self._load_changed)
+        self._gate = Gate(
+            replica, welcome.max_queue, welcome.queue_timeout_s, self._load_changed, self._ask_for_activation
+        )
         self._plane = DataPlane(engine, self._gate, partial(parameters, replica, engine.embeds))
         self._order: asyncio.Task[None] | None = None
         self._kv: wire.KvCache | None = None
@@ -148,6 +151,8 @@ class Host:
         self._demand = KvDemand(0, 0)
         self._kv_told = 0
         """Frames of KV cache that the agent was told last."""
+        self._epoch = 0
+        """Of the last order that opens or closes the gate."""
         self._preempted = False
         """What is in flight may stand still while the engine is swapped out."""
         self._reported = wire.Report(0, 0, 0)
@@ -206,10 +211,14 @@ class Host:
                 self._channel.send(wire.DrainRefused(message.epoch))
             case wire.Drain():
                 self._gate.close()
+                self._preempted = message.preempt
+                self._closed_at(message.epoch)
                 self._start(message.epoch, self._drain(message))
             case wire.SwapOut():
+                self._closed_at(message.epoch)
                 self._start(message.epoch, self._swap_out(message))
             case wire.SwapIn():
+                self._epoch = message.epoch
                 self._start(message.epoch, self._swap_in(message.epoch))
             case wire.GrowKv():
                 self._start(message.epoch, self._grow_kv(message))
@@ -239,8 +248,17 @@ class Host:
             log.exception("order of epoch %d", epoch)
             self._channel.send(wire.OrderFailed(epoch, f"{self._replica}: {type(error).__name__}: {error}"))
 
+    def _closed_at(self, epoch: int) -> None:
+        """The gate is closed by the order of this epoch. What was asked for at an earlier one is asked for again."""
+        if epoch != self._epoch:
+            self._epoch = epoch
+            if self._gate.waiting or self._stands_still:
+                self._ask_for_activation()
+
+    def _ask_for_activation(self) -> None:
+        self._channel.send(wire.Activate(self._epoch))
+
     async def _drain(self, order: wire.Drain) -> None:
-        self._preempted = order.preempt
         if not order.preempt:
             await self._gate.idle()
         self._channel.send(wire.Drained(order.epoch))
