@@ -47,6 +47,12 @@ def test_memory_and_ranks(fake_cuda: FakeCuda) -> None:
     assert fake_cuda.used_bytes() == 0
 
 
+@pytest.mark.soak
+def test_ten_thousand_cycles(fake_cuda: FakeCuda) -> None:
+    run_suite(fake_cuda, "-m", "soak", str(TESTS / "agent" / "test_rank_link.py"))
+    assert fake_cuda.used_bytes() == 0
+
+
 def test_the_agent_and_its_deaths(fake_cuda: FakeCuda) -> None:
     fake_cuda.devices = "2x512MiB"
     names = ("swaps", "attach", "failed_swaps", "lost_engines", "kv", "ranks", "killed")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +58,7 @@ def test_all_that_needs_no_kernels_runs(fake_cuda: FakeCuda, tmp_path: Path) -> 
     assert "── handover: done" in done.stdout and "4 frames of 2 MiB by copies / wrong" in done.stdout
 
 
-@pytest.mark.skipif("TRITON_SWAP_SOAK" not in os.environ, reason="slow: `make soak` runs it")
+@pytest.mark.slow
 def test_a_step_that_fails_or_hangs_does_not_stop_the_rest(fake_cuda: FakeCuda, tmp_path: Path) -> None:
     fake_cuda.fail("cuMemHostRegister", 2, 2)
     options = ["--steps", "handover,registration,attribution", "--step-limit", "8"]

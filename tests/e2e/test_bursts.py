@@ -1,10 +1,9 @@
-"""Two models on one device, with requests of 0.3 and limits of 0.7, whose bursts alternate for minutes; `make soak`."""
+"""Two models on one device, with requests of 0.3 and limits of 0.7, whose bursts alternate for minutes."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import shutil
 import time
@@ -57,7 +56,7 @@ def frames_of(pid: int) -> tuple[int, int]:
     return mapped, touched
 
 
-@pytest.mark.skipif("TRITON_SWAP_SOAK" not in os.environ, reason="slow: `make soak` runs it")
+@pytest.mark.slow
 async def test_bursts_alternate_and_neither_model_ever_has_less_than_its_request(tmp_path: Path) -> None:
     with Server(f"cpu:{DEVICE_BYTES >> 20}MiB", repository(tmp_path)) as server:
         async with Client(server.grpc_url, server.http_url) as client:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -33,8 +32,8 @@ EMBEDDING: dict[str, dict[str, Any]] = {
     "decoder": COMMON | {"architectures": ["Qwen3Model"], "model_type": "qwen3", "intermediate_size": 512},
     "encoder, which has no KV cache": BERT,
 }
-QUANTIZED = ("awq", "compressed-tensors", *(["gptq"] if "TRITON_SWAP_SOAK" in os.environ else []))
-"""GPTQ runs on AWQ's kernel, so `make soak` is enough for it."""
+QUANTIZED = ("awq", "compressed-tensors", pytest.param("gptq", marks=pytest.mark.slow))
+"""GPTQ runs on AWQ's kernel."""
 
 
 def check_swaps(

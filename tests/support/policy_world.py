@@ -5,7 +5,7 @@ After every event it is checked that orders and books are what they may be, from
 
 from __future__ import annotations
 
-import copy
+import pickle
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -612,7 +612,7 @@ class World:
 
     def _check_that_nothing_was_missed(self, event: ev.Event) -> None:
         """The policy looks at what an event touches; had it looked at everything, it would have ordered no more."""
-        everything = copy.deepcopy(self.policy)
+        everything = pickle.loads(pickle.dumps(self.policy))  # four times as fast as copy.deepcopy
         everything._actions = []
         everything._serve_queue(set(self.devices), self.now_s)
         # Who is refused because of what this very event decided hears it at the next one, which is on its way.

@@ -1,19 +1,23 @@
-"""Thousands of random histories of everything that may happen to the policy; what must hold is in `policy_world`."""
+"""Random histories of everything that may happen to the policy; what must hold is in `policy_world`."""
 
 from __future__ import annotations
 
-import os
-
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from support.policy_world import World
 
 from swap_agent.policy import events as ev
 from swap_agent.policy.ledger import Device
 from swap_agent.policy.states import State
 
-SOAK = "TRITON_SWAP_SOAK" in os.environ
 NAMES = [f"m{index}" for index in range(6)]
 DEVICES = [Device("cpu:0", 100), Device("cpu:1", 60), Device("cpu:2", 40)]
 
@@ -256,12 +260,25 @@ class Policy(RuleBasedStateMachine):
             self.world.settle()
 
 
-Policy.TestCase.settings = settings(
-    max_examples=1000 if SOAK else 60,
-    stateful_step_count=100 if SOAK else 50,
-    deadline=None,
-    derandomize=not SOAK,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
-)
-TestPolicy = Policy.TestCase
+UNHEALTHY = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+
+
+def test_the_same_few_histories_every_time() -> None:
+    few = settings(
+        max_examples=30,
+        stateful_step_count=50,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=UNHEALTHY,
+    )
+    run_state_machine_as_test(Policy, settings=few)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_other_histories_every_time_many_and_long() -> None:
+    many = settings(
+        max_examples=1000, stateful_step_count=100, deadline=None, database=None, suppress_health_check=UNHEALTHY
+    )
+    run_state_machine_as_test(Policy, settings=many)
