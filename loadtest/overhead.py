@@ -32,7 +32,7 @@ from loadtest.prompts import Prompts
 from loadtest.server import REPOSITORY, Server, ServerFailed
 from loadtest.workload import Answer, Outcome, Round, run
 from swap_agent.wire.framing import DATA_LIMIT_BYTES, AsyncChannel
-from swap_agent.wire.messages import Failed, Output, Step, Submit
+from swap_agent.wire.requests import Failed, Output, Step, Submit
 
 CONCURRENCIES = (1, 16, 64)
 WAYS = ("triton", "our worker", "reference", "unmodified")

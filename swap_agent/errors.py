@@ -17,12 +17,17 @@ TritonSwapError
 
 from __future__ import annotations
 
+from typing import Literal
+
+Code = Literal["INVALID_ARG", "UNAVAILABLE", "NOT_FOUND", "CANCELLED", "UNSUPPORTED", "INTERNAL"]
+"""Error codes; the names are those of Triton's `TRITONSERVER_Error_Code`."""
+
 
 class TritonSwapError(Exception):
     """Base class; the text is one line for a person."""
 
-    code = "INTERNAL"
-    """The wire code (`wire.messages.Code`) of an answer that carries this error."""
+    code: Code = "INTERNAL"
+    """The code of an answer that carries this error."""
 
 
 class InvalidModel(TritonSwapError):
@@ -72,7 +77,7 @@ class AccountingError(TritonSwapError):
 class Refusal(TritonSwapError):
     """Another process of triton-swap refused; `code` and text are its own."""
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: Code, message: str) -> None:
         super().__init__(message)
         self.code = code
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from swap_agent.errors import PeerGone, ProtocolError, Refusal, Unavailable
+from swap_agent.wire.control import Attach, Attached, Detach, Detached, Refused, ToStub
 from swap_agent.wire.framing import AsyncChannel
-from swap_agent.wire.messages import Attach, Attached, Detach, Detached, Refused, ToStub
 from triton_backend.paths import readable
 
 Answer = TypeVar("Answer", Attached, Detached)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from swap_agent.errors import TritonSwapError
-from swap_agent.wire.messages import Output
+from swap_agent.errors import Code, TritonSwapError
+from swap_agent.wire.requests import Output
 from triton_backend.request import EmbedRequest, GenerateRequest
 from triton_backend.response import CANCELLED_TEXT, failure_text
 
@@ -16,7 +16,7 @@ class Reply(Protocol):
     def output(self, request: GenerateRequest | EmbedRequest, output: Output) -> None:
         """Send one response; it ends the request when `output.finished`."""
 
-    def error(self, code: str, text: str) -> None:
+    def error(self, code: Code, text: str) -> None:
         """End the request with an error."""
 
     def is_cancelled(self) -> bool:

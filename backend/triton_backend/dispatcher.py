@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from swap_agent.errors import TritonSwapError, Unavailable
-from swap_agent.wire.messages import Attach
+from swap_agent.wire.control import Attach
 from swap_agent.wire.runtime_dir import AGENT_SOCKET
 from triton_backend.agent_link import AgentLink
 from triton_backend.call import Call

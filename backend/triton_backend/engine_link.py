@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from swap_agent.errors import Refusal, Unavailable
 from swap_agent.wire.framing import DATA_LIMIT_BYTES, AsyncChannel
-from swap_agent.wire.messages import Abort, Failed, Output, Step
+from swap_agent.wire.requests import Abort, Failed, Output, Step
 from triton_backend.call import Call
 from triton_backend.paths import readable
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from swap_agent.errors import InvalidModel
-from swap_agent.wire.messages import Attach
+from swap_agent.wire.control import Attach
 from triton_backend.paths import native
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from swap_agent.wire.messages import Output
+from swap_agent.errors import Code
+from swap_agent.wire.requests import Output
 from triton_backend.request import EmbedRequest, GenerateRequest
 from triton_backend.response import ERROR_TEXT_OUTPUT, output_tensors
 
@@ -27,7 +28,7 @@ class TritonReply:
         tensors = [pb_utils.Tensor(name, array) for name, array in output_tensors(request, output)]
         self._send(pb_utils.InferenceResponse(output_tensors=tensors), output.finished)
 
-    def error(self, code: str, text: str) -> None:
+    def error(self, code: Code, text: str) -> None:
         """End the request with an error."""
         tensor = pb_utils.Tensor("text_output", np.array([ERROR_TEXT_OUTPUT.encode()], dtype=np.object_))
         error = pb_utils.TritonError(text, getattr(pb_utils.TritonError, code))

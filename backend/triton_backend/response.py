@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from swap_agent.wire.messages import Output
+from swap_agent.wire.requests import Output
 
 if TYPE_CHECKING:
     from triton_backend.request import EmbedRequest, GenerateRequest

@@ -40,7 +40,8 @@ from swap_agent.policy.coordinator import Coordinator
 from swap_agent.policy.ledger import Device
 from swap_agent.policy.replica import Replica
 from swap_agent.policy.states import HOLDS_FRAMES, State
-from swap_agent.wire import messages as wire
+from swap_agent.wire import control
+from swap_agent.wire.framing import Message
 
 log = logging.getLogger(__name__)
 
@@ -215,7 +216,7 @@ class Agent:
                 self._activation_of(action.name).set_exception(Unavailable(action.message))
                 del self._activation[action.name]
                 if engine and engine.host:
-                    engine.host.send(wire.RefuseWaiting("UNAVAILABLE", action.message))
+                    engine.host.send(control.RefuseWaiting("UNAVAILABLE", action.message))
             case act.StartEngine():
                 self._start_engine(action.name, action.devices)
             case act.DropMirror():
@@ -236,7 +237,7 @@ class Agent:
             case act.RefuseHostMemory():
                 self._memory_plane.answer_host_memory(action.name, action.message)
             case act.Drain():
-                self._send(engine, wire.Drain(action.epoch, action.wait, action.preempt))
+                self._send(engine, control.Drain(action.epoch, action.wait, action.preempt))
             case act.SwapOut():
                 engine.order = self._spawn(self._swap_out(engine, action.epoch, action.keep_frames))
             case act.SwapIn():
@@ -254,7 +255,7 @@ class Agent:
             self._activation[replica].add_done_callback(lambda future: future.cancelled() or future.exception())
         return self._activation[replica]
 
-    def _send(self, engine: Engine, message: wire.Message) -> None:
+    def _send(self, engine: Engine, message: Message) -> None:
         if engine.host:
             engine.host.send(message)
 
@@ -263,9 +264,9 @@ class Agent:
             self.post(ev.FramesReturned(time.monotonic(), engine.spec.replica, epoch, held))
 
         async def order() -> None:
-            acked = engine.expect(epoch, wire.SwappedOut)
+            acked = engine.expect(epoch, control.SwappedOut)
             keeps = together.plan_keeps(engine.ranks, keep_frames)
-            self._send(engine, wire.SwapOut(epoch, [[dict(keep) for keep in steps] for steps in keeps]))
+            self._send(engine, control.SwapOut(epoch, [[dict(keep) for keep in steps] for steps in keeps]))
             await together.swap_out(engine.ranks, epoch, keeps, returned)
             await asyncio.wait_for(acked, engine.timeouts.ack_s)
             engine.swaps_out += 1
@@ -275,19 +276,19 @@ class Agent:
 
     async def _swap_in(self, engine: Engine, epoch: int, allowance: FrameCredit) -> None:
         async def order() -> None:
-            acked = engine.expect(epoch, wire.SwappedIn)
-            undone = engine.expect(epoch, wire.SwapInFailed)
-            self._send(engine, wire.SwapIn(epoch))
+            acked = engine.expect(epoch, control.SwappedIn)
+            undone = engine.expect(epoch, control.SwapInFailed)
+            self._send(engine, control.SwapIn(epoch))
             try:
                 engine.last_swap_in = await together.swap_in(engine.ranks, epoch, allowance)
             except RolledBack as error:
-                engine.forget(epoch, wire.SwappedIn)
+                engine.forget(epoch, control.SwappedIn)
                 log.error("%s", error)
                 await asyncio.wait_for(undone, engine.timeouts.ack_s)
                 self.post(ev.SwapInFailed(time.monotonic(), engine.spec.replica, epoch, str(error)))
                 return
             await asyncio.wait_for(acked, engine.timeouts.ack_s)
-            engine.forget(epoch, wire.SwapInFailed)
+            engine.forget(epoch, control.SwapInFailed)
             engine.swaps_in += 1
             self.post(ev.SwappedIn(time.monotonic(), engine.spec.replica, epoch))
 
@@ -366,7 +367,7 @@ class Agent:
     def _stop_engine(self, engine: Engine, message: str) -> None:
         engine.stopping = True
         engine.fail(message)
-        self._send(engine, wire.Shutdown(message))
+        self._send(engine, control.Shutdown(message))
         self._spawn(self._kill_later(engine, self._end_within_s if engine.ready else 0.0))
 
     async def _kill_later(self, engine: Engine, delay_s: float) -> None:

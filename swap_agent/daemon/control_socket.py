@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from swap_agent.daemon.engines.engine import Engine
 from swap_agent.errors import PeerGone, ProtocolError, TritonSwapError, Unavailable
 from swap_agent.policy import events as ev
-from swap_agent.wire import messages as wire
+from swap_agent.wire import control
 from swap_agent.wire.framing import AsyncChannel, listen
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-HostChannel = AsyncChannel[wire.FromStub | wire.FromHost]
+HostChannel = AsyncChannel[control.FromStub | control.FromHost]
 
 
 class ControlSocket:
@@ -53,13 +53,13 @@ class ControlSocket:
         self._agent.config.runtime.agent_socket.unlink(missing_ok=True)
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        channel: HostChannel = AsyncChannel(reader, writer, wire.FromStub | wire.FromHost)
+        channel: HostChannel = AsyncChannel(reader, writer, control.FromStub | control.FromHost)
         self._channels.add(channel)
         try:
             if channel.uid != os.getuid():
                 raise ProtocolError(f"user {channel.uid} is not the agent's")
             first = await channel.receive()
-            if isinstance(first, wire.HostHello):
+            if isinstance(first, control.HostHello):
                 await self._converse_with_host(channel, first)
             else:
                 await self._converse_with_stub(channel, first)
@@ -71,14 +71,14 @@ class ControlSocket:
             channel.close()
             self._channels.discard(channel)
 
-    async def _converse_with_host(self, channel: HostChannel, hello: wire.HostHello) -> None:
+    async def _converse_with_host(self, channel: HostChannel, hello: control.HostHello) -> None:
         engine = self._agent.engines.get(hello.replica)
         if engine is None or hello.token != engine.token or engine.host:
             raise ProtocolError(f"no host of the running engine of {hello.replica}")
         engine.host = channel
         engine.queue_limits = limits = self._agent.live_settings.queue_limits(self._agent.specs[hello.replica].settings)
         channel.send(
-            wire.HostWelcome(
+            control.HostWelcome(
                 version_dir=engine.spec.version_dir,
                 model_json=engine.spec.model_json,
                 engine_socket=str(engine.socket),
@@ -92,55 +92,55 @@ class ControlSocket:
             message = await channel.receive()
             now_s, replica = time.monotonic(), hello.replica
             match message:
-                case wire.HostReady():
+                case control.HostReady():
                     engine.ready = True
                     engine.kv = message.kv
                     if message.kv:
                         engine.kv_wanted_frames, engine.kv_blocks = message.kv.frames, message.kv.blocks
                     self._agent.post(ev.EngineReady(now_s, replica))
-                case wire.HostFailed():
+                case control.HostFailed():
                     engine.fail(message.message)
-                case wire.Report():
+                case control.Report():
                     self._agent.post(ev.TrafficReported(now_s, replica, message.in_flight, message.waiting))
-                case wire.Activate():
+                case control.Activate():
                     self._agent.post(ev.RequestsHeld(now_s, replica, message.epoch))
-                case wire.Drained():
+                case control.Drained():
                     self._agent.post(ev.Drained(now_s, replica, message.epoch))
-                case wire.DrainRefused():
+                case control.DrainRefused():
                     self._agent.post(ev.DrainRefused(now_s, replica, message.epoch))
-                case wire.KvWanted():
+                case control.KvWanted():
                     engine.kv_wanted_frames = message.frames
                     if engine.kv:
                         more = message.frames - engine.kv.frames
                         self._agent.post(ev.BurstWanted(now_s, replica, more, engine.kv.ranges))
-                case wire.KvGrown() | wire.KvShrunk():
+                case control.KvGrown() | control.KvShrunk():
                     engine.kv_blocks = message.blocks
                     engine.acknowledged(message.epoch, message)
-                case wire.SwappedOut() | wire.SwappedIn() | wire.SwapInFailed() | wire.KvGrowFailed():
-                    if engine.kv and isinstance(message, wire.SwappedOut):  # it begins anew
+                case control.SwappedOut() | control.SwappedIn() | control.SwapInFailed() | control.KvGrowFailed():
+                    if engine.kv and isinstance(message, control.SwappedOut):  # it begins anew
                         engine.kv_wanted_frames, engine.kv_blocks = engine.kv.frames, engine.kv.blocks
                     engine.acknowledged(message.epoch, message)
-                case wire.OrderFailed():
+                case control.OrderFailed():
                     engine.fail(message.message)
                     self._agent.kill(engine)
                 case _:
                     raise ProtocolError(f"{type(message).__name__} from an engine host")
 
-    async def _converse_with_stub(self, channel: HostChannel, first: wire.FromStub | wire.FromHost) -> None:
+    async def _converse_with_stub(self, channel: HostChannel, first: control.FromStub | control.FromHost) -> None:
         replica = ""
         message = first
         try:
             while True:
-                if isinstance(message, wire.Attach):
+                if isinstance(message, control.Attach):
                     again = bool(replica)
                     replica = f"{message.model}/{message.version}#{message.instance}"
                     self._users.setdefault(replica, set()).add(channel)
                     channel.send(await self._answer_attach(replica, message, again=again))
-                elif isinstance(message, wire.Detach) and replica:
+                elif isinstance(message, control.Detach) and replica:
                     self._users[replica].discard(channel)
                     if not self._users[replica]:
                         await self._agent.unload(replica, purge=False)
-                    channel.send(wire.Detached())
+                    channel.send(control.Detached())
                 else:
                     raise ProtocolError(f"{type(message).__name__} from a Triton stub")
                 message = await channel.receive()
@@ -148,16 +148,18 @@ class ControlSocket:
             if replica:
                 self._users[replica].discard(channel)
 
-    async def _answer_attach(self, replica: str, message: wire.Attach, *, again: bool) -> wire.Attached | wire.Refused:
+    async def _answer_attach(
+        self, replica: str, message: control.Attach, *, again: bool
+    ) -> control.Attached | control.Refused:
         try:
             # A stub that lost its engine gets the current one, even when a newer copy of the model changed the spec.
             if not again or replica not in self._agent.specs:
                 await self._adopt(replica, message)
             engine = await self._running_engine(replica)
         except TritonSwapError as error:
-            return wire.Refused(error.code, str(error))  # type: ignore[arg-type]
+            return control.Refused(error.code, str(error))
         assert engine.process is not None
-        return wire.Attached(replica, str(engine.socket), engine.process.pid)
+        return control.Attached(replica, str(engine.socket), engine.process.pid)
 
     async def _running_engine(self, replica: str) -> Engine:
         """Its engine, RESIDENT; one that ends just now, and of whose end the policy has yet to hear, is replaced.
@@ -175,7 +177,7 @@ class ControlSocket:
             raise Unavailable(f"{replica}: its engine ended right after it was loaded; try again")
         return engine
 
-    async def _adopt(self, replica: str, message: wire.Attach) -> None:
+    async def _adopt(self, replica: str, message: control.Attach) -> None:
         """Make the stub's request the spec of the replica; an engine of another spec ends first."""
         declarations = self._agent.live_settings
         await declarations.refresh()  # Triton may have read a file that changed just now

@@ -23,7 +23,7 @@ from swap_agent.policy import events as ev
 from swap_agent.policy.placement import blocked_by_pins
 from swap_agent.policy.states import State
 from swap_agent.units import format_bytes
-from swap_agent.wire import messages as wire
+from swap_agent.wire import control
 
 if TYPE_CHECKING:
     from swap_agent.daemon.agent import Agent
@@ -104,7 +104,7 @@ class LiveSettings:
 
     # --- stubs --------------------------------------------------------------------------------------------------------
 
-    def read(self, replica: str, message: wire.Attach) -> ModelSpec:
+    def read(self, replica: str, message: control.Attach) -> ModelSpec:
         """What a stub asks for, with the settings that count. Raises InvalidModel."""
         file, known = self._files.get(message.model), self._agent.specs.get(replica)
         if file and file.parameters is not None:
@@ -137,10 +137,10 @@ class LiveSettings:
         """By hand, else by its file."""
         return self._pins.get(spec.model, spec.settings.pinned)
 
-    def queue_limits(self, settings: ModelSettings) -> wire.QueueLimits:
+    def queue_limits(self, settings: ModelSettings) -> control.QueueLimits:
         """The model's own, else the agent's."""
         config = self._agent.config
-        return wire.QueueLimits(
+        return control.QueueLimits(
             config.max_queue if settings.max_queue is None else settings.max_queue,
             config.queue_timeout_s if settings.queue_timeout_s is None else settings.queue_timeout_s,
         )

@@ -25,8 +25,9 @@ from swap_agent.daemon.memory.mirror_store import MirrorStore
 from swap_agent.daemon.memory.rank_space import RankSpace
 from swap_agent.errors import PeerGone, ProtocolError, Unavailable
 from swap_agent.policy import events as ev
-from swap_agent.wire import messages as wire
-from swap_agent.wire.framing import Channel, listen
+from swap_agent.wire import memory
+from swap_agent.wire.framing import Channel, Message, listen
+from swap_agent.wire.regions import Region
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ class RankSocket:
             threading.Thread(target=self._greet, args=(sock,), daemon=True).start()
 
     def _greet(self, sock: socket.socket) -> None:
-        channel: Channel[wire.FromRank] = Channel(sock, wire.FromRank)
+        channel: Channel[memory.FromRank] = Channel(sock, memory.FromRank)
         try:
             hello, _ = channel.receive(self._config.timeouts.hello_s)
             link = self._link(channel, hello)
@@ -108,17 +109,17 @@ class RankSocket:
         else:
             start_serving(link)
 
-    def _link(self, channel: Channel[wire.FromRank], hello: wire.Message) -> RankLink:
+    def _link(self, channel: Channel[memory.FromRank], hello: Message) -> RankLink:
         """Welcome a rank. Raises ProtocolError for a stranger, PeerGone."""
-        engine = self._engines.get(hello.replica) if isinstance(hello, wire.RankHello) else None
-        if channel.uid != os.getuid() or engine is None or not isinstance(hello, wire.RankHello):
+        engine = self._engines.get(hello.replica) if isinstance(hello, memory.RankHello) else None
+        if channel.uid != os.getuid() or engine is None or not isinstance(hello, memory.RankHello):
             raise ProtocolError("no rank of an engine of this agent")
         number = hello.rank
         if hello.token != engine.token or number in engine.connected:
             raise ProtocolError(f"no rank of the running engine of {hello.replica}")
         if hello.world_size != len(engine.pools) or not 0 <= number < hello.world_size:
             message = f"rank {number} of {hello.world_size}; model.json asks for {len(engine.pools)} in all"
-            channel.send(wire.Refused("UNSUPPORTED", message))
+            channel.send(memory.Refused("UNSUPPORTED", message))
             raise ProtocolError(f"{hello.replica}: {message}")
         pool = engine.pools[number]
         device = pool.device
@@ -134,7 +135,7 @@ class RankSocket:
             timeouts=self._config.timeouts,
         )
         settings = engine.spec.settings
-        welcome = wire.RankWelcome(
+        welcome = memory.RankWelcome(
             device.name, device.frame_bytes, settings.request_bytes, capacity_bytes, settings.limit_bytes,
             settings.preserve_kv_bytes // hello.world_size,
         )  # fmt: skip
@@ -147,7 +148,7 @@ class RankSocket:
 
     # --- questions, on a rank's thread --------------------------------------------------------------------------------
 
-    def _want_frames(self, engine: Engine, rank: int, frames: int, region: wire.Region) -> None:
+    def _want_frames(self, engine: Engine, rank: int, frames: int, region: Region) -> None:
         """Wait until the policy grants. Raises Unavailable."""
 
         def ask(answer: Answer) -> ev.Event:

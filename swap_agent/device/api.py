@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from swap_agent.wire.messages import Region
+from swap_agent.wire.regions import Region
 
 Bytes = npt.NDArray[np.uint8]
 """Host memory, shape [bytes]."""

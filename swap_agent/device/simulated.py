@@ -19,7 +19,7 @@ from swap_agent.device.api import IN_BACKGROUND, Bytes, Copied, During, Frame
 from swap_agent.device.copy_priority import Pace
 from swap_agent.device.memfd import HostMemory
 from swap_agent.errors import OutOfDeviceMemory
-from swap_agent.wire.messages import Region
+from swap_agent.wire.regions import Region
 
 FRAME_BYTES = 2 << 20
 """One huge page: a frame is one page-table entry wherever the kernel grants it."""

@@ -18,7 +18,6 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from swap_agent.errors import PeerGone, ProtocolError
-from swap_agent.wire.messages import Message
 
 CONTROL_LIMIT_BYTES = 16 << 20
 """Control and memory plane: the longest message is a manifest of some ten thousand extents."""
@@ -31,6 +30,10 @@ _LENGTH = struct.Struct("!I")
 _PEERCRED = struct.Struct("3i")
 
 T = TypeVar("T")
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Base of all messages; the class name is the tag on the wire."""
 
 
 def encode(message: Message) -> bytes:

@@ -19,7 +19,7 @@ from swap_agent.errors import InvalidUsage
 from swap_agent.policy import events as ev
 from swap_agent.policy.states import State
 from swap_agent.units import format_bytes
-from swap_agent.wire import messages as wire
+from swap_agent.wire import control
 
 pytestmark = pytest.mark.usefixtures("stubs")
 
@@ -60,7 +60,7 @@ async def test_changed_engine_arguments_replace_the_engine(agent: Agent) -> None
     before = await stub.attach()
     newer = await Stub.connect(agent, "a")
     after = await newer.attach(other=1)
-    assert isinstance(before, wire.Attached) and isinstance(after, wire.Attached)
+    assert isinstance(before, control.Attached) and isinstance(after, control.Attached)
     assert before.engine_pid != after.engine_pid and not group_exists(before.engine_pid)
     assert await stub.attach() == after, "the older copy goes on with the newer engine instead of fighting it"
 
@@ -89,10 +89,10 @@ async def test_idle_timer_parks(agent: Agent) -> None:
 )
 async def test_what_cannot_work_is_refused_in_one_line(agent: Agent, options: dict[str, object], words: str) -> None:
     good = await Stub.connect(agent, "good")
-    assert isinstance(await good.attach(frames=6), wire.Attached)
+    assert isinstance(await good.attach(frames=6), control.Attached)
     stub = await Stub.connect(agent, "a")
     answer = await stub.attach(**options)  # type: ignore[arg-type]
-    assert isinstance(answer, wire.Refused) and "\n" not in answer.message
+    assert isinstance(answer, control.Refused) and "\n" not in answer.message
     assert words in answer.message
     assert good.report["state"] == "RESIDENT", "nobody else pays"
 
@@ -105,9 +105,9 @@ async def test_parameters_that_mean_nothing_are_refused_by_name(agent: Agent) ->
         "GPU_MEMORY_REQUST": "did you mean GPU_MEMORY_REQUEST?",
         "KEEPALIVE": "did you mean KEEP_ALIVE?",
     }.items():
-        stub.channel.send(wire.Attach("a", "1", 0, "/nowhere", "{}", {key: "high"}))
+        stub.channel.send(control.Attach("a", "1", 0, "/nowhere", "{}", {key: "high"}))
         answer = await stub.channel.receive()
-        assert isinstance(answer, wire.Refused) and key in answer.message and words in answer.message
+        assert isinstance(answer, control.Refused) and key in answer.message and words in answer.message
 
 
 async def test_malformed_messages_close_only_their_own_connection(agent: Agent) -> None:
@@ -158,5 +158,5 @@ async def test_an_agent_ends_what_a_dead_one_left_behind(tmp_path: Path) -> None
         assert not group_exists(engine_pid)
         assert not list((tmp_path / "engines").glob("*.json"))
         stub = await Stub.connect(new, "a")
-        assert isinstance(await stub.attach(), wire.Attached)
+        assert isinstance(await stub.attach(), control.Attached)
         assert new.replica("a/1#0").state is State.RESIDENT

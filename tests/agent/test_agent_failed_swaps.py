@@ -12,7 +12,7 @@ from support.devices import FRAME_BYTES, break_nth, contents, put
 
 from swap_agent.daemon.agent import Agent
 from swap_agent.errors import Unavailable
-from swap_agent.wire import messages as wire
+from swap_agent.wire import control
 
 pytestmark = pytest.mark.usefixtures("stubs")
 
@@ -62,9 +62,9 @@ async def test_a_start_that_fails_in_the_agent_is_refused_in_words_and_can_be_tr
     stub = await Stub.connect(agent, "a")
     break_nth(monkeypatch, pool.device, what, nth)
     answer = await stub.attach(frames=14)
-    assert isinstance(answer, wire.Refused) and re.search(r"model a/1#0: .*(full|open files)", answer.message)
+    assert isinstance(answer, control.Refused) and re.search(r"model a/1#0: .*(full|open files)", answer.message)
     await until(lambda: stub.report["state"] == "FAILED" and pool.free_frames == 16)
-    assert isinstance(await stub.attach(frames=14), wire.Attached)
+    assert isinstance(await stub.attach(frames=14), control.Attached)
 
 
 @pytest.mark.parametrize("where", ["host memory", "device"])
@@ -91,7 +91,7 @@ async def test_verify_finds_damaged_weights_and_the_next_load_reads_them_anew(tm
             stub.report["failure"]
         )
         again = await stub.attach(frames=14)
-        assert isinstance(again, wire.Attached) and again != attached
+        assert isinstance(again, control.Attached) and again != attached
 
 
 async def test_an_engine_that_cannot_map_is_swapped_as_before_and_tried_again(agent: Agent) -> None:

@@ -17,7 +17,7 @@ from support.devices import FRAME_BYTES
 
 from swap_agent.daemon.config import RuntimeDir
 from swap_agent.errors import PeerGone
-from swap_agent.wire import messages as wire
+from swap_agent.wire import control
 from swap_agent.wire.framing import AsyncChannel
 
 ROUNDS = int(os.environ.get("TRITON_SWAP_TEST_KILLS", "20"))
@@ -37,13 +37,15 @@ async def start(runtime: RuntimeDir) -> asyncio.subprocess.Process:
 
 async def swap_without_end(runtime: RuntimeDir, model: str) -> int:
     """As a Triton that loads and unloads: returns the number of answers, when the agent is gone."""
-    channel: AsyncChannel[wire.ToStub] = await AsyncChannel.connect(str(runtime.agent_socket), wire.ToStub)
+    channel: AsyncChannel[control.ToStub] = await AsyncChannel.connect(str(runtime.agent_socket), control.ToStub)
     content = json.dumps({"weights": 9 * FRAME_BYTES, "state": 64, "kv_frames": 2})
-    attach = wire.Attach(model, "1", 0, f"/nowhere/{model}/1", content, {"GPU_MEMORY_REQUEST": str(12 * FRAME_BYTES)})
+    attach = control.Attach(
+        model, "1", 0, f"/nowhere/{model}/1", content, {"GPU_MEMORY_REQUEST": str(12 * FRAME_BYTES)}
+    )
     answers = 0
     try:
         while True:
-            for question, expected in ((attach, wire.Attached), (wire.Detach(), wire.Detached)):
+            for question, expected in ((attach, control.Attached), (control.Detach(), control.Detached)):
                 channel.send(question)
                 answer = await channel.receive()
                 assert isinstance(answer, expected), answer

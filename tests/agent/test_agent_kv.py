@@ -14,7 +14,7 @@ from swap_agent.daemon.engines import kv_resize
 from swap_agent.daemon.engines.engine import Engine
 from swap_agent.errors import RolledBack
 from swap_agent.policy import coordinator
-from swap_agent.wire import messages as wire
+from swap_agent.wire import control
 
 
 @pytest.fixture
@@ -30,13 +30,13 @@ async def agent(tmp_path: Path) -> AsyncIterator[Agent]:
 
 async def start(agent: Agent, **model: object) -> tuple[Stub, Engine]:
     stub = await Stub.connect(agent, "a")
-    assert isinstance(await stub.attach(frames=6, most_kv_frames=10, **model), wire.Attached)
+    assert isinstance(await stub.attach(frames=6, most_kv_frames=10, **model), control.Attached)
     return stub, agent.engines[stub.replica]
 
 
 async def test_a_kv_cache_grows_shrinks_and_is_as_at_first_after_a_swap(agent: Agent) -> None:
     stub, engine = await start(agent, wants=[[0.0, 5], [0.1, 7]])
-    assert engine.kv == wire.KvCache(2, 10, 2, 10, 1)
+    assert engine.kv == control.KvCache(2, 10, 2, 10, 1)
     await until(lambda: engine.kv_wanted_frames == 7)
     for epoch, frames in ((1_000, 7), (1_001, 12), (1_002, 3)):
         if frames > engine.kv_blocks:
@@ -96,7 +96,7 @@ async def test_two_models_burst_in_turn_and_neither_ever_has_less_than_its_reque
     for number, stub in enumerate(stubs.values()):
         wants = [[0.5 * turn, loud if turn % 2 == number else quiet] for turn in range(2, 8)]
         answer = await stub.attach(frames=5, limit_frames=11, most_kv_frames=8, wants=wants)
-        assert isinstance(answer, wire.Attached)
+        assert isinstance(answer, control.Attached)
     del log[:]
     await until(lambda: sum(held == (11, 5) for held in log) >= 2 and sum(held == (5, 11) for held in log) >= 2)
     assert all(min(held) >= 5 and sum(held) <= 16 for held in log), log
@@ -110,7 +110,7 @@ async def test_a_loan_is_called_back_for_a_model_that_starts(agent: Agent) -> No
     lent, late = await Stub.connect(agent, "lent"), await Stub.connect(agent, "late")
     await lent.attach(frames=5, limit_frames=16, most_kv_frames=13, wants=[[0.0, 13]])
     await until(lambda: pool.held_by("lent/1#0") == 16)
-    assert isinstance(await late.attach(frames=6), wire.Attached)
+    assert isinstance(await late.attach(frames=6), control.Attached)
     assert pool.held_by("lent/1#0") == 10 and lent.report["state"] == late.report["state"] == "RESIDENT"
     await late.detach()
     await until(lambda: pool.held_by("lent/1#0") == 16, timeout_s=5)
@@ -130,7 +130,7 @@ async def test_what_is_in_use_stays_until_it_is_not_or_somebody_waits_for_it(
     assert stub.report["kv"]["blocks"] == 12  # type: ignore[index]
     await until(lambda: pool.held_by("a/1#0") == 12)
     late = await Stub.connect(agent, "late")
-    assert isinstance(await late.attach(frames=6), wire.Attached)
+    assert isinstance(await late.attach(frames=6), control.Attached)
     assert pool.held_by("a/1#0") == 10 and stub.report["state"] == late.report["state"] == "RESIDENT"
     assert agent.accounting_errors == 0
 

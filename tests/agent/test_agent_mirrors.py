@@ -15,7 +15,7 @@ from support.agent_client import Stub, config, until
 from swap_agent.daemon.agent import Agent
 from swap_agent.daemon.api import views
 from swap_agent.device.simulated import FRAME_BYTES
-from swap_agent.wire import messages as wire
+from swap_agent.wire import control
 from swap_agent.wire.framing import AsyncChannel
 
 pytestmark = pytest.mark.usefixtures("stubs")
@@ -30,15 +30,15 @@ class Model(Stub):
         """Attach; what the engine that was started for it says about mirrors."""
         await self.channel.closed()  # a stub that attaches again gets the engine that there is
         path = str(self.agent.config.runtime.agent_socket)
-        self.channel = await AsyncChannel.connect(path, wire.ToStub)
+        self.channel = await AsyncChannel.connect(path, control.ToStub)
         self.replica = f"{self.model}/1#{instance}"
         weights = (frames - 3) * FRAME_BYTES - 100
         content = {"weights": weights, "state": 64, "kv_frames": 2, "fingerprint": "one", **model}
         parameters = {"KEEP_ALIVE": "-1"}
-        attach = wire.Attach(self.model, "1", instance, "/nowhere", json.dumps(content), parameters)
+        attach = control.Attach(self.model, "1", instance, "/nowhere", json.dumps(content), parameters)
         self.channel.send(attach)
         answer = await asyncio.wait_for(self.channel.receive(), 30)
-        assert isinstance(answer, wire.Attached), answer
+        assert isinstance(answer, control.Attached), answer
         self.pid = answer.engine_pid
         said = self.agent.config.runtime.log(self.replica).read_text().splitlines(keepends=True)
         return "".join(line for line in said if not line.startswith(("may have:", "limits at first:")))

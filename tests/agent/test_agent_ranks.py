@@ -25,7 +25,7 @@ from swap_agent.daemon.memory.frame_pool import FramePool
 from swap_agent.daemon.timeouts import Timeouts
 from swap_agent.errors import Unavailable
 from swap_agent.units import format_bytes
-from swap_agent.wire import messages as wire
+from swap_agent.wire import control
 
 FRAMES = (16, 14)
 """Of the two devices."""
@@ -56,13 +56,13 @@ async def pair(agent: Agent, *faults: str, frames: int = 10, kv_frames: int = 2)
     """A model of two ranks, of `frames` frames and one less."""
     stub = await Stub.connect(agent, "pair")
     attached = await stub.attach(frames, kv_frames, tensor_parallel_size=2, faults=faults)
-    assert isinstance(attached, wire.Attached), attached
+    assert isinstance(attached, control.Attached), attached
     return stub
 
 
 async def one(agent: Agent, frames: int = 10) -> Stub:
     stub = await Stub.connect(agent, "one")
-    assert isinstance(await stub.attach(frames), wire.Attached)
+    assert isinstance(await stub.attach(frames), control.Attached)
     return stub
 
 
@@ -153,7 +153,7 @@ async def everything_is_gone(agent: Agent, stub: Stub, attached_pid: object) -> 
     assert all(pool.device.resident_bytes() == 0 for pool in agent.pools.values()), "released, not recycled"
     assert isinstance(attached_pid, int) and not group_exists(attached_pid)
     again = await stub.attach(frames=10, tensor_parallel_size=2)
-    assert isinstance(again, wire.Attached) and again.engine_pid != attached_pid, "the next request starts it again"
+    assert isinstance(again, control.Attached) and again.engine_pid != attached_pid, "the next request starts it again"
 
 
 @pytest.mark.parametrize("fault", ["dies_in_swap_in@1", "dies_when_mapped@1", "no_map_ack@1", "no_map_ack@0"])
@@ -266,6 +266,6 @@ async def test_an_engine_that_ends_during_a_copy_is_cleared_away_after_it(
 async def test_what_cannot_work_is_refused_in_one_line(agent: Agent, options: dict[str, object], words: str) -> None:
     stub = await Stub.connect(agent, "a")
     answer = await stub.attach(**options)  # type: ignore[arg-type]
-    assert isinstance(answer, wire.Refused) and "\n" not in answer.message
+    assert isinstance(answer, control.Refused) and "\n" not in answer.message
     assert words in answer.message
     assert free(agent) == FRAMES

@@ -21,7 +21,7 @@ from swap_agent.cli import remote
 from swap_agent.daemon.agent import Agent
 from swap_agent.daemon.api import server, views
 from swap_agent.device.cuda_driver import call
-from swap_agent.wire import messages as wire
+from swap_agent.wire import control
 
 pytestmark = [
     pytest.mark.usefixtures("stubs"),
@@ -78,7 +78,7 @@ async def start(agent: Agent, model: str, hoard: Hoard, **more: object) -> tuple
     """A model whose baseline has been taken, and the process of its engine."""
     stub = await Stub.connect(agent, model)
     attached = await stub.attach(frames=6, hoard=HOARD, lingers=0.5, **more)
-    assert isinstance(attached, wire.Attached)
+    assert isinstance(attached, control.Attached)
     hoard.has_started(attached.engine_pid)
     await until(lambda: stub.report["residue_at_ready_bytes"] is not None)
     return stub, attached.engine_pid

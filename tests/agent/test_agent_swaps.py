@@ -16,7 +16,7 @@ from support.devices import FRAME_BYTES, NAME
 from swap_agent.cli import remote, terminal
 from swap_agent.daemon.agent import Agent
 from swap_agent.daemon.api import server
-from swap_agent.wire import messages as wire
+from swap_agent.wire import control
 
 pytestmark = pytest.mark.usefixtures("stubs")
 
@@ -24,11 +24,11 @@ pytestmark = pytest.mark.usefixtures("stubs")
 async def test_two_models_take_turns_in_the_same_frames_and_find_every_byte(agent: Agent) -> None:
     a, b = await Stub.connect(agent, "a"), await Stub.connect(agent, "b")
     first = await a.attach(frames=10)
-    assert isinstance(first, wire.Attached)
+    assert isinstance(first, control.Attached)
     device = next(iter(agent.pools.values())).device
     weights_bytes = 7 * FRAME_BYTES - 100
     assert device.device_to_host["weights", "mirror"] == weights_bytes
-    assert isinstance(await b.attach(frames=10, map_s=0.003), wire.Attached)
+    assert isinstance(await b.attach(frames=10, map_s=0.003), control.Attached)
     assert a.report["state"] == "SWAPPED" and a.report["device_bytes"] == 6 * FRAME_BYTES
     mirrors = device.device_to_host["weights", "mirror"]
     for turn in range(5):
@@ -61,7 +61,7 @@ async def test_idle_memory_is_a_cache_to_the_byte(
         sizes = {"a": 100, "b": 80, "c": 60}
         stubs = {name: await Stub.connect(agent, name) for name in sizes}
         for name, frames in sizes.items():
-            assert isinstance(await stubs[name].attach(frames=frames, kv_frames=10), wire.Attached)
+            assert isinstance(await stubs[name].attach(frames=frames, kv_frames=10), control.Attached)
 
         def held() -> dict[str, int]:
             return {name: int(str(stub.report["device_bytes"])) // FRAME_BYTES for name, stub in stubs.items()}
@@ -128,8 +128,8 @@ async def test_host_memory_bounds_mirrors_and_engines_together(tmp_path: Path) -
         first = {}
         for name in ("a", "b"):
             first[name] = await stubs[name].attach(frames=70, kv_frames=0)
-            assert isinstance(first[name], wire.Attached)
-        assert isinstance(await stubs["c"].attach(frames=70, kv_frames=0), wire.Attached)
+            assert isinstance(first[name], control.Attached)
+        assert isinstance(await stubs["c"].attach(frames=70, kv_frames=0), control.Attached)
         states = {name: stubs[name].report["state"] for name in "abc"}
         assert states == {"a": "COLD", "b": "SWAPPED", "c": "RESIDENT"}
         assert stubs["a"].report["mirror_bytes"] == 0 and stubs["a"].report["engine_pid"] is None
@@ -137,12 +137,12 @@ async def test_host_memory_bounds_mirrors_and_engines_together(tmp_path: Path) -
         used = sum(int(str(one["mirror_bytes"])) + int(str(one["private_bytes"])) for one in reports)
         assert 300 << 20 < used < 400 << 20
         again = await stubs["a"].attach(frames=70, kv_frames=0)
-        assert isinstance(again, wire.Attached) and again != first["a"], "a COLD model starts anew when it is wanted"
+        assert isinstance(again, control.Attached) and again != first["a"], "a COLD model starts anew when it is wanted"
         assert stubs["b"].report["state"] == "COLD"
     agent = Agent(config(tmp_path, frames=80, host_memory_bytes=100 << 20))
     async with agent.started():
         refused = await (await Stub.connect(agent, "huge")).attach(frames=70, kv_frames=0)
-        assert isinstance(refused, wire.Refused)
+        assert isinstance(refused, control.Refused)
         words = r"model huge/1#0: it needs 1[0-9.]+ MiB of host memory .*; --host-memory is 100 MiB: raise it"
         assert re.fullmatch(words, refused.message)
 
@@ -156,7 +156,7 @@ async def test_books_that_differ_are_noticed_and_repaired(tmp_path: Path) -> Non
         agent.replica(stub.replica).reserved_frames = 3  # a bug
         await until(lambda: agent.accounting_errors > 0)
         assert agent.accounting_errors == 1 and agent.replica(stub.replica).reserved_frames == 0
-        assert isinstance(await stub.attach(), wire.Attached)
+        assert isinstance(await stub.attach(), control.Attached)
 
 
 async def test_a_swap_in_fills_frames_while_others_are_being_unmapped(

@@ -18,7 +18,7 @@ from swap_agent.models.repository import Look
 from swap_agent.policy import actions as act
 from swap_agent.policy import events as ev
 from swap_agent.units import format_bytes
-from swap_agent.wire import messages as wire
+from swap_agent.wire import control
 
 pytestmark = pytest.mark.usefixtures("stubs")
 
@@ -40,11 +40,11 @@ class World:
         path.with_suffix(".new").rename(path)
         return path
 
-    async def stub(self, model: str, **options: object) -> tuple[Stub, wire.Attached]:
+    async def stub(self, model: str, **options: object) -> tuple[Stub, control.Attached]:
         """Attached with 8 frames, of which the file says what it likes."""
         stub = await Stub.connect(self.agent, model)
         attached = await stub.attach(**options)  # type: ignore[arg-type]
-        assert isinstance(attached, wire.Attached), attached
+        assert isinstance(attached, control.Attached), attached
         return stub, attached
 
 
@@ -259,14 +259,14 @@ async def test_a_raised_request_that_a_pin_makes_impossible_is_said_until_it_is_
 
 async def test_the_gpu_of_an_instance_counts_when_no_devices_are_named(world: World) -> None:
     stub = await Stub.connect(world.agent, "a")
-    stub.channel.send(wire.Attach("a", "1", 0, "/nowhere", "{}", {}, gpu=1))
+    stub.channel.send(control.Attach("a", "1", 0, "/nowhere", "{}", {}, gpu=1))
     answer = await stub.channel.receive()
-    assert isinstance(answer, wire.Refused)
+    assert isinstance(answer, control.Refused)
     assert answer.message == (
         "model a: instance_group's gpus in config.pbtxt names device 1, but this node's devices are 0"
     )
-    stub.channel.send(wire.Attach("a", "1", 0, "/nowhere", '{"weights": 100}', {}, gpu=0))
-    assert isinstance(await asyncio.wait_for(stub.channel.receive(), 30), wire.Attached)
+    stub.channel.send(control.Attach("a", "1", 0, "/nowhere", '{"weights": 100}', {}, gpu=0))
+    assert isinstance(await asyncio.wait_for(stub.channel.receive(), 30), control.Attached)
     assert stub.report["allowed_devices"] == [NAME]
 
 
@@ -331,5 +331,5 @@ async def test_without_a_repository_what_triton_says_is_applied_live(tmp_path: P
         assert await newer.attach(request=frames(9), keep_alive="8m") == attached
         assert (stub.report["request_bytes"], stub.report["keep_alive_s"]) == (9 * FRAME_BYTES, 480)
         refused = await (await Stub.connect(agent, "a")).attach(request=frames(7))
-        assert isinstance(refused, wire.Refused) and "cannot shrink" in refused.message
+        assert isinstance(refused, control.Refused) and "cannot shrink" in refused.message
         assert stub.report["state"] == "RESIDENT"

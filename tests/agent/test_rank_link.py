@@ -20,7 +20,7 @@ from swap_agent.daemon.memory.frame_pool import FramePool
 from swap_agent.daemon.memory.rank_space import RankSpace
 from swap_agent.daemon.timeouts import Timeouts
 from swap_agent.errors import PeerGone, RolledBack, Unavailable
-from swap_agent.wire import messages as wire
+from swap_agent.wire import memory
 from swap_agent.wire.framing import Channel
 
 FRAMES = 6
@@ -37,7 +37,7 @@ class Rank:
         self.failures: list[str] = []
         self.gone = threading.Event()
         self.link = RankLink(
-            Channel(ours, wire.FromRank),
+            Channel(ours, memory.FromRank),
             self.space,
             lambda _: None,
             lambda _: None,
@@ -45,7 +45,7 @@ class Rank:
             self.gone.set,
             timeouts=Timeouts(ack_s=ack_s),
         )
-        self.peer: Channel[wire.ToRank] = Channel(theirs, wire.ToRank)
+        self.peer: Channel[memory.ToRank] = Channel(theirs, memory.ToRank)
         for region, count in (("weights", 2), ("state", 1), ("kv", 1)):
             for frame in self.space.reserve(region, count):  # type: ignore[arg-type]
                 put(frame, 7)
@@ -53,7 +53,7 @@ class Rank:
         self.thread = start_serving(self.link)
 
     def swap_out(self, epoch: int) -> None:
-        self.peer.send(wire.Unmapped(epoch))
+        self.peer.send(memory.Unmapped(epoch))
         self.link.unmapped(epoch)
         self.space.take_back({})
 
@@ -65,7 +65,7 @@ class Rank:
             for fd in fds:
                 os.close(fd)
             frames += len(fds)
-            if not isinstance(message, wire.Grant):
+            if not isinstance(message, memory.Grant):
                 return frames
 
 
@@ -81,8 +81,8 @@ def rank() -> Iterator[Rank]:
 
 
 def test_acks_of_older_epochs_are_ignored(rank: Rank) -> None:
-    rank.peer.send(wire.Unmapped(4))
-    rank.peer.send(wire.Mapped(4))
+    rank.peer.send(memory.Unmapped(4))
+    rank.peer.send(memory.Mapped(4))
     with pytest.raises(Unavailable, match="no Unmapped from rank"):
         rank.link.unmapped(5)
     assert rank.space.device_bytes == 4 * FRAME_BYTES, "frames stay with a rank that may still map them"
@@ -94,11 +94,11 @@ def test_frames_are_filled_and_mapped_before_the_rank_is_told(rank: Rank) -> Non
     rank.swap_out(1)
     with pytest.raises(Unavailable, match="no Mapped from rank"):
         rank.link.prepare(2, FrameCredit(2, 4, 90))
-    rank.peer.send(wire.Unmapped(2))
+    rank.peer.send(memory.Unmapped(2))
     rank.link.refuse(2, "it did not answer")
     rank.link.undo()
     assert rank.receive_grants() == 4
-    rank.peer.send(wire.Mapped(3))
+    rank.peer.send(memory.Mapped(3))
     rank.link.prepare(3, FrameCredit(3, 4, 90))
     first, second = (contents(frame) for frame in rank.space.frames["weights"])
     assert (first == 7).all() and (second[:-10] == 7).all() and not second[-10:].any()
@@ -110,7 +110,7 @@ def test_waiting_for_frames_is_told_apart_from_the_swap_in_itself(rank: Rank) ->
     rank.swap_out(1)
     allowance = FrameCredit(2, 2, 90)
     threading.Timer(0.3, allowance.raise_to, (2, 4)).start()
-    threading.Timer(0.6, rank.peer.send, (wire.Mapped(2),)).start()
+    threading.Timer(0.6, rank.peer.send, (memory.Mapped(2),)).start()
     begin_s = time.monotonic()
     figures = rank.link.prepare(2, allowance)
     assert 0.2 < figures.wait_seconds < 0.5
@@ -120,11 +120,11 @@ def test_waiting_for_frames_is_told_apart_from_the_swap_in_itself(rank: Rank) ->
 
 def test_a_rank_that_cannot_map_says_why_and_is_taken_back(rank: Rank) -> None:
     rank.swap_out(1)
-    rank.peer.send(wire.MapFailed(2, "no addresses"))
+    rank.peer.send(memory.MapFailed(2, "no addresses"))
     with pytest.raises(RolledBack, match="m/1#0 was not swapped in: its engine could not map the frames: no addresses"):
         rank.link.prepare(2, FrameCredit(2, 4, 90))
     assert rank.pool.free_frames == FRAMES - 4, "the rank may map them still"
-    rank.peer.send(wire.Unmapped(2))
+    rank.peer.send(memory.Unmapped(2))
     rank.link.refuse(2, "no addresses")
     rank.link.undo()
     assert rank.pool.free_frames == FRAMES
@@ -148,13 +148,13 @@ def test_no_rank_is_told_before_every_rank_is_filled_and_mapped(both: tuple[Rank
 
 async def _both_or_none(first: Rank, second: Rank) -> None:
     swapping = asyncio.create_task(together.swap_in([first.link, second.link], 2, FrameCredit(2, 4, 90)))
-    first.peer.send(wire.Mapped(2))
+    first.peer.send(memory.Mapped(2))
     with pytest.raises(TimeoutError):
         await asyncio.to_thread(first.receive_grants, 0.5)
-    second.peer.send(wire.Mapped(2))
+    second.peer.send(memory.Mapped(2))
     figures = await asyncio.wait_for(swapping, 5)
     assert figures.bytes == 2 * (2 * FRAME_BYTES - 10 + 100)
-    assert first.peer.receive(5)[0] == wire.Filled(2) and second.receive_grants() == 4
+    assert first.peer.receive(5)[0] == memory.Filled(2) and second.receive_grants() == 4
 
 
 def test_one_rank_that_cannot_takes_all_back(both: tuple[Rank, Rank]) -> None:
@@ -164,14 +164,14 @@ def test_one_rank_that_cannot_takes_all_back(both: tuple[Rank, Rank]) -> None:
 async def _all_back(first: Rank, second: Rank) -> None:
     both = first, second
     swapping = asyncio.create_task(together.swap_in([first.link, second.link], 2, FrameCredit(2, 4, 90)))
-    first.peer.send(wire.Mapped(2))
-    second.peer.send(wire.MapFailed(2, "no addresses"))
+    first.peer.send(memory.Mapped(2))
+    second.peer.send(memory.MapFailed(2, "no addresses"))
     for each in both:
-        while not isinstance(message := (await asyncio.to_thread(each.peer.receive, 5))[0], wire.Refused):
-            assert isinstance(message, wire.Grant)
+        while not isinstance(message := (await asyncio.to_thread(each.peer.receive, 5))[0], memory.Refused):
+            assert isinstance(message, memory.Grant)
         assert message.message.endswith("its engine could not map the frames: no addresses")
         assert not swapping.done() and first.pool.free_frames == FRAMES - 4, "no frame goes before every rank's ack"
-        each.peer.send(wire.Unmapped(2))
+        each.peer.send(memory.Unmapped(2))
     with pytest.raises(RolledBack):
         await asyncio.wait_for(swapping, 5)
     assert [each.pool.free_frames for each in both] == [FRAMES, FRAMES]
@@ -201,31 +201,31 @@ async def _grow_and_shrink(first: Rank, second: Rank) -> None:
     announced: list[int] = []
     growing = asyncio.create_task(together.grow_kv(links, 2, 5, lambda: announced.append(2)))
     message, fds = await asyncio.to_thread(first.peer.receive, 5)
-    assert (message, announced) == (wire.Grant(2, "kv", 1, 2), [2]), "as many as it may have, and not before the host"
+    assert (message, announced) == (memory.Grant(2, "kv", 1, 2), [2]), "as many as it may have, and not before the host"
     assert not any(os.pread(fd, FRAME_BYTES, 0).strip(b"\0") for fd in fds), "a new frame of KV cache is zero"
     for fd in fds:
         os.close(fd)
-    first.peer.send(wire.Mapped(2))
+    first.peer.send(memory.Mapped(2))
     with pytest.raises(TimeoutError):
         await asyncio.to_thread(first.peer.receive, 0.3)
-    second.peer.send(wire.Mapped(2))
+    second.peer.send(memory.Mapped(2))
     await asyncio.wait_for(growing, 5)
-    assert first.peer.receive(5)[0] == wire.Filled(2) and second.receive_grants() == 2
+    assert first.peer.receive(5)[0] == memory.Filled(2) and second.receive_grants() == 2
     assert [each.space.held["kv"] for each in (first, second)] == [3, 3]
     shrinking = asyncio.create_task(together.shrink_kv(links, 3, 2))
-    first.peer.send(wire.Unmapped(3))
+    first.peer.send(memory.Unmapped(3))
     await asyncio.sleep(0.1)
     assert first.space.held["kv"] == 3, "no frame goes before every rank's ack"
-    second.peer.send(wire.Unmapped(3))
+    second.peer.send(memory.Unmapped(3))
     await asyncio.wait_for(shrinking, 5)
     assert [each.space.held["kv"] for each in (first, second)] == [2, 2]
     assert first.space.plan_keep(FRAMES) == {"weights": 2, "state": 1, "kv": 1}, "of what it grew by nothing stays"
     for each in (first, second):
-        each.peer.send(wire.Unmapped(4))
+        each.peer.send(memory.Unmapped(4))
         each.link.unmapped(4)
         each.space.take_back({})
         assert each.pool.free_frames == FRAMES
-        each.peer.send(wire.Mapped(5))
+        each.peer.send(memory.Mapped(5))
         each.link.prepare(5, FrameCredit(5, 9, 90))
         assert each.space.held == {"weights": 2, "state": 1, "kv": 1}
 
@@ -242,13 +242,13 @@ async def _no_growth(first: Rank, second: Rank) -> None:
     assert [each.space.held["kv"] for each in (first, second)] == [1, 1] and first.pool.free_frames == 2
     second.pool.return_frames("another", taken)
     growing = asyncio.create_task(together.grow_kv(links, 3, 3, lambda: None))
-    first.peer.send(wire.Mapped(3))
-    second.peer.send(wire.MapFailed(3, "no addresses"))
+    first.peer.send(memory.Mapped(3))
+    second.peer.send(memory.MapFailed(3, "no addresses"))
     for each in (first, second):
-        while not isinstance((await asyncio.to_thread(each.peer.receive, 5))[0], wire.Refused):
+        while not isinstance((await asyncio.to_thread(each.peer.receive, 5))[0], memory.Refused):
             pass
         assert not growing.done() and first.pool.free_frames == 0, "no frame goes before every rank's ack"
-        each.peer.send(wire.Unmapped(3))
+        each.peer.send(memory.Unmapped(3))
     with pytest.raises(RolledBack, match="could not map more KV cache: no addresses"):
         await asyncio.wait_for(growing, 5)
     assert [each.pool.free_frames for each in (first, second)] == [2, 2]
@@ -287,10 +287,10 @@ def test_many_cycles_leak_no_descriptor_and_no_frame(cycles: int) -> None:
 
 def test_kv_that_is_preserved_comes_back_once(rank: Rank) -> None:
     rank.space.preserve(100)
-    rank.peer.send(wire.KvPreserved([(0, 30, 100)]))
+    rank.peer.send(memory.KvPreserved([(0, 30, 100)]))
     rank.swap_out(1)
     for epoch, preserved in ((2, True), (3, False)):
-        rank.peer.send(wire.Mapped(epoch))
+        rank.peer.send(memory.Mapped(epoch))
         rank.link.prepare(epoch, FrameCredit(epoch, 4, 90))
         rank.link.commit(epoch)
         assert rank.receive_grants() == 4
@@ -300,5 +300,5 @@ def test_kv_that_is_preserved_comes_back_once(rank: Rank) -> None:
 
 
 def test_a_rank_that_preserves_what_it_may_not_is_cut_off(rank: Rank) -> None:
-    rank.peer.send(wire.KvPreserved([(0, 0, 100)]))
+    rank.peer.send(memory.KvPreserved([(0, 0, 100)]))
     assert rank.gone.wait(5)

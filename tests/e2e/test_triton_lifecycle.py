@@ -17,7 +17,7 @@ from support.triton_process import TritonProcess, add_model, children, wait_for
 from tritonclient.utils import InferenceServerException
 
 from swap_agent.cli.supervisor import load_failure
-from swap_agent.wire.messages import Attach, Refused
+from swap_agent.wire.control import Attach, Refused
 
 
 @dataclass

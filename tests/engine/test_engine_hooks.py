@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.tiny_llama import make_tiny_llama
 
-from swap_agent.wire import messages as wire
+from swap_agent.wire import requests
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -54,31 +54,31 @@ def test_structured_outputs_come_as_a_json_string() -> None:
     ]
 
 
-def parameters(embeds: bool, request: wire.Submit | wire.Embed) -> Any:
+def parameters(embeds: bool, request: requests.Submit | requests.Embed) -> Any:
     from vllm_engine.adapter.requests import parameters
 
     return parameters("tiny/1#0", embeds, request)
 
 
 def test_pooling_parameters() -> None:
-    params = parameters(True, wire.Embed(1, "hi", '{"dimensions": ["64"], "use_activation": "false"}'))
+    params = parameters(True, requests.Embed(1, "hi", '{"dimensions": ["64"], "use_activation": "false"}'))
     assert (params.task, params.dimensions, params.use_activation) == ("embed", 64, False)
-    assert parameters(True, wire.Embed(1, "hi", '{"dimensions": 32}')).dimensions == 32
-    assert parameters(True, wire.Embed(1, "hi", "")).dimensions is None
+    assert parameters(True, requests.Embed(1, "hi", '{"dimensions": 32}')).dimensions == 32
+    assert parameters(True, requests.Embed(1, "hi", "")).dimensions is None
 
 
 @pytest.mark.parametrize(
     ("embeds", "request_", "says"),
     [
-        (True, wire.Submit(1, "hi", "", False), "Model tiny does not support 'generate' request"),
-        (False, wire.Embed(1, "hi", ""), "Model tiny does not support 'embed' request"),
-        (True, wire.Embed(1, "hi", "[1]"), "pooling_params is not a JSON object"),
-        (True, wire.Embed(1, "hi", '{"dimension": 3}'), 'unknown key "dimension"; did you mean "dimensions"?'),
-        (True, wire.Embed(1, "hi", '{"dimensions": "many"}'), "pooling_params: Expected `int | null`"),
+        (True, requests.Submit(1, "hi", "", False), "Model tiny does not support 'generate' request"),
+        (False, requests.Embed(1, "hi", ""), "Model tiny does not support 'embed' request"),
+        (True, requests.Embed(1, "hi", "[1]"), "pooling_params is not a JSON object"),
+        (True, requests.Embed(1, "hi", '{"dimension": 3}'), 'unknown key "dimension"; did you mean "dimensions"?'),
+        (True, requests.Embed(1, "hi", '{"dimensions": "many"}'), "pooling_params: Expected `int | null`"),
     ],
 )
 def test_a_request_that_does_not_suit_the_model_is_refused(
-    embeds: bool, request_: wire.Submit | wire.Embed, says: str
+    embeds: bool, request_: requests.Submit | requests.Embed, says: str
 ) -> None:
     from swap_agent.errors import TritonSwapError
 

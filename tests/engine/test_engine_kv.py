@@ -15,7 +15,7 @@ import pytest
 from support.engine_agent import FRAME_BYTES, FakeAgent, Stub, frame_addresses
 from support.tiny_llama import make_tiny_llama, prompt
 
-from swap_agent.wire import messages as wire
+from swap_agent.wire import control, requests
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("default")]
 
@@ -38,7 +38,7 @@ IN_FLIGHT = 24
 
 
 @pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[FakeAgent, wire.KvCache]]:
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[FakeAgent, control.KvCache]]:
     pytest.importorskip("vllm")
     weights = make_tiny_llama(tmp_path_factory.mktemp("weights"), hidden=512, layers=LAYERS, tied=True)
     runtime_dir = tmp_path_factory.mktemp("run")
@@ -51,24 +51,24 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[FakeAgen
         ready = agent.start(version_dir, json.dumps({**ARGUMENTS, "model": str(weights)}))
         if "the KV cache keeps its size: this vLLM" in agent.log.read_text():
             pytest.skip("as 0.26 does")
-        assert isinstance(ready, wire.HostReady) and ready.kv, agent.rank_failure or agent.log.read_text()[-4000:]
+        assert isinstance(ready, control.HostReady) and ready.kv, agent.rank_failure or agent.log.read_text()[-4000:]
         yield agent, ready.kv
     finally:
         agent.close()
 
 
 @pytest.fixture(scope="module")
-def agent(started: tuple[FakeAgent, wire.KvCache]) -> FakeAgent:
+def agent(started: tuple[FakeAgent, control.KvCache]) -> FakeAgent:
     return started[0]
 
 
 @pytest.fixture(scope="module")
-def kv(started: tuple[FakeAgent, wire.KvCache]) -> wire.KvCache:
+def kv(started: tuple[FakeAgent, control.KvCache]) -> control.KvCache:
     return started[1]
 
 
 @pytest.fixture
-def stub(agent: FakeAgent, kv: wire.KvCache) -> Iterator[Stub]:
+def stub(agent: FakeAgent, kv: control.KvCache) -> Iterator[Stub]:
     """A client whose requests end with the test; then the KV cache is as at the start."""
     stub = Stub(agent)
     yield stub
@@ -99,7 +99,7 @@ def epoch(agent: FakeAgent) -> Callable[[], int]:
 
 
 def text(items: list[Any]) -> str:
-    assert isinstance(items[-1], wire.Output), items
+    assert isinstance(items[-1], requests.Output), items
     return "".join(item.sequences[0].text for item in items)
 
 
@@ -113,7 +113,7 @@ def answers(stub: Stub, numbers: list[int]) -> list[str]:
 
 
 def test_the_engine_starts_with_one_sequence_and_addresses_up_to_its_limit(
-    agent: FakeAgent, kv: wire.KvCache, alone: list[str]
+    agent: FakeAgent, kv: control.KvCache, alone: list[str]
 ) -> None:
     assert kv.ranges == LAYERS, "vLLM on CPU has layers outermost"
     fixed = agent.sizes["weights"] + agent.sizes["state"]
@@ -127,23 +127,23 @@ def test_the_engine_starts_with_one_sequence_and_addresses_up_to_its_limit(
 
 
 def test_the_engine_asks_for_what_its_requests_would_use(
-    agent: FakeAgent, kv: wire.KvCache, stub: Stub, alone: list[str], epoch: Callable[[], int]
+    agent: FakeAgent, kv: control.KvCache, stub: Stub, alone: list[str], epoch: Callable[[], int]
 ) -> None:
     assert agent.wanted == [], "one request after the other needs no more than there is"
     numbers = [stub.submit(each, LONG) for each in PROMPTS]
-    wanted = agent.receive(wire.KvWanted, 20).frames
+    wanted = agent.receive(control.KvWanted, 20).frames
     assert wanted * FRAME_BYTES >= len(PROMPTS) * 264 // BLOCK_TOKENS * BLOCK_BYTES > kv.frames * FRAME_BYTES
     agent.grow_kv(epoch(), wanted)
     assert all(text.startswith(first) for text, first in zip(answers(stub, numbers), alone, strict=True))
     begin = time.monotonic()
-    while agent.receive(wire.KvWanted, 30).frames != kv.frames:
+    while agent.receive(control.KvWanted, 30).frames != kv.frames:
         pass
     assert 9 < time.monotonic() - begin < 25, "not at once: the next requests may be near"
     assert agent.shrink_kv(epoch(), kv.frames).preempted == 0
 
 
 def test_frames_come_and_go_under_requests_whose_answers_stay(
-    agent: FakeAgent, kv: wire.KvCache, stub: Stub, alone: list[str], epoch: Callable[[], int]
+    agent: FakeAgent, kv: control.KvCache, stub: Stub, alone: list[str], epoch: Callable[[], int]
 ) -> None:
     random.seed(0)
     cycle, preempted, took = 0, 0, []
@@ -170,13 +170,13 @@ def test_frames_come_and_go_under_requests_whose_answers_stay(
 
 
 def test_who_is_in_the_way_has_until_the_deadline(
-    agent: FakeAgent, kv: wire.KvCache, stub: Stub, alone: list[str], epoch: Callable[[], int]
+    agent: FakeAgent, kv: control.KvCache, stub: Stub, alone: list[str], epoch: Callable[[], int]
 ) -> None:
     agent.grow_kv(epoch(), kv.frames + 40)
     numbers = [stub.submit(each, GREEDY) for each in PROMPTS]
     time.sleep(0.2)
     shrunk = agent.shrink_kv(epoch(), kv.frames, deadline_s=60)
-    assert shrunk == wire.KvShrunk(agent.epoch, kv.frames, kv.blocks, 0), "they were let finish"
+    assert shrunk == control.KvShrunk(agent.epoch, kv.frames, kv.blocks, 0), "they were let finish"
     assert answers(stub, numbers) == alone
 
     agent.grow_kv(epoch(), kv.frames + 40)
@@ -191,7 +191,7 @@ def test_who_is_in_the_way_has_until_the_deadline(
 
 
 def test_what_nobody_waits_for_goes_as_requests_leave_it(
-    agent: FakeAgent, kv: wire.KvCache, stub: Stub, alone: list[str], epoch: Callable[[], int]
+    agent: FakeAgent, kv: control.KvCache, stub: Stub, alone: list[str], epoch: Callable[[], int]
 ) -> None:
     """A request that came while others filled the rest holds blocks at the top; who comes later gets lower ones."""
     agent.grow_kv(epoch(), kv.frames + 40)
@@ -210,22 +210,24 @@ def test_what_nobody_waits_for_goes_as_requests_leave_it(
     text(list(stub.items(late, 120)))
     numbers = [stub.submit(PROMPTS[0], GREEDY)]
     time.sleep(0.1)
-    assert agent.shrink_kv(epoch(), kv.frames, deadline_s=None) == wire.KvShrunk(agent.epoch, kv.frames, kv.blocks, 0)
+    assert agent.shrink_kv(epoch(), kv.frames, deadline_s=None) == control.KvShrunk(
+        agent.epoch, kv.frames, kv.blocks, 0
+    )
     assert answers(stub, numbers) == alone[:1]
 
 
 def test_growth_that_is_taken_back_leaves_all_as_it_was(
-    agent: FakeAgent, kv: wire.KvCache, stub: Stub, alone: list[str], epoch: Callable[[], int]
+    agent: FakeAgent, kv: control.KvCache, stub: Stub, alone: list[str], epoch: Callable[[], int]
 ) -> None:
     numbers = [stub.submit(each, GREEDY) for each in PROMPTS]
     time.sleep(0.1)
-    assert agent.take_back_growth(epoch(), kv.frames + 8) == wire.KvGrowFailed(agent.epoch, "another rank cannot")
+    assert agent.take_back_growth(epoch(), kv.frames + 8) == control.KvGrowFailed(agent.epoch, "another rank cannot")
     assert kv_mapped(agent) == kv.frames
     assert answers(stub, numbers) == alone
 
 
 def test_a_swap_brings_back_the_kv_cache_of_the_start(
-    agent: FakeAgent, kv: wire.KvCache, stub: Stub, alone: list[str], epoch: Callable[[], int]
+    agent: FakeAgent, kv: control.KvCache, stub: Stub, alone: list[str], epoch: Callable[[], int]
 ) -> None:
     agent.grow_kv(epoch(), kv.frames + 12)
     assert answers(stub, [stub.submit(each, GREEDY) for each in PROMPTS]) == alone
@@ -245,7 +247,7 @@ def test_a_swap_brings_back_the_kv_cache_of_the_start(
 
 
 def test_what_was_cached_last_outlives_a_swap(
-    agent: FakeAgent, kv: wire.KvCache, stub: Stub, alone: list[str], epoch: Callable[[], int]
+    agent: FakeAgent, kv: control.KvCache, stub: Stub, alone: list[str], epoch: Callable[[], int]
 ) -> None:
     """That it is used, not computed again, shows when it is spoilt on its way."""
     assert agent.preserved_bytes == PRESERVED_BLOCKS * BLOCK_BYTES
@@ -282,7 +284,7 @@ def test_what_was_cached_last_outlives_a_swap(
 @pytest.mark.timeout(600)
 @pytest.mark.slow
 def test_minutes_of_load_while_frames_come_and_go(
-    agent: FakeAgent, kv: wire.KvCache, stub: Stub, alone: list[str], epoch: Callable[[], int]
+    agent: FakeAgent, kv: control.KvCache, stub: Stub, alone: list[str], epoch: Callable[[], int]
 ) -> None:
     """Every answer is what the engine says when it is asked alone; in the end nothing is in use any more."""
     rng = random.Random(5)
@@ -328,28 +330,28 @@ def test_minutes_of_load_while_frames_come_and_go(
     assert seen["grown"] > 40 and seen["called back"] > 20 and seen["returned"] > 10 and seen["kept"] > 5
     assert seen["preempted"] > 100 and seen["answered"] > 1000
     if len(agent.frames["kv"]) > kv.frames:
-        assert agent.shrink_kv(epoch(), kv.frames, None) == wire.KvShrunk(agent.epoch, kv.frames, kv.blocks, 0)
+        assert agent.shrink_kv(epoch(), kv.frames, None) == control.KvShrunk(agent.epoch, kv.frames, kv.blocks, 0)
     agent.swap_out(epoch())  # which the engine refuses when a block is in use still
     agent.swap_in(epoch())
     assert [text(stub.ask(each, GREEDY)) for each in PROMPTS] == alone
 
 
 def test_an_order_that_does_not_fit_is_refused(
-    agent: FakeAgent, kv: wire.KvCache, stub: Stub, alone: list[str], epoch: Callable[[], int]
+    agent: FakeAgent, kv: control.KvCache, stub: Stub, alone: list[str], epoch: Callable[[], int]
 ) -> None:
     """Last: the agent would end the engine."""
     agent.grow_kv(epoch(), kv.frames + 40)
     numbers = [stub.submit(each, GREEDY) for each in PROMPTS]
     time.sleep(0.2)
     shrinking = epoch()
-    agent.host.send(wire.ShrinkKv(shrinking, kv.frames, 60.0))
-    agent.host.send(wire.GrowKv(epoch(), kv.frames + 41))
-    assert agent.receive(wire.OrderFailed) == wire.OrderFailed(agent.epoch, "tiny/1#0 carries out another order")
-    assert agent.shrunk(shrinking) == wire.KvShrunk(shrinking, kv.frames, kv.blocks, 0)
+    agent.host.send(control.ShrinkKv(shrinking, kv.frames, 60.0))
+    agent.host.send(control.GrowKv(epoch(), kv.frames + 41))
+    assert agent.receive(control.OrderFailed) == control.OrderFailed(agent.epoch, "tiny/1#0 carries out another order")
+    assert agent.shrunk(shrinking) == control.KvShrunk(shrinking, kv.frames, kv.blocks, 0)
     assert answers(stub, numbers) == alone
-    agent.host.send(wire.ShrinkKv(epoch(), kv.frames - 1))
-    failed = agent.receive(wire.OrderFailed)
+    agent.host.send(control.ShrinkKv(epoch(), kv.frames - 1))
+    failed = agent.receive(control.OrderFailed)
     assert f"{kv.frames - 1} frames of KV cache are" in failed.message
     agent.swap_out(epoch())
-    agent.host.send(wire.GrowKv(epoch(), kv.frames + 1))
-    assert "GrowKv for tiny/1#0: it is not resident" in agent.receive(wire.OrderFailed).message
+    agent.host.send(control.GrowKv(epoch(), kv.frames + 1))
+    assert "GrowKv for tiny/1#0: it is not resident" in agent.receive(control.OrderFailed).message

@@ -19,7 +19,7 @@ from support.tiny_llama import make_tiny_llama, prompt
 from swap_agent.daemon.agent import Agent
 from swap_agent.daemon.config import AgentConfig, RuntimeDir
 from swap_agent.units import DeviceSpec
-from swap_agent.wire import messages as wire
+from swap_agent.wire import control, requests
 from swap_agent.wire.framing import AsyncChannel
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("default")]
@@ -49,13 +49,13 @@ class Model:
 
     async def start(self) -> str:
         """Attach, ask, compare with what it said before. Returns the engine's log."""
-        channel: AsyncChannel[wire.ToStub] = await AsyncChannel.connect(
-            str(self.agent.config.runtime.agent_socket), wire.ToStub
+        channel: AsyncChannel[control.ToStub] = await AsyncChannel.connect(
+            str(self.agent.config.runtime.agent_socket), control.ToStub
         )
         arguments = {"model": str(self.weights), "enforce_eager": True, "max_model_len": 512}
-        channel.send(wire.Attach("tiny", "1", 0, "/nowhere", json.dumps(arguments), {"KEEP_ALIVE": "-1"}))
+        channel.send(control.Attach("tiny", "1", 0, "/nowhere", json.dumps(arguments), {"KEEP_ALIVE": "-1"}))
         attached = await channel.receive()
-        assert isinstance(attached, wire.Attached), attached
+        assert isinstance(attached, control.Attached), attached
         self.pid = attached.engine_pid
         self.answers.append(await asyncio.to_thread(self.ask, attached.engine_socket))
         assert self.answers[-1] == self.answers[0]
@@ -66,7 +66,7 @@ class Model:
         stub = Stub(SimpleNamespace(engine_socket=engine_socket))  # type: ignore[arg-type]
         (answer,) = stub.ask(prompt(3), '{"temperature": 0, "max_tokens": 24, "ignore_eos": true}')
         stub.channel.close()
-        assert isinstance(answer, wire.Output), answer
+        assert isinstance(answer, requests.Output), answer
         return answer.sequences
 
     async def kill(self) -> None:

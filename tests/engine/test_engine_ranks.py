@@ -23,7 +23,7 @@ from swap_agent.daemon.config import AgentConfig, RuntimeDir
 from swap_agent.daemon.engines import kv_resize
 from swap_agent.device.simulated import FRAME_BYTES
 from swap_agent.units import DeviceSpec
-from swap_agent.wire import messages as wire
+from swap_agent.wire import control, requests
 from swap_agent.wire.framing import AsyncChannel
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("default")]
@@ -47,12 +47,12 @@ class Model:
 
     async def attach(self, parameters: dict[str, str] | None = None, **arguments: Any) -> None:
         path = str(self.agent.config.runtime.agent_socket)
-        self.control: AsyncChannel[wire.ToStub] = await AsyncChannel.connect(path, wire.ToStub)
+        self.control: AsyncChannel[control.ToStub] = await AsyncChannel.connect(path, control.ToStub)
         declared = {"KEEP_ALIVE": "-1", **(parameters or {})}
-        self.control.send(wire.Attach(self.name, "1", 0, "/", json.dumps({**ARGUMENTS, **arguments}), declared))
+        self.control.send(control.Attach(self.name, "1", 0, "/", json.dumps({**ARGUMENTS, **arguments}), declared))
         attached = await self.control.receive()
         log = self.agent.config.runtime.log(self.replica)
-        assert isinstance(attached, wire.Attached), (attached, log.read_text()[-4000:])
+        assert isinstance(attached, control.Attached), (attached, log.read_text()[-4000:])
         self.data = Stub(SimpleNamespace(engine_socket=attached.engine_socket))  # type: ignore[arg-type]
 
     async def answers(self, prompts: list[str] = PROMPTS, sampling: str = GREEDY) -> list[str]:
@@ -60,8 +60,8 @@ class Model:
         texts = []
         for each in prompts:
             items = await asyncio.to_thread(self.data.ask, each, sampling)
-            assert isinstance(items[-1], wire.Output), items
-            texts.append("".join(item.sequences[0].text for item in items if isinstance(item, wire.Output)))
+            assert isinstance(items[-1], requests.Output), items
+            texts.append("".join(item.sequences[0].text for item in items if isinstance(item, requests.Output)))
         return texts
 
     @property

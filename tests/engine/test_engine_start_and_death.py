@@ -15,7 +15,7 @@ from support.engine_agent import FakeAgent
 from support.tiny_llama import make_tiny_llama
 
 from swap_agent.models.estimate import Size, estimate
-from swap_agent.wire import messages as wire
+from swap_agent.wire import control, memory
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("default")]
 
@@ -75,7 +75,7 @@ def gone_within(session: int, seconds: float) -> bool:
 
 def test_a_value_that_vllm_refuses_is_one_clear_line(start: Start) -> None:
     agent, failed = start({"dtype": "float17"})
-    assert isinstance(failed, wire.HostFailed)
+    assert isinstance(failed, control.HostFailed)
     assert failed.code == "INVALID_ARG"
     assert failed.message.startswith("tiny/1#0: model.json")
     assert "key \"dtype\" is 'float17': Input should be 'auto'" in failed.message
@@ -87,8 +87,8 @@ def test_a_value_that_vllm_refuses_is_one_clear_line(start: Start) -> None:
 def test_a_limit_too_small_is_refused_with_the_sum(start: Start, model: Path) -> None:
     """A request is, too (test_kv_size.py, tests/e2e/test_wrong_models.py)."""
     agent, failed = start({}, limit_bytes=8 << 20)
-    assert isinstance(failed, wire.HostFailed)  # later and less clear than the rank's own words
-    assert agent.rank_failure == wire.RankFailed(
+    assert isinstance(failed, control.HostFailed)  # later and less clear than the rank's own words
+    assert agent.rank_failure == memory.RankFailed(
         "INVALID_ARG",
         "the model needs 12.0 MiB: weights 8.0 MiB + state 2.0 MiB + KV cache of one sequence of max_model_len=512 "
         "tokens 2.0 MiB; GPU_MEMORY_LIMIT is 8.0 MiB: raise it, or lower max_model_len in model.json",
@@ -104,12 +104,12 @@ def test_a_limit_too_small_is_refused_with_the_sum(start: Start, model: Path) ->
 
 def test_the_request_is_used_up_by_the_kv_cache_and_a_killed_host_takes_its_engine_along(start: Start) -> None:
     agent, ready = start({}, request_bytes=33 << 20)
-    assert ready == wire.HostReady(512)
+    assert ready == control.HostReady(512)
     assert sum(agent.sizes.values()) * (2 << 20) == 32 << 20  # whole frames
     assert agent.process is not None
     assert len(processes(agent.process.pid)) >= 3
-    memory = anonymous_bytes(agent.worker_pid)
-    assert memory["Pss_Anon"] < 0.9 * memory["Anonymous"], "EngineCore is a fork, and shares what its host imported"
+    found = anonymous_bytes(agent.worker_pid)
+    assert found["Pss_Anon"] < 0.9 * found["Anonymous"], "EngineCore is a fork, and shares what its host imported"
     os.kill(agent.process.pid, signal.SIGKILL)
     agent.process.wait(10)
     assert gone_within(agent.process.pid, 5)
@@ -134,7 +134,7 @@ def test_an_agent_that_goes_away_during_the_start_takes_the_engine_along(start: 
 
 def test_an_engine_that_dies_while_serving_ends_its_host(start: Start) -> None:
     agent, ready = start({})
-    assert ready == wire.HostReady(512)
+    assert ready == control.HostReady(512)
     os.kill(agent.worker_pid, signal.SIGKILL)
     assert agent.process is not None
     assert agent.process.wait(60) == 1

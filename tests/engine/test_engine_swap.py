@@ -26,7 +26,8 @@ from support.engine_agent import (
 )
 from support.tiny_llama import make_tiny_llama, prompt
 
-from swap_agent.wire import messages as wire
+from swap_agent.wire import control, requests
+from swap_agent.wire.regions import Region
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("default")]
 
@@ -85,7 +86,7 @@ def agent(model: Path, reference: list[str], tmp_path_factory: pytest.TempPathFa
     agent = FakeAgent(runtime_dir, max_queue=4)
     try:
         ready = agent.start(version_dir, json.dumps({**ARGUMENTS, "model": "./weights"}))
-        assert ready == wire.HostReady(512), agent.log.read_text()[-4000:]
+        assert ready == control.HostReady(512), agent.log.read_text()[-4000:]
         yield agent
     finally:
         agent.close()
@@ -110,14 +111,14 @@ def epoch(agent: FakeAgent) -> Callable[[], int]:
 
 
 def text(items: list[Any]) -> str:
-    assert isinstance(items[-1], wire.Output), items
+    assert isinstance(items[-1], requests.Output), items
     return "".join(item.sequences[0].text for item in items)
 
 
-def wait_for_report(agent: FakeAgent, in_flight: int, waiting: int) -> wire.Report:
+def wait_for_report(agent: FakeAgent, in_flight: int, waiting: int) -> control.Report:
     """The next report with these counts. After `swap_out` or `settle` none is left of what was before."""
     while True:
-        report: wire.Report = agent.receive(wire.Report, 20)
+        report: control.Report = agent.receive(control.Report, 20)
         if (report.in_flight, report.waiting) == (in_flight, waiting):
             return report
 
@@ -165,7 +166,7 @@ def test_a_swap_of_a_part_moves_a_part(
     """In steps, and on: what is kept stays mapped where it is and is not written again."""
     addresses = frame_addresses(agent.worker_pid)
     weights, state = agent.sizes["weights"], agent.sizes["state"]
-    keeps: list[dict[wire.Region, int]] = [
+    keeps: list[dict[Region, int]] = [
         {"weights": weights, "state": state, "kv": 3},
         {"weights": weights // 2, "state": state},
         {"weights": 1},
@@ -181,16 +182,16 @@ def test_a_swap_of_a_part_moves_a_part(
 
 @pytest.mark.parametrize("keep", [{}, {"weights": 2, "state": 1}])
 def test_a_swap_in_that_was_taken_back_can_be_tried_again(
-    agent: FakeAgent, stub: Stub, reference: list[str], epoch: Callable[[], int], keep: dict[wire.Region, int]
+    agent: FakeAgent, stub: Stub, reference: list[str], epoch: Callable[[], int], keep: dict[Region, int]
 ) -> None:
     agent.swap_out(epoch(), keep)
     mapped = frame_addresses(agent.worker_pid)
     waiting = stub.submit(PROMPTS[0], GREEDY)
     failed = agent.take_back_swap_in(epoch())
-    assert failed == wire.SwapInFailed(agent.epoch, "the copy failed")
+    assert failed == control.SwapInFailed(agent.epoch, "the copy failed")
     assert frame_addresses(agent.worker_pid) == mapped
-    agent.host.send(wire.RefuseWaiting("UNAVAILABLE", "tiny was not swapped in"))
-    assert list(stub.items(waiting)) == [wire.Failed(waiting, "UNAVAILABLE", "tiny was not swapped in")]
+    agent.host.send(control.RefuseWaiting("UNAVAILABLE", "tiny was not swapped in"))
+    assert list(stub.items(waiting)) == [requests.Failed(waiting, "UNAVAILABLE", "tiny was not swapped in")]
     agent.swap_in(epoch())
     assert [text(stub.ask(each, GREEDY)) for each in PROMPTS] == reference
 
@@ -213,14 +214,16 @@ def test_the_answers_depend_on_the_frames(
 def test_streaming_sends_deltas_one_message_per_step(stub: Stub, reference: list[str]) -> None:
     items = stub.ask(PROMPTS[0], GREEDY, stream=True)
     assert text(items) == reference[0]
-    assert sum(item.sequences[0].num_tokens for item in items if isinstance(item, wire.Output)) == 64
+    assert sum(item.sequences[0].num_tokens for item in items if isinstance(item, requests.Output)) == 64
     assert len(items) > 30
-    assert [item.finished for item in items if isinstance(item, wire.Output)] == [False] * (len(items) - 1) + [True]
+    assert [item.finished for item in items if isinstance(item, requests.Output)] == [False] * (len(items) - 1) + [True]
 
     stub.steps.clear()
-    requests = [stub.submit(prompt(seed), GREEDY, stream=True) for seed in range(8)]
-    for request in requests:
-        assert sum(item.sequences[0].num_tokens for item in stub.items(request) if isinstance(item, wire.Output)) == 64
+    submitted = [stub.submit(prompt(seed), GREEDY, stream=True) for seed in range(8)]
+    for request in submitted:
+        assert (
+            sum(item.sequences[0].num_tokens for item in stub.items(request) if isinstance(item, requests.Output)) == 64
+        )
     # 8 requests of 64 steps; they start within a few steps of one another and share messages from then on.
     assert len(stub.steps) < 3 * 64
 
@@ -228,7 +231,7 @@ def test_streaming_sends_deltas_one_message_per_step(stub: Stub, reference: list
 def test_n_sequences_come_together(stub: Stub) -> None:
     for stream in (False, True):
         items = stub.ask(PROMPTS[0], '{"n": 3, "max_tokens": 5, "temperature": 1, "ignore_eos": true}', stream)
-        outputs = [item for item in items if isinstance(item, wire.Output)]
+        outputs = [item for item in items if isinstance(item, requests.Output)]
         assert all(len(output.sequences) == 3 for output in outputs)
         assert [sum(output.sequences[index].num_tokens for output in outputs) for index in range(3)] == [5] * 3
         assert [sequence.finish_reason for sequence in outputs[-1].sequences] == ["length"] * 3
@@ -243,7 +246,7 @@ def test_many_requests_each_get_their_own_answer(stub: Stub) -> None:
         lengths[stub.submit(prompt(seed, 3 + seed % 5), parameters)] = (wanted, 3 + seed % 5)
     for request, (wanted, given) in lengths.items():
         (output,) = stub.items(request)
-        assert isinstance(output, wire.Output)
+        assert isinstance(output, requests.Output)
         assert (output.sequences[0].num_tokens, output.num_input_tokens) == (wanted, given)
 
 
@@ -260,7 +263,7 @@ def test_bad_requests_name_what_is_wrong_and_the_engine_goes_on(
     stub: Stub, reference: list[str], prompt_text: str, parameters: str, says: str
 ) -> None:
     (failed,) = stub.ask(prompt_text, parameters)
-    assert isinstance(failed, wire.Failed)
+    assert isinstance(failed, requests.Failed)
     assert failed.code == "INVALID_ARG"
     assert says in failed.message
     assert text(stub.ask(PROMPTS[0], GREEDY)) == reference[0]
@@ -271,16 +274,16 @@ def test_a_busy_engine_refuses_to_drain_unless_told_to_wait(
 ) -> None:
     # Many, so that they last for seconds on any machine; one streams, since nobody reads while they are drained.
     sampling = '{"max_tokens": 400, "ignore_eos": true}'
-    requests = [stub.submit(PROMPTS[1], sampling, stream=not number) for number in range(24)]
-    outputs = stub.items(requests[0])
+    submitted = [stub.submit(PROMPTS[1], sampling, stream=not number) for number in range(24)]
+    outputs = stub.items(submitted[0])
     next(outputs)
     number = epoch()
-    agent.host.send(wire.Drain(number, wait=False))
-    assert agent.receive(wire.DrainRefused) == wire.DrainRefused(number)
+    agent.host.send(control.Drain(number, wait=False))
+    assert agent.receive(control.DrainRefused) == control.DrainRefused(number)
     agent.swap_out(epoch())  # waits
-    for each in (outputs, *map(stub.items, requests[1:])):
+    for each in (outputs, *map(stub.items, submitted[1:])):
         *_, last = each
-        assert isinstance(last, wire.Output)
+        assert isinstance(last, requests.Output)
         assert last.finished
     agent.swap_in(epoch())
 
@@ -290,8 +293,8 @@ def test_a_preempted_request_goes_on_where_it_stood(
 ) -> None:
     sampling = '{"temperature": "0", "max_tokens": "300", "ignore_eos": true}'
     whole = text(stub.ask(PROMPTS[0], sampling, stream=True))
-    requests = [stub.submit(PROMPTS[0], sampling, stream=True) for _ in range(3)]
-    streams = [stub.items(request) for request in requests]
+    submitted = [stub.submit(PROMPTS[0], sampling, stream=True) for _ in range(3)]
+    streams = [stub.items(request) for request in submitted]
     begun = [[next(stream) for _ in range(3)] for stream in streams]  # all three are generating
     number = epoch()
     agent.swap_out(number, preempt=True)
@@ -311,23 +314,23 @@ def test_a_request_for_a_swapped_out_model_waits_and_is_answered(
 ) -> None:
     number = epoch()
     agent.swap_out(number)
-    requests = [stub.submit(PROMPTS[index % 3], GREEDY) for index in range(5)]
+    submitted = [stub.submit(PROMPTS[index % 3], GREEDY) for index in range(5)]
     wait_for_report(agent, 0, 4)
-    (overflow,) = stub.items(requests[4])
-    assert overflow == wire.Failed(
-        requests[4],
+    (overflow,) = stub.items(submitted[4])
+    assert overflow == requests.Failed(
+        submitted[4],
         "UNAVAILABLE",
         "tiny/1#0 is swapped out and 4 requests wait for it already, the most allowed: try again later",
     )
-    agent.host.send(wire.QueueLimits(5, 0.1))
+    agent.host.send(control.QueueLimits(5, 0.1))
     time.sleep(0.5)  # another socket than that of requests
     late = stub.submit(PROMPTS[0], GREEDY)
     (expired,) = stub.items(late)
-    assert expired == wire.Failed(late, "UNAVAILABLE", "tiny/1#0 was not swapped in within 0.1 s: try again later")
-    agent.host.send(wire.QueueLimits(4, 60))
+    assert expired == requests.Failed(late, "UNAVAILABLE", "tiny/1#0 was not swapped in within 0.1 s: try again later")
+    agent.host.send(control.QueueLimits(4, 60))
     agent.swap_in(epoch())
     assert agent.activations.count(number) == 1, "for all that wait together"
-    answers = [text(list(stub.items(request))) for request in requests[:4]]
+    answers = [text(list(stub.items(request))) for request in submitted[:4]]
     assert all(len(answer.split()) == 64 for answer in answers)  # run as one batch: other roundings than one by one
     assert text(stub.ask(PROMPTS[0], GREEDY)) == reference[0]
 
@@ -339,7 +342,7 @@ def test_cancelling_or_leaving_while_waiting_leaves_nothing_behind(
     agent.swap_out(first)
     request = stub.submit(PROMPTS[0], GREEDY)
     wait_for_report(agent, 0, 1)
-    stub.channel.send(wire.Abort(request))
+    stub.channel.send(requests.Abort(request))
     wait_for_report(agent, 0, 0)
 
     other = Stub(agent)
@@ -352,8 +355,8 @@ def test_cancelling_or_leaving_while_waiting_leaves_nothing_behind(
 
     request = stub.submit(PROMPTS[0], GREEDY)
     wait_for_report(agent, 0, 1)
-    agent.host.send(wire.RefuseWaiting("UNAVAILABLE", "no room for tiny"))
-    assert list(stub.items(request)) == [wire.Failed(request, "UNAVAILABLE", "no room for tiny")]
+    agent.host.send(control.RefuseWaiting("UNAVAILABLE", "no room for tiny"))
+    assert list(stub.items(request)) == [requests.Failed(request, "UNAVAILABLE", "no room for tiny")]
     wait_for_report(agent, 0, 0)
     agent.swap_in(epoch())
 
@@ -376,8 +379,8 @@ def test_leaving_while_running_aborts_in_the_engine(agent: FakeAgent) -> None:
 
 
 def test_an_order_out_of_turn_fails_in_words(agent: FakeAgent) -> None:
-    agent.host.send(wire.SwapOut(999))
-    failed = agent.receive(wire.OrderFailed)
+    agent.host.send(control.SwapOut(999))
+    failed = agent.receive(control.OrderFailed)
     assert failed.epoch == 999
     assert "SwapOut before Drained" in failed.message
 
@@ -390,9 +393,9 @@ def test_without_its_agent_the_engine_finishes_what_runs_and_ends(agent: FakeAge
     agent.rank.close()
     time.sleep(0.2)
     late = stub.submit(PROMPTS[1], GREEDY)
-    assert sum(item.sequences[0].num_tokens for item in outputs if isinstance(item, wire.Output)) == 479
+    assert sum(item.sequences[0].num_tokens for item in outputs if isinstance(item, requests.Output)) == 479
     (refused,) = stub.items(late)
-    assert isinstance(refused, wire.Failed)
+    assert isinstance(refused, requests.Failed)
     assert refused.code == "UNAVAILABLE"
     assert "the swap agent is gone" in refused.message
     assert agent.process is not None

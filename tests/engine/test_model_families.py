@@ -15,7 +15,8 @@ from support.model_families import COMMON, FAMILIES, make_tiny
 from support.tiny_llama import make_tiny_llama, prompt
 from support.tiny_quantized import quantize
 
-from swap_agent.wire import messages as wire
+from swap_agent.wire import control, requests
+from swap_agent.wire.regions import Region
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("default")]
 
@@ -56,7 +57,7 @@ def check_swaps(
         ready = agent.start(version_dir, json.dumps({**arguments, "model": str(weights)}))
         if agent.rank_failure and "no AVX512-VNNI" in agent.rank_failure.message:
             pytest.skip(agent.rank_failure.message)
-        assert isinstance(ready, wire.HostReady), agent.rank_failure or agent.log.read_text()[-4000:]
+        assert isinstance(ready, control.HostReady), agent.rank_failure or agent.log.read_text()[-4000:]
         assert (ready.max_model_len, bool(ready.kv)) == (512, welcome is not None), agent.log.read_text()[-4000:]
         # All of the model is in frames: as much as its file holds.
         held = sum(extent.bytes for extent in (*agent.weights, *agent.state))
@@ -67,7 +68,7 @@ def check_swaps(
         addresses = frame_addresses(agent.worker_pid)
         epoch = 0
         state = min(1, agent.sizes["state"])
-        keeps: tuple[dict[wire.Region, int], ...] = ({}, {"weights": 1, "state": state}, {})
+        keeps: tuple[dict[Region, int], ...] = ({}, {"weights": 1, "state": state}, {})
         for keep in keeps:
             agent.swap_out(epoch := epoch + 1, keep)
             assert len(frame_addresses(agent.worker_pid)) == sum(keep.values())
@@ -94,7 +95,7 @@ def check_swaps(
 def check_growth(
     agent: FakeAgent,
     stub: Stub,
-    kv: wire.KvCache,
+    kv: control.KvCache,
     answers: Callable[[Stub], list[Any]],
     before: list[Any],
     deadline_s: float,
@@ -178,7 +179,7 @@ def test_embeddings_stay_over_swaps(kind: str, tmp_path: Path) -> None:
             (stub.embed("w5", '{"dimensions": 8}'), "dimensions"),
             (stub.embed(prompt(0, 600)), "512"),
         ]:
-            assert isinstance(answer, wire.Failed) and answer.code == "INVALID_ARG", answer
+            assert isinstance(answer, requests.Failed) and answer.code == "INVALID_ARG", answer
             assert says in answer.message
     finally:
         stub.channel.close()

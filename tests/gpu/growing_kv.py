@@ -27,7 +27,7 @@ from swap_agent.daemon.agent import Agent  # noqa: E402
 from swap_agent.daemon.config import AgentConfig, RuntimeDir  # noqa: E402
 from swap_agent.policy import events as ev  # noqa: E402
 from swap_agent.units import parse_device  # noqa: E402
-from swap_agent.wire import messages as wire  # noqa: E402
+from swap_agent.wire import control, requests  # noqa: E402
 from swap_agent.wire.framing import AsyncChannel  # noqa: E402
 
 GREEDY = '{"temperature": "0", "max_tokens": "24", "ignore_eos": true}'
@@ -41,14 +41,14 @@ PARAMETERS = {
 }
 
 
-async def answers(engine: AsyncChannel[wire.Step]) -> list[str]:
+async def answers(engine: AsyncChannel[requests.Step]) -> list[str]:
     """Of three prompts, asked at once."""
     for number in range(3):
-        engine.send(wire.Submit(number, prompt(number, 200), GREEDY, False))
+        engine.send(requests.Submit(number, prompt(number, 200), GREEDY, False))
     texts: dict[int, str] = {}
     while len(texts) < 3:
         for item in (await engine.receive()).items:
-            assert isinstance(item, wire.Output), item
+            assert isinstance(item, requests.Output), item
             texts[item.id] = item.sequences[0].text
     return [texts[number] for number in range(3)]
 
@@ -70,13 +70,13 @@ async def measure(folder: Path) -> dict[str, Any]:
     model = {"model": str(folder / "weights"), "max_model_len": 512, "block_size": 32, "enforce_eager": True, "seed": 0}
     agent = Agent(AgentConfig(RuntimeDir(folder / "run"), parse_device("cuda:512MiB"), poison=True, verify=True))
     async with agent.started():
-        stub: AsyncChannel[wire.ToStub] = await AsyncChannel.connect(
-            str(agent.config.runtime.agent_socket), wire.ToStub
+        stub: AsyncChannel[control.ToStub] = await AsyncChannel.connect(
+            str(agent.config.runtime.agent_socket), control.ToStub
         )
-        stub.send(wire.Attach("tiny", "1", 0, str(folder), json.dumps(model), PARAMETERS))
+        stub.send(control.Attach("tiny", "1", 0, str(folder), json.dumps(model), PARAMETERS))
         attached = await stub.receive()
-        assert isinstance(attached, wire.Attached), attached
-        engine: AsyncChannel[wire.Step] = await AsyncChannel.connect(attached.engine_socket, wire.EngineToStub)
+        assert isinstance(attached, control.Attached), attached
+        engine: AsyncChannel[requests.Step] = await AsyncChannel.connect(attached.engine_socket, requests.EngineToStub)
         before = await answers(engine)
         same, frames_when_swapped, blocks, resize_s = [], [], [], []
         (pool,) = agent.pools.values()

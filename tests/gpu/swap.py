@@ -31,7 +31,7 @@ from swap_agent.device.cuda import CudaDevice  # noqa: E402
 from swap_agent.device.cuda_driver import call  # noqa: E402
 from swap_agent.device.memfd import HostMemory  # noqa: E402
 from swap_agent.units import parse_device  # noqa: E402
-from swap_agent.wire import messages as wire  # noqa: E402
+from swap_agent.wire import control, requests  # noqa: E402
 from swap_agent.wire.framing import AsyncChannel  # noqa: E402
 
 TURNS = 5
@@ -101,20 +101,20 @@ class Model:
 
     def __init__(self, agent: Agent, name: str, arguments: dict[str, Any]) -> None:
         self.agent, self.name, self.replica, self.arguments = agent, name, f"{name}/1#0", arguments
-        self.engine: AsyncChannel[wire.Step]
+        self.engine: AsyncChannel[requests.Step]
         self.requests = 0
 
     async def start(self) -> float:
         """Seconds of the cold start."""
         started_s = time.monotonic()
         path = str(self.agent.config.runtime.agent_socket)
-        self.stub: AsyncChannel[wire.ToStub] = await AsyncChannel.connect(path, wire.ToStub)
+        self.stub: AsyncChannel[control.ToStub] = await AsyncChannel.connect(path, control.ToStub)
         content = json.dumps(self.arguments)
-        self.stub.send(wire.Attach(self.name, "1", 0, self.arguments["model"], content, {"KEEP_ALIVE": "-1"}))
+        self.stub.send(control.Attach(self.name, "1", 0, self.arguments["model"], content, {"KEEP_ALIVE": "-1"}))
         answer = await self.stub.receive()
-        if not isinstance(answer, wire.Attached):
+        if not isinstance(answer, control.Attached):
             raise SystemExit(f"{self.name}: {answer}")
-        self.engine = await AsyncChannel.connect(answer.engine_socket, wire.EngineToStub)
+        self.engine = await AsyncChannel.connect(answer.engine_socket, requests.EngineToStub)
         return time.monotonic() - started_s
 
     async def ask(self, tokens: int = 32) -> tuple[float, str]:
@@ -122,10 +122,10 @@ class Model:
         self.requests += 1
         parameters = f'{{"temperature": "0", "max_tokens": "{tokens}", "ignore_eos": true}}'
         started_s, first_s, text = time.monotonic(), 0.0, ""
-        self.engine.send(wire.Submit(self.requests, prompt(7, PROMPT_TOKENS), parameters, True))
+        self.engine.send(requests.Submit(self.requests, prompt(7, PROMPT_TOKENS), parameters, True))
         while True:
             for item in (await self.engine.receive()).items:
-                if not isinstance(item, wire.Output):
+                if not isinstance(item, requests.Output):
                     raise SystemExit(f"{self.name}: {item}")
                 first_s = first_s or time.monotonic() - started_s
                 text += item.sequences[0].text

@@ -16,7 +16,7 @@ from swap_agent.daemon.agent import Agent
 from swap_agent.daemon.api import views
 from swap_agent.daemon.config import AgentConfig, RuntimeDir
 from swap_agent.daemon.timeouts import Timeouts
-from swap_agent.wire import messages as wire
+from swap_agent.wire import control
 from swap_agent.wire.framing import AsyncChannel
 
 ENGINE = (sys.executable, str(Path(__file__).with_name("scripted_engine.py")))
@@ -36,7 +36,7 @@ def short(**timeouts: float) -> pytest.MarkDecorator:
 class Stub:
     """A Triton stub's conversation with the agent."""
 
-    def __init__(self, agent: Agent, channel: AsyncChannel[wire.ToStub], model: str) -> None:
+    def __init__(self, agent: Agent, channel: AsyncChannel[control.ToStub], model: str) -> None:
         self.agent, self.channel, self.model = agent, channel, model
         self.replica = f"{model}/1#0"
 
@@ -45,7 +45,7 @@ class Stub:
     @classmethod
     async def connect(cls, agent: Agent, model: str) -> Stub:
         path = str(agent.config.runtime.agent_socket)
-        stub = cls(agent, await AsyncChannel.connect(path, wire.ToStub), model)
+        stub = cls(agent, await AsyncChannel.connect(path, control.ToStub), model)
         cls.open.append(stub)
         return stub
 
@@ -57,7 +57,7 @@ class Stub:
         request: str | None = None,
         limit_frames: int | None = None,
         **model: object,
-    ) -> wire.ToStub:
+    ) -> control.ToStub:
         """Weights and state of `frames` - `kv_frames` frames in all, not quite filling the last of either."""
         weights = (frames - kv_frames - 1) * FRAME_BYTES - 100
         content = json.dumps({"weights": weights, "state": 64, "kv_frames": kv_frames, **model})
@@ -65,12 +65,12 @@ class Stub:
         limit = str(limit_frames * FRAME_BYTES) if limit_frames else ""
         parameters = {"GPU_MEMORY_REQUEST": request, "GPU_MEMORY_LIMIT": limit, "KEEP_ALIVE": keep_alive}
         parameters = {key: value for key, value in parameters.items() if value}
-        self.channel.send(wire.Attach(self.model, "1", 0, f"/nowhere/{self.model}/1", content, parameters))
+        self.channel.send(control.Attach(self.model, "1", 0, f"/nowhere/{self.model}/1", content, parameters))
         return await asyncio.wait_for(self.channel.receive(), 30)
 
     async def detach(self) -> None:
-        self.channel.send(wire.Detach())
-        assert await asyncio.wait_for(self.channel.receive(), 30) == wire.Detached()
+        self.channel.send(control.Detach())
+        assert await asyncio.wait_for(self.channel.receive(), 30) == control.Detached()
 
     @property
     def report(self) -> dict[str, object]:

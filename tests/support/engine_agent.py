@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from swap_agent.errors import PeerGone
-from swap_agent.wire import messages as wire
+from swap_agent.wire import control, memory, requests
 from swap_agent.wire.framing import FDS_PER_MESSAGE, Channel, listen
+from swap_agent.wire.regions import Extent, Region
 
 ROOT = Path(__file__).resolve().parents[2]
 FRAME_BYTES = 2 << 20
@@ -39,27 +40,27 @@ class FakeAgent:
         self.process: subprocess.Popen[bytes] | None = None
         self.host: Channel[Any]
         self.rank: Channel[Any]
-        self.rank_failure: wire.RankFailed | None = None
-        self.reports: list[wire.Report] = []
+        self.rank_failure: memory.RankFailed | None = None
+        self.reports: list[control.Report] = []
         self.activations: list[int] = []
         """Epochs at which the host asked to be swapped in."""
         self.wanted: list[int] = []
         """Frames of `KvWanted`."""
         self.most_kv = 0
-        self.sizes: dict[wire.Region, int] = {}
-        self.weights: list[wire.Extent] = []
-        self.state: list[wire.Extent] = []
-        self.mirror: dict[wire.Region, list[bytes]] = {}
+        self.sizes: dict[Region, int] = {}
+        self.weights: list[Extent] = []
+        self.state: list[Extent] = []
+        self.mirror: dict[Region, list[bytes]] = {}
         self.preserved_bytes = 0
         self.preserved: dict[tuple[int, int, int], bytes] = {}
         """Parts of region `kv` that outlive the swap under way, and what is in them once they are saved."""
-        self.frames: dict[wire.Region, list[int]] = {}
+        self.frames: dict[Region, list[int]] = {}
         self.free: list[int] = []
         self._welcome = welcome
         self._acks: queue.Queue[Any] = queue.Queue()
         self._listeners = {name: listen(runtime_dir / name) for name in ("agent.sock", "ranks.sock")}
 
-    def start(self, version_dir: Path, model_json: str) -> wire.HostReady | wire.HostFailed:
+    def start(self, version_dir: Path, model_json: str) -> control.HostReady | control.HostFailed:
         """Start the host and serve its start-up. Returns how it went."""
         python_path = os.pathsep.join([str(ROOT), str(ROOT / "backend")])
         environment = {**os.environ, "PYTHONPATH": python_path, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -70,8 +71,8 @@ class FakeAgent:
                 env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
         self._listeners["agent.sock"].settimeout(START_S)
-        self.host = Channel(self._listeners["agent.sock"].accept()[0], wire.FromHost)
-        assert self.host.receive(START_S)[0] == wire.HostHello(self.replica, "secret")
+        self.host = Channel(self._listeners["agent.sock"].accept()[0], control.FromHost)
+        assert self.host.receive(START_S)[0] == control.HostHello(self.replica, "secret")
         threading.Thread(target=self._serve_rank, daemon=True).start()
         fields = {
             "version_dir": str(version_dir), "model_json": model_json, "engine_socket": str(self.engine_socket),
@@ -79,37 +80,37 @@ class FakeAgent:
             "drain_timeout_s": 20.0,
         }  # fmt: skip
         overrides = {key: value for key, value in self._welcome.items() if key in fields}
-        self.host.send(wire.HostWelcome(**{**fields, **overrides}))
-        return self.receive(wire.HostReady | wire.HostFailed, START_S)
+        self.host.send(control.HostWelcome(**{**fields, **overrides}))
+        return self.receive(control.HostReady | control.HostFailed, START_S)
 
     def receive(self, kind: Any, timeout_s: float = 60.0) -> Any:
         """The next message of the host of this kind. Report, Activate and KvWanted are kept; others are wrong."""
         while True:
             message = self.host.receive(timeout_s)[0]
-            if isinstance(message, wire.Report):
+            if isinstance(message, control.Report):
                 self.reports.append(message)
-            if isinstance(message, wire.Activate):
+            if isinstance(message, control.Activate):
                 self.activations.append(message.epoch)
-            if isinstance(message, wire.KvWanted):
+            if isinstance(message, control.KvWanted):
                 self.wanted.append(message.frames)
             if isinstance(message, kind):
                 return message
-            assert isinstance(message, wire.Report | wire.Activate | wire.KvWanted), message
+            assert isinstance(message, control.Report | control.Activate | control.KvWanted), message
 
     def settle(self) -> None:
         """Take the reports that are on their way, so that the next one tells of what comes now."""
         with contextlib.suppress(TimeoutError):
             while True:
-                self.receive(wire.Report, 0.2)
+                self.receive(control.Report, 0.2)
 
-    def swap_out(self, epoch: int, keep: dict[wire.Region, int] | None = None, *, preempt: bool = False) -> None:
+    def swap_out(self, epoch: int, keep: dict[Region, int] | None = None, *, preempt: bool = False) -> None:
         """Drain, unmap all frames but `keep`, save the state that goes, poison the frames."""
         keep = keep or {}
-        self.host.send(wire.Drain(epoch, wait=not preempt, preempt=preempt))
-        assert self.receive(wire.Drained) == wire.Drained(epoch)
-        self.host.send(wire.SwapOut(epoch, [[keep]]))
-        assert self._ack() == wire.Unmapped(epoch)
-        assert self.receive(wire.SwappedOut) == wire.SwappedOut(epoch)
+        self.host.send(control.Drain(epoch, wait=not preempt, preempt=preempt))
+        assert self.receive(control.Drained) == control.Drained(epoch)
+        self.host.send(control.SwapOut(epoch, [[keep]]))
+        assert self._ack() == memory.Unmapped(epoch)
+        assert self.receive(control.SwappedOut) == control.SwappedOut(epoch)
         self.mirror["state"] = [_read(frame) for frame in self.frames["state"]]
         for frame, start, size in self.preserved:
             if keep.get("kv", 0) <= frame < len(self.frames["kv"]):
@@ -118,12 +119,12 @@ class FakeAgent:
 
     def swap_in(self, epoch: int) -> None:
         """Grant what is missing, fill it, have the engine resume."""
-        self.host.send(wire.SwapIn(epoch))
+        self.host.send(control.SwapIn(epoch))
         self.free.reverse()
         held = {region: len(frames) for region, frames in self.frames.items()}
         for region, count in self.sizes.items():
             self._grant(epoch, region, count - held[region])
-        assert self._ack() == wire.Mapped(epoch)
+        assert self._ack() == memory.Mapped(epoch)
         for region, frames in self.frames.items():
             contents = self.mirror.get(region, [bytes(FRAME_BYTES)] * len(frames))
             for frame, content in list(zip(frames, contents, strict=True))[held[region] :]:
@@ -132,53 +133,53 @@ class FakeAgent:
             if number >= held["kv"]:
                 os.pwrite(self.frames["kv"][number], content, start)
         self.preserved = {}
-        self.rank.send(wire.Filled(epoch))
-        assert self.receive(wire.SwappedIn) == wire.SwappedIn(epoch)
+        self.rank.send(memory.Filled(epoch))
+        assert self.receive(control.SwappedIn) == control.SwappedIn(epoch)
 
-    def take_back_swap_in(self, epoch: int) -> wire.SwapInFailed:
+    def take_back_swap_in(self, epoch: int) -> control.SwapInFailed:
         """Grant the missing weights, then refuse the rest. Returns what the host says."""
         held = {region: len(frames) for region, frames in self.frames.items()}
-        self.host.send(wire.SwapIn(epoch))
+        self.host.send(control.SwapIn(epoch))
         self._grant(epoch, "weights", self.sizes["weights"] - held["weights"])
-        self.rank.send(wire.Refused("UNAVAILABLE", "the copy failed"))
-        assert self._ack() == wire.Unmapped(epoch)
+        self.rank.send(memory.Refused("UNAVAILABLE", "the copy failed"))
+        assert self._ack() == memory.Unmapped(epoch)
         self._take(held)
-        failed: wire.SwapInFailed = self.receive(wire.SwapInFailed)
+        failed: control.SwapInFailed = self.receive(control.SwapInFailed)
         return failed
 
-    def grow_kv(self, epoch: int, frames: int) -> wire.KvGrown:
+    def grow_kv(self, epoch: int, frames: int) -> control.KvGrown:
         """Grant zeroed frames up to so many, have the engine use them."""
-        self.host.send(wire.GrowKv(epoch, frames))
+        self.host.send(control.GrowKv(epoch, frames))
         self.free.reverse()
         self._grant(epoch, "kv", frames - len(self.frames["kv"]), zero=True)
-        assert self._ack() == wire.Mapped(epoch)
-        self.rank.send(wire.Filled(epoch))
-        grown: wire.KvGrown = self.receive(wire.KvGrown)
+        assert self._ack() == memory.Mapped(epoch)
+        self.rank.send(memory.Filled(epoch))
+        grown: control.KvGrown = self.receive(control.KvGrown)
         assert grown.epoch == epoch
         return grown
 
-    def take_back_growth(self, epoch: int, frames: int) -> wire.KvGrowFailed:
+    def take_back_growth(self, epoch: int, frames: int) -> control.KvGrowFailed:
         """Grant all but one of the frames up to so many, then refuse."""
         held = {region: len(frames) for region, frames in self.frames.items()}
-        self.host.send(wire.GrowKv(epoch, frames))
+        self.host.send(control.GrowKv(epoch, frames))
         self._grant(epoch, "kv", frames - 1 - held["kv"], zero=True)
-        self.rank.send(wire.Refused("UNAVAILABLE", "another rank cannot"))
-        assert self._ack() == wire.Unmapped(epoch)
+        self.rank.send(memory.Refused("UNAVAILABLE", "another rank cannot"))
+        assert self._ack() == memory.Unmapped(epoch)
         self._take(held)
-        failed: wire.KvGrowFailed = self.receive(wire.KvGrowFailed)
+        failed: control.KvGrowFailed = self.receive(control.KvGrowFailed)
         return failed
 
-    def shrink_kv(self, epoch: int, frames: int, deadline_s: float | None = 0.0) -> wire.KvShrunk:
+    def shrink_kv(self, epoch: int, frames: int, deadline_s: float | None = 0.0) -> control.KvShrunk:
         """Have the engine give up all frames of its KV cache but so many, and poison them."""
-        self.host.send(wire.ShrinkKv(epoch, frames, deadline_s))
+        self.host.send(control.ShrinkKv(epoch, frames, deadline_s))
         shrunk = self.shrunk(epoch)
         assert shrunk.frames == frames or (shrunk.frames > frames and deadline_s is None)
         return shrunk
 
-    def shrunk(self, epoch: int) -> wire.KvShrunk:
+    def shrunk(self, epoch: int) -> control.KvShrunk:
         """Take the frames of a shrink that was ordered."""
-        assert self._ack() == wire.Unmapped(epoch)
-        shrunk: wire.KvShrunk = self.receive(wire.KvShrunk)
+        assert self._ack() == memory.Unmapped(epoch)
+        shrunk: control.KvShrunk = self.receive(control.KvShrunk)
         assert shrunk.epoch == epoch
         self._take({region: len(held) if region != "kv" else shrunk.frames for region, held in self.frames.items()})
         return shrunk
@@ -207,7 +208,7 @@ class FakeAgent:
     def _serve_rank(self) -> None:
         self._listeners["ranks.sock"].settimeout(START_S)
         try:
-            self.rank = Channel(self._listeners["ranks.sock"].accept()[0], wire.FromRank)
+            self.rank = Channel(self._listeners["ranks.sock"].accept()[0], memory.FromRank)
             while True:
                 self._answer(self.rank.receive()[0])
         except (PeerGone, OSError):
@@ -215,8 +216,8 @@ class FakeAgent:
 
     def _answer(self, message: Any) -> None:
         match message:
-            case wire.RankHello():
-                assert message == wire.RankHello(self.replica, "secret", 0, 1)
+            case memory.RankHello():
+                assert message == memory.RankHello(self.replica, "secret", 0, 1)
                 fields = {
                     "device": "cpu:0",
                     "frame_bytes": FRAME_BYTES,
@@ -226,27 +227,27 @@ class FakeAgent:
                     "preserve_kv_bytes": 0,
                 }
                 overrides = {key: value for key, value in self._welcome.items() if key in fields}
-                self.rank.send(wire.RankWelcome(**{**fields, **overrides}))
-            case wire.Recall():
-                self.rank.send(wire.Recalled())
-            case wire.Reserve():
+                self.rank.send(memory.RankWelcome(**{**fields, **overrides}))
+            case memory.Recall():
+                self.rank.send(memory.Recalled())
+            case memory.Reserve():
                 self.sizes[message.region] = message.frames
                 if message.region == "kv":
                     self.most_kv = message.most
                     self.preserved_bytes = message.preserved_bytes
                 self._grant(0, message.region, message.frames, zero=True)
-            case wire.Loaded():
+            case memory.Loaded():
                 self.weights, self.state = message.weights, message.state
                 self.mirror["weights"] = [_read(frame) for frame in self.frames["weights"]]
-                self.rank.send(wire.Mirrored(len(self.mirror["weights"]) * FRAME_BYTES))
-            case wire.RankFailed():
+                self.rank.send(memory.Mirrored(len(self.mirror["weights"]) * FRAME_BYTES))
+            case memory.RankFailed():
                 self.rank_failure = message
-            case wire.KvPreserved():
+            case memory.KvPreserved():
                 self.preserved = dict.fromkeys(message.parts, b"")
             case _:
                 self._acks.put(message)
 
-    def _take(self, keep: dict[wire.Region, int]) -> None:
+    def _take(self, keep: dict[Region, int]) -> None:
         for region, frames in self.frames.items():
             for frame in frames[keep.get(region, 0) :]:
                 _write(frame, b"\xff" * FRAME_BYTES)
@@ -256,14 +257,14 @@ class FakeAgent:
     def _ack(self) -> Any:
         return self._acks.get(timeout=60)
 
-    def _grant(self, epoch: int, region: wire.Region, count: int, zero: bool = False) -> None:
+    def _grant(self, epoch: int, region: Region, count: int, zero: bool = False) -> None:
         frames = [self.free.pop() if self.free else _new_frame() for _ in range(count)]
         for frame in frames if zero else ():
             _write(frame, bytes(FRAME_BYTES))
         held = self.frames.setdefault(region, [])
         for start in range(0, count, FDS_PER_MESSAGE):
             batch = frames[start : start + FDS_PER_MESSAGE]
-            self.rank.send(wire.Grant(epoch, region, len(held) + start, len(batch)), batch)
+            self.rank.send(memory.Grant(epoch, region, len(held) + start, len(batch)), batch)
         held += frames
 
 
@@ -271,31 +272,31 @@ class Stub:
     """A client of the data plane, as Triton's stub is one."""
 
     def __init__(self, agent: FakeAgent) -> None:
-        self.channel: Channel[wire.Step] = Channel.connect(str(agent.engine_socket), wire.EngineToStub)
+        self.channel: Channel[requests.Step] = Channel.connect(str(agent.engine_socket), requests.EngineToStub)
         self._next = 0
-        self._pending: list[wire.Output | wire.Failed] = []
-        self.steps: list[wire.Step] = []
+        self._pending: list[requests.Output | requests.Failed] = []
+        self.steps: list[requests.Step] = []
 
     def submit(self, prompt: str, sampling_parameters: str = "", stream: bool = False) -> int:
         """Send a request. Returns its id."""
         self._next += 1
-        self.channel.send(wire.Submit(self._next, prompt, sampling_parameters, stream))
+        self.channel.send(requests.Submit(self._next, prompt, sampling_parameters, stream))
         return self._next
 
-    def embed(self, prompt: str | list[int], pooling_parameters: str = "") -> wire.Output | wire.Failed:
+    def embed(self, prompt: str | list[int], pooling_parameters: str = "") -> requests.Output | requests.Failed:
         """Ask for an embedding and take the answer."""
         self._next += 1
-        self.channel.send(wire.Embed(self._next, prompt, pooling_parameters))
+        self.channel.send(requests.Embed(self._next, prompt, pooling_parameters))
         (answer,) = self.items(self._next)
         return answer
 
-    def items(self, request: int, timeout_s: float = 60.0) -> Iterator[wire.Output | wire.Failed]:
+    def items(self, request: int, timeout_s: float = 60.0) -> Iterator[requests.Output | requests.Failed]:
         """What comes for one request, up to its end; what comes for others is kept."""
         while True:
             for item in [item for item in self._pending if item.id == request]:
                 self._pending.remove(item)
                 yield item
-                if isinstance(item, wire.Failed) or item.finished:
+                if isinstance(item, requests.Failed) or item.finished:
                     return
             if not any(item.id == request for item in self._pending):
                 self.take(timeout_s)
@@ -306,7 +307,9 @@ class Stub:
         self.steps.append(step)
         self._pending += step.items
 
-    def ask(self, prompt: str, sampling_parameters: str = "", stream: bool = False) -> list[wire.Output | wire.Failed]:
+    def ask(
+        self, prompt: str, sampling_parameters: str = "", stream: bool = False
+    ) -> list[requests.Output | requests.Failed]:
         """Submit and take everything."""
         return list(self.items(self.submit(prompt, sampling_parameters, stream)))
 

@@ -21,25 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from swap_agent.errors import PeerGone
-from swap_agent.wire.framing import DATA_LIMIT_BYTES, AsyncChannel, listen
-from swap_agent.wire.messages import (
-    Abort,
-    Attach,
-    Attached,
-    Code,
-    Detached,
-    Embed,
-    Failed,
-    FromStub,
-    Message,
-    Output,
-    Refused,
-    Sequence,
-    Step,
-    StubToEngine,
-    Submit,
-)
+from swap_agent.errors import Code, PeerGone
+from swap_agent.wire.control import Attach, Attached, Detached, FromStub, Refused
+from swap_agent.wire.framing import DATA_LIMIT_BYTES, AsyncChannel, Message, listen
+from swap_agent.wire.requests import Abort, Embed, Failed, Output, Sequence, Step, StubToEngine, Submit
 
 
 @dataclass

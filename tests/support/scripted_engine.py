@@ -34,8 +34,9 @@ import numpy as np
 
 from swap_agent.device import mmap
 from swap_agent.errors import PeerGone
-from swap_agent.wire import messages as wire
+from swap_agent.wire import control, memory, requests
 from swap_agent.wire.framing import DATA_LIMIT_BYTES, AsyncChannel, Channel, listen
+from swap_agent.wire.regions import Extent, Region
 from vllm_engine.rank.mapper import CudaMapper, HostMapper, Mapper
 
 
@@ -50,29 +51,29 @@ class Rank:
         world_size = model.get("tensor_parallel_size", 1)
         names = [fault.partition("@") for fault in model.get("faults", [])]
         self.faults = [name for name, _, rank in names if int(rank or 0) == number]
-        self.channel: Channel[wire.ToRank] = Channel.connect(ranks_socket, wire.ToRank)
+        self.channel: Channel[memory.ToRank] = Channel.connect(ranks_socket, memory.ToRank)
         hello = (0, 1) if "alone" in self.faults else (number, world_size)
-        self.channel.send(wire.RankHello(replica, token, *hello))
+        self.channel.send(memory.RankHello(replica, token, *hello))
         welcome, _ = self.channel.receive(10)
-        if isinstance(welcome, wire.Refused):
+        if isinstance(welcome, memory.Refused):
             sys.exit(welcome.message)
-        assert isinstance(welcome, wire.RankWelcome), welcome
+        assert isinstance(welcome, memory.RankWelcome), welcome
         print("may have:", welcome.request_bytes, welcome.limit_bytes, file=sys.stderr, flush=True)
         assert world_size == 1 or welcome.device.endswith(f":{number}"), welcome
         if "refuses" in self.faults:
-            self.channel.send(wire.RankFailed("INVALID_ARG", "refused for a test"))
+            self.channel.send(memory.RankFailed("INVALID_ARG", "refused for a test"))
             sys.exit(1)
         self.frame_bytes = welcome.frame_bytes
         cuda = welcome.device.startswith("cuda")  # the tests' imitation: its memory is the host's
         self.device: Mapper = CudaMapper(number) if cuda else HostMapper()
         self.map_s = float(model.get("map_s", 0))
         self.seed = zlib.crc32(f"{replica.partition('#')[0]} {number}".encode())
-        self.addresses: dict[wire.Region, int] = {}
-        self.counts: dict[wire.Region, int] = {}
+        self.addresses: dict[Region, int] = {}
+        self.counts: dict[Region, int] = {}
         self.swaps = 0
-        self.held: dict[wire.Region, int] = {}
+        self.held: dict[Region, int] = {}
         """Frames of each region that are mapped."""
-        self.kept: dict[wire.Region, int] = {}
+        self.kept: dict[Region, int] = {}
         """Of these, the ones that stayed over the last swap-out."""
         weights_bytes = model["weights"] - number * self.frame_bytes
         self.number = number
@@ -82,9 +83,9 @@ class Rank:
         """Receive and map grants until every region is complete."""
         while self.held != self.counts:
             message, fds = self.channel.receive(10)
-            if isinstance(message, wire.Refused):
+            if isinstance(message, memory.Refused):
                 raise Refused(message.message)
-            assert isinstance(message, wire.Grant) and message.epoch == epoch, message
+            assert isinstance(message, memory.Grant) and message.epoch == epoch, message
             assert message.first == self.held[message.region] and message.count == len(fds)
             start = self.addresses[message.region] + message.first * self.frame_bytes
             time.sleep(self.map_s * len(fds))
@@ -93,15 +94,15 @@ class Rank:
                 os.close(fd)
             self.held[message.region] += len(fds)
 
-    def reserve(self, region: wire.Region, frames: int, most: int = 0) -> None:
+    def reserve(self, region: Region, frames: int, most: int = 0) -> None:
         self.counts[region] = frames
         self.addresses[region] = self.device.reserve(max(frames, most) * self.frame_bytes)
         self.held[region] = 0
         if frames:
-            self.channel.send(wire.Reserve(region, frames, most))
+            self.channel.send(memory.Reserve(region, frames, most))
             self.take(0)
 
-    def view(self, region: wire.Region) -> np.ndarray:
+    def view(self, region: Region) -> np.ndarray:
         return mmap.bytes_at(self.addresses[region], self.counts[region] * self.frame_bytes)
 
     def tensors(self) -> list[tuple[str, np.ndarray]]:
@@ -117,14 +118,14 @@ class Rank:
     def load(self, model: dict[str, object], weights_bytes: int, state_bytes: int, kv_frames: int) -> None:
         self.weights_bytes = weights_bytes
         self.reversed = bool(model.get("reversed"))
-        weights: list[wire.Extent] = []
+        weights: list[Extent] = []
         offset = 0
         for name, content in self.tensors():
             dtype = str(model.get("dtype", "uint8"))
-            weights.append(wire.Extent(name, dtype, (content.size,), (1,), offset, content.size))
+            weights.append(Extent(name, dtype, (content.size,), (1,), offset, content.size))
             offset += content.size
         del content  # it holds all of them
-        state = [wire.Extent("s", "uint8", (state_bytes,), (1,), 0, state_bytes)] if state_bytes else []
+        state = [Extent("s", "uint8", (state_bytes,), (1,), 0, state_bytes)] if state_bytes else []
         fingerprint = f"{model['fingerprint']}{self.number or ''}" if model.get("fingerprint") else ""
         found = self.recall(fingerprint)
         for region, size in (("weights", weights_bytes), ("state", state_bytes)):
@@ -134,9 +135,9 @@ class Rank:
             self.view("weights")[:weights_bytes] = self.pattern()
             if state_bytes:
                 self.view("state")[8:16] = 0x5A
-            self.channel.send(wire.Loaded(weights, state, fingerprint, "digest"))
+            self.channel.send(memory.Loaded(weights, state, fingerprint, "digest"))
             message, _ = self.channel.receive(30)
-            assert isinstance(message, wire.Mirrored) and message.bytes == weights_bytes, message
+            assert isinstance(message, memory.Mirrored) and message.bytes == weights_bytes, message
         self.least_kv, self.most_kv = kv_frames, int(str(model.get("most_kv_frames", 0)))
         self.reserve("kv", kv_frames, self.most_kv)
         self.check()
@@ -144,22 +145,22 @@ class Rank:
     def recall(self, fingerprint: str) -> bool:
         if not fingerprint:
             return False
-        self.channel.send(wire.Recall(fingerprint))
+        self.channel.send(memory.Recall(fingerprint))
         message, _ = self.channel.receive(30)
-        assert isinstance(message, wire.Recalled)
+        assert isinstance(message, memory.Recalled)
         print("recalled" if message.weights else "nothing to recall", file=sys.stderr, flush=True)
         assert message.model_digest == ("digest" if message.weights else "")
         return bool(message.weights)
 
-    def restored(self, weights: list[wire.Extent], state: list[wire.Extent]) -> bool:
-        self.channel.send(wire.Restore(weights, state))
+    def restored(self, weights: list[Extent], state: list[Extent]) -> bool:
+        self.channel.send(memory.Restore(weights, state))
         message, _ = self.channel.receive(30)
         print(
-            "restored" if isinstance(message, wire.Mirrored) else f"not restored: {message}",
+            "restored" if isinstance(message, memory.Mirrored) else f"not restored: {message}",
             file=sys.stderr,
             flush=True,
         )
-        return isinstance(message, wire.Mirrored)
+        return isinstance(message, memory.Mirrored)
 
     def check(self) -> None:
         """Everything is where and what it was."""
@@ -173,7 +174,7 @@ class Rank:
         assert not self.view("kv")[kept:].any(), "KV is not zeroed"
         assert (self.view("kv")[:kept] == 0xAB).all(), "kept KV was touched"
 
-    def swap_out(self, epoch: int, steps: list[dict[wire.Region, int]]) -> None:
+    def swap_out(self, epoch: int, steps: list[dict[Region, int]]) -> None:
         if "no_unmap_ack" in self.faults:
             threading.Event().wait()
         if "dies_in_swap_out" in self.faults:
@@ -188,11 +189,11 @@ class Rank:
             self.kept = dict(self.held)
             if step is steps[-1]:
                 self.counts["kv"] = self.least_kv
-            self.channel.send(wire.Unmapped(epoch))
+            self.channel.send(memory.Unmapped(epoch))
         if "dies_when_unmapped" in self.faults:
             os._exit(1)
 
-    def unmap(self, keep: dict[wire.Region, int]) -> None:
+    def unmap(self, keep: dict[Region, int]) -> None:
         for region, count in self.held.items():
             kept = self.held[region] = keep.get(region, 0)
             assert kept <= count, f"{region}: {kept} frames to keep, {count} held"
@@ -211,7 +212,7 @@ class Rank:
             if "no_taken_back_ack" in self.faults:
                 threading.Event().wait()
             self.unmap(self.kept)
-            self.channel.send(wire.Unmapped(epoch))
+            self.channel.send(memory.Unmapped(epoch))
             return str(refused)
         self.check()
         return None
@@ -225,7 +226,7 @@ class Rank:
         except Refused as refused:
             self.unmap({**self.held, "kv": had})
             self.counts["kv"] = had
-            self.channel.send(wire.Unmapped(epoch))
+            self.channel.send(memory.Unmapped(epoch))
             return str(refused)
         new = self.view("kv")[had * self.frame_bytes :]
         assert not new.any(), "KV is not zeroed"
@@ -236,27 +237,27 @@ class Rank:
         assert self.least_kv <= frames <= self.counts["kv"]
         self.unmap({**self.held, "kv": frames})
         self.counts["kv"] = frames
-        self.channel.send(wire.Unmapped(epoch))
+        self.channel.send(memory.Unmapped(epoch))
 
     def map_and_wait(self, epoch: int) -> None:
         if "cannot_map" in self.faults:
             self.faults.remove("cannot_map")
-            self.channel.send(wire.MapFailed(epoch, "out of addresses"))
-            while isinstance((received := self.channel.receive(10))[0], wire.Grant):
+            self.channel.send(memory.MapFailed(epoch, "out of addresses"))
+            while isinstance((received := self.channel.receive(10))[0], memory.Grant):
                 for fd in received[1]:
                     os.close(fd)
-            assert isinstance(received[0], wire.Refused), received
+            assert isinstance(received[0], memory.Refused), received
             raise Refused(received[0].message)
         self.take(epoch)
         if "no_map_ack" in self.faults:
             threading.Event().wait()
-        self.channel.send(wire.Mapped(epoch))
+        self.channel.send(memory.Mapped(epoch))
         if "dies_when_mapped" in self.faults:
             os._exit(1)
         message, _ = self.channel.receive(30)
-        if isinstance(message, wire.Refused):
+        if isinstance(message, memory.Refused):
             raise Refused(message.message)
-        assert message == wire.Filled(epoch), message
+        assert message == memory.Filled(epoch), message
 
 
 class RemoteRank:
@@ -298,7 +299,7 @@ def serve_as_rank(arguments: list[Any]) -> None:
         print(json.dumps(getattr(rank, order)(*values)), flush=True)
 
 
-async def start_ranks(welcome: wire.HostWelcome, replica: str, token: str, model: dict[str, Any]) -> list[Any]:
+async def start_ranks(welcome: control.HostWelcome, replica: str, token: str, model: dict[str, Any]) -> list[Any]:
     count = model.get("tensor_parallel_size", 1)
     arguments = [(welcome.ranks_socket, replica, token, number, model) for number in range(count)]
     if count == 1:
@@ -318,7 +319,7 @@ async def in_all(ranks: list[Any], order: str, arguments: list[tuple[Any, ...]])
 class Gate:
     """Holds requests while the engine is swapped out, and asks for its activation."""
 
-    def __init__(self, agent: AsyncChannel[wire.ToHost], model: dict[str, Any]) -> None:
+    def __init__(self, agent: AsyncChannel[control.ToHost], model: dict[str, Any]) -> None:
         self.agent = agent
         self.asks, self.stale = model.get("asks", 1), model.get("stale", 0)
         self.opened = asyncio.Event()
@@ -326,14 +327,14 @@ class Gate:
         self.epoch = self.running = self.held = 0
 
     def report(self) -> None:
-        self.agent.send(wire.Report(self.running, self.held, 0))
+        self.agent.send(control.Report(self.running, self.held, 0))
 
     async def enter(self) -> None:
         if not self.opened.is_set():
             self.held += 1
             self.report()
             for _ in range(self.asks if self.held == 1 else 0):
-                self.agent.send(wire.Activate(self.epoch - self.stale))
+                self.agent.send(control.Activate(self.epoch - self.stale))
             await self.opened.wait()
             self.held -= 1
         self.running += 1
@@ -346,21 +347,21 @@ class Gate:
 
 async def serve_requests(gate: Gate, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Answer each prompt, a number of seconds, with itself after that time."""
-    channel = AsyncChannel(reader, writer, wire.StubToEngine, DATA_LIMIT_BYTES)
+    channel = AsyncChannel(reader, writer, requests.StubToEngine, DATA_LIMIT_BYTES)
     running: dict[int, asyncio.Task[None]] = {}
 
-    async def answer(submit: wire.Submit) -> None:
+    async def answer(submit: requests.Submit) -> None:
         await gate.enter()
         await asyncio.sleep(float(submit.prompt))
         del running[submit.id]
         gate.leave()
-        sequence = wire.Sequence(submit.prompt, "stop", 1)
-        channel.send(wire.Step([wire.Output(submit.id, [sequence], 1, finished=True)]))
+        sequence = requests.Sequence(submit.prompt, "stop", 1)
+        channel.send(requests.Step([requests.Output(submit.id, [sequence], 1, finished=True)]))
 
     with contextlib.suppress(PeerGone):
         while True:
             message = await channel.receive()
-            assert isinstance(message, wire.Submit), message
+            assert isinstance(message, requests.Submit), message
             running[message.id] = asyncio.create_task(answer(message))
 
 
@@ -372,10 +373,12 @@ async def main() -> None:
     if options.as_rank:
         serve_as_rank(json.loads(options.as_rank))
         return
-    agent: AsyncChannel[wire.ToHost] = await AsyncChannel.connect(f"{options.runtime_dir}/agent.sock", wire.ToHost)
-    agent.send(wire.HostHello(options.replica, options.token))
+    agent: AsyncChannel[control.ToHost] = await AsyncChannel.connect(
+        f"{options.runtime_dir}/agent.sock", control.ToHost
+    )
+    agent.send(control.HostHello(options.replica, options.token))
     welcome = await agent.receive()
-    assert isinstance(welcome, wire.HostWelcome)
+    assert isinstance(welcome, control.HostWelcome)
     model = json.loads(welcome.model_json)
     faults = model.get("faults", [])
     if "dies_starting" in faults:
@@ -393,48 +396,48 @@ async def main() -> None:
     )
     print("limits at first:", welcome.max_queue, welcome.queue_timeout_s, flush=True)
     least, most = model.get("kv_frames", 0), model.get("most_kv_frames", 0)
-    agent.send(wire.HostReady(1024, wire.KvCache(least, most, least, most, 1) if most else None))
+    agent.send(control.HostReady(1024, control.KvCache(least, most, least, most, 1) if most else None))
     for delay_s, frames in model.get("wants", []):
-        loop.call_later(delay_s, agent.send, wire.KvWanted(frames))
+        loop.call_later(delay_s, agent.send, control.KvWanted(frames))
     uses = [0]
     for delay_s, frames in model.get("uses", []):
         loop.call_later(delay_s, uses.append, frames)
     while True:
         message = await agent.receive()
         match message:
-            case wire.Drain():
+            case control.Drain():
                 busy = model.get("busy", False) and not message.wait
                 if not busy:
                     gate.opened.clear()
                     gate.epoch = message.epoch
-                agent.send(wire.DrainRefused(message.epoch) if busy else wire.Drained(message.epoch))
-            case wire.SwapOut():
+                agent.send(control.DrainRefused(message.epoch) if busy else control.Drained(message.epoch))
+            case control.SwapOut():
                 gate.epoch = message.epoch
                 keeps = message.keep or [[{}] for _ in ranks]
                 await in_all(ranks, "swap_out", [(message.epoch, steps) for steps in keeps])
-                agent.send(wire.SwappedOut(message.epoch))
-            case wire.SwapIn():
+                agent.send(control.SwappedOut(message.epoch))
+            case control.SwapIn():
                 epoch = gate.epoch = message.epoch
                 undone = await in_all(ranks, "swap_in", [(epoch,) for _ in ranks])
                 assert all(undone) or not any(undone), undone
-                agent.send(wire.SwapInFailed(epoch, undone[0]) if undone[0] else wire.SwappedIn(epoch))
+                agent.send(control.SwapInFailed(epoch, undone[0]) if undone[0] else control.SwappedIn(epoch))
                 if not undone[0]:
                     gate.opened.set()
-            case wire.GrowKv():
+            case control.GrowKv():
                 undone = await in_all(ranks, "grow_kv", [(message.epoch, message.frames)] * len(ranks))
                 assert all(undone) or not any(undone), undone
-                grown = wire.KvGrown(message.epoch, min(message.frames, most))
-                agent.send(wire.KvGrowFailed(message.epoch, undone[0]) if undone[0] else grown)
-            case wire.ShrinkKv():
+                grown = control.KvGrown(message.epoch, min(message.frames, most))
+                agent.send(control.KvGrowFailed(message.epoch, undone[0]) if undone[0] else grown)
+            case control.ShrinkKv():
                 kept = max(message.frames, uses[-1]) if message.deadline_s is None else message.frames
                 await in_all(ranks, "shrink_kv", [(message.epoch, kept)] * len(ranks))
-                agent.send(wire.KvShrunk(message.epoch, kept, kept, int(uses[-1] > kept)))
+                agent.send(control.KvShrunk(message.epoch, kept, kept, int(uses[-1] > kept)))
                 uses.append(min(uses[-1], kept))
-            case wire.QueueLimits():
+            case control.QueueLimits():
                 print("told to limit:", message.max_queue, message.queue_timeout_s, flush=True)
-            case wire.RefuseWaiting():
+            case control.RefuseWaiting():
                 print("told to refuse:", message.message, flush=True)
-            case wire.Shutdown():
+            case control.Shutdown():
                 print("told to stop:", message.message, flush=True)
                 await asyncio.sleep(model.get("lingers", 0))
                 server.close()

@@ -11,7 +11,7 @@ import pytest
 
 from swap_agent.errors import InvalidModel, PeerGone, Unavailable
 from swap_agent.wire.framing import DATA_LIMIT_BYTES, AsyncChannel
-from swap_agent.wire.messages import Abort, Embed, Failed, Output, Sequence, Step, Submit
+from swap_agent.wire.requests import Abort, Embed, Failed, Output, Sequence, Step, Submit
 from vllm_engine.host.data_plane import DataPlane
 from vllm_engine.host.gate import Gate
 

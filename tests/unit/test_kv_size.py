@@ -5,17 +5,18 @@ from __future__ import annotations
 import pytest
 
 from swap_agent.errors import InvalidModel
-from swap_agent.wire import messages as wire
+from swap_agent.wire import memory
+from swap_agent.wire.regions import Region
 from vllm_engine.rank.kv_size import most_kv_cache, plan_kv_cache
 
 MIB = 1 << 20
-FIXED: dict[wire.Region, int] = {"weights": 8 * MIB, "state": 2 * MIB, "scratch": 0}
+FIXED: dict[Region, int] = {"weights": 8 * MIB, "state": 2 * MIB, "scratch": 0}
 
 
 def plan(kv_mib: int, grows: bool = True, request: int | None = None, limit: int | None = None) -> int:
     """MiB of the KV cache beside 10 MiB of weights and state, on a device of 100 MiB with frames of 2 MiB."""
     sizes = [None if size is None else size * MIB for size in (request, limit)]
-    welcome = wire.RankWelcome("cpu:0", 2 * MIB, sizes[0], 100 * MIB, sizes[1])
+    welcome = memory.RankWelcome("cpu:0", 2 * MIB, sizes[0], 100 * MIB, sizes[1])
     return plan_kv_cache(welcome, FIXED, kv_mib * MIB, "KV cache", "max_model_len", grows=grows) // MIB
 
 
@@ -42,7 +43,7 @@ def test_the_kv_cache_takes_what_it_needs_or_what_the_request_leaves(
 )
 def test_the_kv_cache_may_grow_to_what_the_limit_leaves(request_mib: int | None, limit: int | None, most: int) -> None:
     sizes = [None if size is None else size * MIB for size in (request_mib, limit)]
-    welcome = wire.RankWelcome("cpu:0", 2 * MIB, sizes[0], 100 * MIB, sizes[1])
+    welcome = memory.RankWelcome("cpu:0", 2 * MIB, sizes[0], 100 * MIB, sizes[1])
     assert most_kv_cache(welcome, FIXED) == most * MIB
 
 

@@ -7,7 +7,7 @@ from swap_agent.daemon.memory.mirror_store import MirrorStore, rearranged, same_
 from swap_agent.daemon.memory.region_image import Image
 from swap_agent.device.simulated import FRAME_BYTES, SimulatedDevice
 from swap_agent.errors import MirrorMismatch, WeightsCorrupted
-from swap_agent.wire.messages import Extent, Region
+from swap_agent.wire.regions import Extent, Region
 
 SIZES = {"a": 100, "b": FRAME_BYTES + 12, "c": 3 * FRAME_BYTES}
 

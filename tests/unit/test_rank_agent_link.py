@@ -12,14 +12,24 @@ from typing import Any
 import pytest
 
 from swap_agent.device import mmap
-from swap_agent.errors import InvalidModel, PeerGone, ProtocolError, Refusal, RolledBack, TritonSwapError, Unavailable
-from swap_agent.wire import messages as wire
+from swap_agent.errors import (
+    Code,
+    InvalidModel,
+    PeerGone,
+    ProtocolError,
+    Refusal,
+    RolledBack,
+    TritonSwapError,
+    Unavailable,
+)
+from swap_agent.wire import memory
 from swap_agent.wire.framing import Channel, listen
+from swap_agent.wire.regions import Region
 from vllm_engine.rank.agent_link import ENDPOINT_VARIABLE, Endpoint, RankConnection
 from vllm_engine.rank.space import Space
 
 FRAME = 2 << 20
-WELCOME = wire.RankWelcome("cpu:0", FRAME, None, 1 << 30)
+WELCOME = memory.RankWelcome("cpu:0", FRAME, None, 1 << 30)
 
 
 class Agent:
@@ -35,7 +45,7 @@ class Agent:
         self._thread.start()
 
     def _run(self) -> None:
-        self.channel = Channel(self._listener.accept()[0], wire.FromRank)
+        self.channel = Channel(self._listener.accept()[0], memory.FromRank)
         self.hear()
         self.channel.send(WELCOME)
         self._script(self)
@@ -45,11 +55,11 @@ class Agent:
         self.heard.append(self.channel.receive(10)[0])
         return self.heard[-1]
 
-    def grant(self, epoch: int, region: wire.Region, first: int, count: int, fds: int | None = None) -> None:
+    def grant(self, epoch: int, region: Region, first: int, count: int, fds: int | None = None) -> None:
         frames = [os.memfd_create("frame-of-test-rank") for _ in range(count if fds is None else fds)]
         for frame in frames:
             os.truncate(frame, FRAME)
-        self.channel.send(wire.Grant(epoch, region, first, count), frames)
+        self.channel.send(memory.Grant(epoch, region, first, count), frames)
         for frame in frames:
             os.close(frame)
 
@@ -99,11 +109,11 @@ def test_a_whole_life_start_and_swap(agent: Any, connect: Any) -> None:
         agent.grant(0, "weights", 0, 2)
         agent.grant(0, "weights", 2, 1)
         agent.hear()
-        agent.channel.send(wire.Mirrored(3 * FRAME))
+        agent.channel.send(memory.Mirrored(3 * FRAME))
         agent.hear()
         agent.grant(4, "weights", 0, 3)
         agent.hear()
-        agent.channel.send(wire.Filled(4))
+        agent.channel.send(memory.Filled(4))
 
     peer = agent(script)
     rank, space = connect(peer), Space(FRAME)
@@ -119,11 +129,11 @@ def test_a_whole_life_start_and_swap(agent: Any, connect: Any) -> None:
     peer.join()
     assert open_frames() == 0
     assert peer.heard == [
-        wire.RankHello("m/1#0", "secret", 0, 1),
-        wire.Reserve("weights", 3),
-        wire.Loaded([], []),
-        wire.Unmapped(3),
-        wire.Mapped(4),
+        memory.RankHello("m/1#0", "secret", 0, 1),
+        memory.Reserve("weights", 3),
+        memory.Loaded([], []),
+        memory.Unmapped(3),
+        memory.Mapped(4),
     ]
     space.unmap({})
 
@@ -138,7 +148,7 @@ def test_what_cannot_be_mapped_is_taken_back_after_the_last_grant(
         agent.grant(4, "weights", 1, 1)
         agent.grant(4, "weights", 2, 1)
         agent.hear()
-        agent.channel.send(wire.Refused("UNAVAILABLE", "one of the ranks cannot"))
+        agent.channel.send(memory.Refused("UNAVAILABLE", "one of the ranks cannot"))
         agent.hear()
 
     peer = agent(script)
@@ -156,8 +166,8 @@ def test_what_cannot_be_mapped_is_taken_back_after_the_last_grant(
             rank.swap_in(space, 4)
     peer.join()
     assert space.mapped == {"weights": 1} and open_frames() == 0
-    assert peer.heard[-2] == wire.MapFailed(4, "[Errno 12] Cannot allocate memory")
-    assert peer.heard[-1] == wire.Unmapped(4), "only when nothing of the epoch is on its way any more"
+    assert peer.heard[-2] == memory.MapFailed(4, "[Errno 12] Cannot allocate memory")
+    assert peer.heard[-1] == memory.Unmapped(4), "only when nothing of the epoch is on its way any more"
     space.unmap({})
 
 
@@ -167,9 +177,9 @@ def test_a_region_grows_is_taken_back_and_shrinks(agent: Any, connect: Any) -> N
         agent.grant(0, "kv", 0, 1)
         agent.grant(4, "kv", 1, 2)
         agent.hear()
-        agent.channel.send(wire.Filled(4))
+        agent.channel.send(memory.Filled(4))
         agent.grant(5, "kv", 3, 1)
-        agent.channel.send(wire.Refused("UNAVAILABLE", "another rank cannot"))
+        agent.channel.send(memory.Refused("UNAVAILABLE", "another rank cannot"))
         agent.hear()
         agent.hear()
 
@@ -185,14 +195,14 @@ def test_a_region_grows_is_taken_back_and_shrinks(agent: Any, connect: Any) -> N
     assert (space.mapped, space.regions) == ({"kv": 2}, {"kv": 2})
     peer.join()
     assert open_frames() == 0
-    assert peer.heard[1:] == [wire.Reserve("kv", 1, 6), wire.Mapped(4), wire.Unmapped(5), wire.Unmapped(6)]
+    assert peer.heard[1:] == [memory.Reserve("kv", 1, 6), memory.Mapped(4), memory.Unmapped(5), memory.Unmapped(6)]
     space.unmap({})
 
 
 def test_a_refusal_keeps_its_code_and_words(agent: Any, connect: Any) -> None:
     def script(agent: Agent) -> None:
         agent.hear()
-        agent.channel.send(wire.Refused("UNAVAILABLE", "no frames"))
+        agent.channel.send(memory.Refused("UNAVAILABLE", "no frames"))
 
     rank = connect(agent(script))
     with pytest.raises(Refusal, match="no frames") as caught:
@@ -206,7 +216,7 @@ def test_a_refusal_keeps_its_code_and_words(agent: Any, connect: Any) -> None:
     ids=["other epoch", "other region", "outside", "no descriptor", "one too many"],
 )
 def test_a_wrong_grant_is_refused_and_its_descriptors_closed(
-    agent: Any, connect: Any, epoch: int, region: wire.Region, first: int, count: int, fds: int | None
+    agent: Any, connect: Any, epoch: int, region: Region, first: int, count: int, fds: int | None
 ) -> None:
     def script(agent: Agent) -> None:
         agent.hear()
@@ -235,14 +245,14 @@ def test_the_agents_end_is_noticed(agent: Any, connect: Any) -> None:
     ],
 )
 def test_a_failed_start_is_reported_and_goes_on(
-    agent: Any, connect: Any, raised: Exception, code: wire.Code, message: str
+    agent: Any, connect: Any, raised: Exception, code: Code, message: str
 ) -> None:
     peer = agent(lambda agent: agent.hear())
     rank = connect(peer)
     with pytest.raises(type(raised)), rank.reporting("load the model"):
         raise raised
     peer.join()
-    assert peer.heard[-1] == wire.RankFailed(code, message)
+    assert peer.heard[-1] == memory.RankFailed(code, message)
 
 
 def test_no_agent_is_said_in_words(tmp_path: Path) -> None:

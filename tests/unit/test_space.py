@@ -12,7 +12,7 @@ import pytest
 
 from swap_agent.device.mmap import ALIGNMENT
 from swap_agent.errors import ProtocolError, TritonSwapError
-from swap_agent.wire.messages import Region
+from swap_agent.wire.regions import Region
 from vllm_engine.rank.space import Space
 
 FRAME = 2 << 20

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from swap_agent.errors import Unavailable
+from swap_agent.wire.control import Attach, Attached, FromStub
 from swap_agent.wire.framing import AsyncChannel, listen
-from swap_agent.wire.messages import Attach, Attached, FromStub, Output, StubToEngine
+from swap_agent.wire.requests import Output, StubToEngine
 from triton_backend import dispatcher
 from triton_backend.call import Call
 from triton_backend.dispatcher import Dispatcher

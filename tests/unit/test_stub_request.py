@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from swap_agent.errors import InvalidUsage, TritonSwapError, Unsupported
-from swap_agent.wire.messages import Embed, Output, Sequence, Submit
+from swap_agent.wire.requests import Embed, Output, Sequence, Submit
 from triton_backend.request import LIMIT_BYTES, EmbedRequest, GenerateRequest, parse
 from triton_backend.response import output_tensors
 

@@ -20,7 +20,9 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from swap_agent.errors import RolledBack, TritonSwapError, Unavailable, Unsupported
-from swap_agent.wire.messages import KvCache, Output, Region, Sequence
+from swap_agent.wire.control import KvCache
+from swap_agent.wire.regions import Region
+from swap_agent.wire.requests import Output, Sequence
 from vllm_engine.adapter.executor import compute_threads
 from vllm_engine.adapter.sampling import CLIENT_ERRORS, InvalidRequest
 

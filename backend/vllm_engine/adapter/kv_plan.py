@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from swap_agent.errors import InvalidModel, Unsupported
-from swap_agent.wire.messages import RankWelcome, Region
+from swap_agent.wire.memory import RankWelcome
+from swap_agent.wire.regions import Region
 from vllm_engine.adapter import kv_frames, kv_scheduler
 from vllm_engine.rank.kv_layout import KVLayout
 from vllm_engine.rank.kv_size import bound_of, most_kv_cache, plan_kv_cache

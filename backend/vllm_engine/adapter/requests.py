@@ -12,7 +12,7 @@ import msgspec
 from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams
 
-from swap_agent.wire.messages import Embed, Submit
+from swap_agent.wire.requests import Embed, Submit
 from vllm_engine.adapter.sampling import CLIENT_ERRORS, InvalidRequest, sampling_params
 
 

@@ -15,7 +15,7 @@ import torch
 from vllm.platforms import current_platform
 
 from swap_agent.errors import RolledBack, TritonSwapError, Unsupported
-from swap_agent.wire.messages import Region
+from swap_agent.wire.regions import Region
 from vllm_engine.adapter import cuda_graphs, kv_frames, message_queue, quantized
 from vllm_engine.adapter.kv_plan import KVPlan
 from vllm_engine.adapter.safetensors_header import read_past_cache

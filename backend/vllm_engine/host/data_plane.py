@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from swap_agent.errors import PeerGone, ProtocolError, TritonSwapError
 from swap_agent.wire.framing import DATA_LIMIT_BYTES, AsyncChannel, listen
-from swap_agent.wire.messages import Abort, Embed, Failed, Output, Step, StubToEngine, Submit
+from swap_agent.wire.requests import Abort, Embed, Failed, Output, Step, StubToEngine, Submit
 from vllm_engine.host.gate import Gate
 
 STALL_TIMEOUT_S = 30.0
@@ -119,7 +119,7 @@ class _Connection:
         """Abort every request of this stub and say why."""
         for request, task in self._tasks.items():
             if task.cancel():
-                self._post(Failed(request, error.code, str(error)))  # type: ignore[arg-type]  # errors.py: a plain str
+                self._post(Failed(request, error.code, str(error)))
 
     async def close(self) -> None:
         """Flush and close."""
@@ -156,7 +156,7 @@ class _Connection:
                 self._plane.served += 1
                 self._plane.gate.leave()
         except TritonSwapError as error:
-            self._post(Failed(submit.id, error.code, str(error)))  # type: ignore[arg-type]  # errors.py: a plain str
+            self._post(Failed(submit.id, error.code, str(error)))
         except Exception as error:
             log.exception("request %d of stub %d", submit.id, self._channel.pid)
             self._post(Failed(submit.id, "INTERNAL", f"{type(error).__name__}: {error}"))

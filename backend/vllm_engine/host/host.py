@@ -32,7 +32,7 @@ from typing import Any
 from vllm.platforms import current_platform
 
 from swap_agent.errors import PeerGone, ProtocolError, Refusal, RolledBack, TritonSwapError, Unavailable
-from swap_agent.wire import messages as wire
+from swap_agent.wire import control
 from swap_agent.wire.framing import AsyncChannel
 from swap_agent.wire.runtime_dir import AGENT_SOCKET
 from vllm_engine.adapter import args
@@ -77,20 +77,20 @@ def run(runtime_dir: Path, replica: str, token: str) -> int:
 async def _run(runtime_dir: Path, replica: str, token: str, fork: PreparedFork | None) -> int:
     agent_socket = runtime_dir / AGENT_SOCKET
     try:
-        channel: AsyncChannel[wire.ToHost] = await AsyncChannel.connect(str(agent_socket), wire.ToHost)
+        channel: AsyncChannel[control.ToHost] = await AsyncChannel.connect(str(agent_socket), control.ToHost)
     except OSError as error:
         raise Unavailable(f"no swap agent listens on {agent_socket}: {error}") from error
-    channel.send(wire.HostHello(replica, token))
+    channel.send(control.HostHello(replica, token))
     welcome = await channel.receive()
-    if isinstance(welcome, wire.Refused):
+    if isinstance(welcome, control.Refused):
         raise Unavailable(f"the agent refused this host: {welcome.message}")
-    if not isinstance(welcome, wire.HostWelcome):
+    if not isinstance(welcome, control.HostWelcome):
         raise ProtocolError(f"the agent sent {type(welcome).__name__} where HostWelcome was due")
     with _vllm_sockets(Path(welcome.engine_socket).with_suffix(".vllm")):
         try:
             engine = _start_engine(channel, replica, token, welcome, fork)
         except TritonSwapError as error:
-            channel.send(wire.HostFailed(error.code, f"{replica}: {error}"))  # type: ignore[arg-type]  # a plain str
+            channel.send(control.HostFailed(error.code, f"{replica}: {error}"))
             await channel.drain()
             channel.close()
             raise
@@ -113,7 +113,11 @@ def _vllm_sockets(folder: Path) -> Iterator[None]:
 
 
 def _start_engine(
-    channel: AsyncChannel[wire.ToHost], replica: str, token: str, welcome: wire.HostWelcome, fork: PreparedFork | None
+    channel: AsyncChannel[control.ToHost],
+    replica: str,
+    token: str,
+    welcome: control.HostWelcome,
+    fork: PreparedFork | None,
 ) -> Engine:
     """Start vLLM as model.json says. Blocking: EngineCore must be a child of the main thread (see `__main__`)."""
     import vllm
@@ -135,7 +139,7 @@ class Host:
     """A running engine and the agent's orders to it."""
 
     def __init__(
-        self, channel: AsyncChannel[wire.ToHost], replica: str, welcome: wire.HostWelcome, engine: Engine
+        self, channel: AsyncChannel[control.ToHost], replica: str, welcome: control.HostWelcome, engine: Engine
     ) -> None:
         self._channel = channel
         self._replica = replica
@@ -146,7 +150,7 @@ class Host:
         )
         self._plane = DataPlane(engine, self._gate, partial(parameters, replica, engine.embeds))
         self._order: asyncio.Task[None] | None = None
-        self._kv: wire.KvCache | None = None
+        self._kv: control.KvCache | None = None
         self._preserves_kv = False
         self._demand = KvDemand(0, 0)
         self._kv_told = 0
@@ -155,7 +159,7 @@ class Host:
         """Of the last order that opens or closes the gate."""
         self._preempted = False
         """What is in flight may stand still while the engine is swapped out."""
-        self._reported = wire.Report(0, 0, 0)
+        self._reported = control.Report(0, 0, 0)
         self._report_timer: asyncio.TimerHandle | None = None
 
     async def run(self) -> int:
@@ -168,7 +172,7 @@ class Host:
         self._kv = await self._engine.kv_size()
         self._preserves_kv = await self._engine.preserves_kv()
         self._gate.open()
-        self._channel.send(wire.HostReady(self._engine.max_model_len, self._kv))
+        self._channel.send(control.HostReady(self._engine.max_model_len, self._kv))
         log.info("%s is ready", self._replica)
 
         orders = asyncio.create_task(self._obey())
@@ -197,7 +201,7 @@ class Host:
         try:
             while True:
                 message = await self._channel.receive()
-                if isinstance(message, wire.Shutdown):
+                if isinstance(message, control.Shutdown):
                     return 0, Unavailable(message.message)
                 self._take(message)
         except PeerGone:
@@ -205,31 +209,31 @@ class Host:
         except ProtocolError as error:
             return 1, Unavailable(f"{self._replica} stops: the swap agent broke the protocol ({error})")
 
-    def _take(self, message: wire.ToHost) -> None:
+    def _take(self, message: control.ToHost) -> None:
         match message:
-            case wire.Drain(wait=False, preempt=False) if self._gate.in_flight:
-                self._channel.send(wire.DrainRefused(message.epoch))
-            case wire.Drain():
+            case control.Drain(wait=False, preempt=False) if self._gate.in_flight:
+                self._channel.send(control.DrainRefused(message.epoch))
+            case control.Drain():
                 self._gate.close()
                 self._preempted = message.preempt
                 self._closed_at(message.epoch)
                 self._start(message.epoch, self._drain(message))
-            case wire.SwapOut():
+            case control.SwapOut():
                 self._closed_at(message.epoch)
                 self._start(message.epoch, self._swap_out(message))
-            case wire.SwapIn():
+            case control.SwapIn():
                 self._epoch = message.epoch
                 self._start(message.epoch, self._swap_in(message.epoch))
-            case wire.GrowKv():
+            case control.GrowKv():
                 self._start(message.epoch, self._grow_kv(message))
-            case wire.ShrinkKv():
+            case control.ShrinkKv():
                 self._start(message.epoch, self._shrink_kv(message))
-            case wire.RefuseWaiting():
+            case control.RefuseWaiting():
                 refusal = Refusal(message.code, message.message)
                 self._gate.refuse_waiting(refusal)
                 if self._stands_still:  # it will not come back for those inside
                     self._plane.fail_all(refusal)
-            case wire.QueueLimits():
+            case control.QueueLimits():
                 self._gate.limit(message.max_queue, message.queue_timeout_s)
             case _:
                 raise ProtocolError(f"{type(message).__name__} is out of place")
@@ -237,7 +241,7 @@ class Host:
     def _start(self, epoch: int, order: Coroutine[Any, Any, None]) -> None:
         if self._order and not self._order.done():
             order.close()
-            self._channel.send(wire.OrderFailed(epoch, f"{self._replica} carries out another order"))
+            self._channel.send(control.OrderFailed(epoch, f"{self._replica} carries out another order"))
             return
         self._order = asyncio.create_task(self._carry_out(epoch, order))
 
@@ -246,7 +250,7 @@ class Host:
             await order
         except Exception as error:
             log.exception("order of epoch %d", epoch)
-            self._channel.send(wire.OrderFailed(epoch, f"{self._replica}: {type(error).__name__}: {error}"))
+            self._channel.send(control.OrderFailed(epoch, f"{self._replica}: {type(error).__name__}: {error}"))
 
     def _closed_at(self, epoch: int) -> None:
         """The gate is closed by the order of this epoch. What was asked for at an earlier one is asked for again."""
@@ -256,14 +260,14 @@ class Host:
                 self._ask_for_activation()
 
     def _ask_for_activation(self) -> None:
-        self._channel.send(wire.Activate(self._epoch))
+        self._channel.send(control.Activate(self._epoch))
 
-    async def _drain(self, order: wire.Drain) -> None:
+    async def _drain(self, order: control.Drain) -> None:
         if not order.preempt:
             await self._gate.idle()
-        self._channel.send(wire.Drained(order.epoch))
+        self._channel.send(control.Drained(order.epoch))
 
-    async def _swap_out(self, order: wire.SwapOut) -> None:
+    async def _swap_out(self, order: control.SwapOut) -> None:
         if self._gate.is_open or (self._gate.in_flight and not self._preempted):
             raise ProtocolError("SwapOut before Drained")
         if self._gate.in_flight:
@@ -274,7 +278,7 @@ class Host:
         self._demand.reset()
         if self._kv:
             self._kv_told = self._kv.frames
-        self._channel.send(wire.SwappedOut(order.epoch))
+        self._channel.send(control.SwappedOut(order.epoch))
         log.info("swapped out, epoch %d: pause %.4f s, ranks %.4f s", order.epoch, *times)
 
     async def _swap_in(self, epoch: int) -> None:
@@ -282,33 +286,33 @@ class Host:
             times = await self._engine.swap_in(epoch)
         except RolledBack as error:
             log.warning("swap-in of epoch %d was taken back: %s", epoch, error)
-            self._channel.send(wire.SwapInFailed(epoch, str(error)))
+            self._channel.send(control.SwapInFailed(epoch, str(error)))
             return
         self._gate.open()
-        self._channel.send(wire.SwappedIn(epoch))
+        self._channel.send(control.SwappedIn(epoch))
         log.info("swapped in, epoch %d: ranks %.4f s (map %.4f, fill %.4f), resume %.4f s", epoch, *times)
 
-    async def _grow_kv(self, order: wire.GrowKv) -> None:
+    async def _grow_kv(self, order: control.GrowKv) -> None:
         self._check_kv_order(order)
         begin = time.monotonic()
         try:
             blocks = await self._engine.grow_kv(order.epoch, order.frames)
         except RolledBack as error:
             log.warning("growth of epoch %d was taken back: %s", order.epoch, error)
-            self._channel.send(wire.KvGrowFailed(order.epoch, str(error)))
+            self._channel.send(control.KvGrowFailed(order.epoch, str(error)))
             return
-        self._channel.send(wire.KvGrown(order.epoch, blocks))
+        self._channel.send(control.KvGrown(order.epoch, blocks))
         took_s = time.monotonic() - begin
         log.info("KV cache of %d frames, %d blocks, epoch %d: %.4f s", order.frames, blocks, order.epoch, took_s)
 
-    async def _shrink_kv(self, order: wire.ShrinkKv) -> None:
+    async def _shrink_kv(self, order: control.ShrinkKv) -> None:
         self._check_kv_order(order)
         if order.deadline_s is not None:
             await self._park_kv(order.frames, order.deadline_s)
         begin = time.monotonic()
         preempt = order.deadline_s is not None
         frames, blocks, preempted = await self._engine.shrink_kv(order.epoch, order.frames, preempt=preempt)
-        self._channel.send(wire.KvShrunk(order.epoch, frames, blocks, preempted))
+        self._channel.send(control.KvShrunk(order.epoch, frames, blocks, preempted))
         log.info(
             "KV cache of %d frames (%d would do), %d blocks, epoch %d: %.4f s, %d requests preempted",
             frames, order.frames, blocks, order.epoch, time.monotonic() - begin, preempted,
@@ -327,12 +331,12 @@ class Host:
             await asyncio.sleep(min(left, PARKED_INTERVAL_S))
             begin = time.monotonic()
 
-    def _check_kv_order(self, order: wire.GrowKv | wire.ShrinkKv) -> None:
+    def _check_kv_order(self, order: control.GrowKv | control.ShrinkKv) -> None:
         if self._kv is None or not self._gate.is_open:
             why = "its KV cache keeps its size" if self._kv is None else "it is not resident"
             raise ProtocolError(f"{type(order).__name__} for {self._replica}: {why}")
 
-    async def _watch_kv(self, kv: wire.KvCache) -> None:
+    async def _watch_kv(self, kv: control.KvCache) -> None:
         """Tell the agent how much KV cache the requests would use."""
         self._demand = KvDemand(kv.blocks, kv.most_blocks)
         self._kv_told = kv.frames
@@ -344,7 +348,7 @@ class Host:
                 except Exception:
                     log.exception("how full the KV cache is could not be seen")
 
-    async def _look_at_kv(self, kv: wire.KvCache) -> None:
+    async def _look_at_kv(self, kv: control.KvCache) -> None:
         load = await self._engine.kv_load()
         wanted = self._demand.update(time.monotonic(), load.blocks, load.used, load.waiting)
         frames = kv.frames if wanted == kv.blocks else await self._engine.kv_frames(wanted)
@@ -352,7 +356,7 @@ class Host:
             await self._engine.want_kv(wanted)
         if frames != self._kv_told and self._gate.is_open:
             self._kv_told = frames
-            self._channel.send(wire.KvWanted(frames))
+            self._channel.send(control.KvWanted(frames))
 
     @property
     def _stands_still(self) -> bool:
@@ -378,7 +382,7 @@ class Host:
         self._engine.shutdown()
 
     def _load_changed(self) -> None:
-        now = wire.Report(self._gate.in_flight, self._gate.waiting, self._plane.served)
+        now = control.Report(self._gate.in_flight, self._gate.waiting, self._plane.served)
         crossed = bool(now.in_flight) != bool(self._reported.in_flight) or bool(now.waiting) != bool(
             self._reported.waiting
         )
@@ -391,7 +395,7 @@ class Host:
         if self._report_timer is not None:
             self._report_timer.cancel()
             self._report_timer = None
-        report = wire.Report(self._gate.in_flight, self._gate.waiting, self._plane.served)
+        report = control.Report(self._gate.in_flight, self._gate.waiting, self._plane.served)
         if report != self._reported:
             self._reported = report
             self._channel.send(report)
@@ -408,7 +412,7 @@ class _Watch:
     The loop is blocked then, so a thread looks at the connection.
     """
 
-    def __init__(self, channel: AsyncChannel[wire.ToHost]) -> None:
+    def __init__(self, channel: AsyncChannel[control.ToHost]) -> None:
         self._fd = channel.fileno()
         self._done_reader, self._done_writer = socket.socketpair()
         self._thread = threading.Thread(target=self._watch, name="agent-watch", daemon=True)

@@ -1,4 +1,4 @@
-"""One engine rank's conversation with the agent: frames come, acks go (the rank half of `swap_agent.wire.messages`)."""
+"""One engine rank's conversation with the agent: frames come, acks go (the rank half of `swap_agent.wire.memory`)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from swap_agent.errors import (
     TritonSwapError,
     Unavailable,
 )
-from swap_agent.wire import messages as wire
+from swap_agent.wire import memory
 from swap_agent.wire.framing import Channel
+from swap_agent.wire.regions import Extent, Region
 from vllm_engine.rank.space import Space
 
 ENDPOINT_VARIABLE = "TRITON_SWAP_RANK"
@@ -30,7 +31,7 @@ START_TIMEOUT_S = 300.0
 SWAP_TIMEOUT_S = 120.0
 """Longest wait for the grants and for `Filled` of one swap-in."""
 
-M = TypeVar("M", wire.RankWelcome, wire.Recalled, wire.Mirrored)
+M = TypeVar("M", memory.RankWelcome, memory.Recalled, memory.Mirrored)
 
 
 class Endpoint(msgspec.Struct, frozen=True):
@@ -73,13 +74,13 @@ class RankConnection:
     def __init__(self, endpoint: Endpoint, rank: int, world_size: int) -> None:
         """Introduce the rank. Raises Unavailable when no agent listens, Refusal."""
         try:
-            self._channel: Channel[wire.ToRank] = Channel.connect(endpoint.ranks_socket, wire.ToRank)
+            self._channel: Channel[memory.ToRank] = Channel.connect(endpoint.ranks_socket, memory.ToRank)
         except OSError as error:
             raise Unavailable(f"no swap agent listens on {endpoint.ranks_socket}: {error}") from error
         self.rank = rank
         self.engine_arguments = endpoint.engine_arguments
-        self._channel.send(wire.RankHello(endpoint.replica, endpoint.token, rank, world_size))
-        self.welcome = self._answer(wire.RankWelcome)
+        self._channel.send(memory.RankHello(endpoint.replica, endpoint.token, rank, world_size))
+        self.welcome = self._answer(memory.RankWelcome)
 
     @contextmanager
     def reporting(self, what: str) -> Iterator[None]:
@@ -87,18 +88,18 @@ class RankConnection:
         try:
             yield
         except TritonSwapError as error:
-            self._report_failure(wire.RankFailed(_code(error), str(error)))
+            self._report_failure(memory.RankFailed(error.code, str(error)))
             raise
         except Exception as error:
             first_line = next(iter(str(error).strip().splitlines()), "")
             reason = f"vLLM failed to {what}: {type(error).__name__}: {first_line}"
-            self._report_failure(wire.RankFailed("INTERNAL", reason))
+            self._report_failure(memory.RankFailed("INTERNAL", reason))
             raise
 
     def reserve(
         self,
         space: Space,
-        region: wire.Region,
+        region: Region,
         frames: int,
         most: int | None = None,
         order: Sequence[int] | None = None,
@@ -111,26 +112,26 @@ class RankConnection:
         """
         space.reserve(region, frames, most, order)
         if frames:
-            self._channel.send(wire.Reserve(region, frames, 0 if order is None else len(order), preserved_bytes))
+            self._channel.send(memory.Reserve(region, frames, 0 if order is None else len(order), preserved_bytes))
             self._map_grants(space, [region], epoch=0, deadline=time.monotonic() + START_TIMEOUT_S)
 
-    def recall(self, fingerprint: str) -> wire.Recalled:
+    def recall(self, fingerprint: str) -> memory.Recalled:
         """What mirror there is of weights of this fingerprint; empty: none."""
-        self._channel.send(wire.Recall(fingerprint))
-        return self._answer(wire.Recalled)
+        self._channel.send(memory.Recall(fingerprint))
+        return self._answer(memory.Recalled)
 
-    def restore(self, weights: list[wire.Extent], state: list[wire.Extent]) -> None:
+    def restore(self, weights: list[Extent], state: list[Extent]) -> None:
         """Have the frames filled from the mirror that was recalled. Raises Refusal: what they hold is undefined."""
-        self._channel.send(wire.Restore(weights, state))
-        self._answer(wire.Mirrored)
+        self._channel.send(memory.Restore(weights, state))
+        self._answer(memory.Mirrored)
 
-    def loaded(self, weights: list[wire.Extent], state: list[wire.Extent], fingerprint: str, model_digest: str) -> None:
+    def loaded(self, weights: list[Extent], state: list[Extent], fingerprint: str, model_digest: str) -> None:
         """Have the mirror made of what is in the frames; returns once it is complete. Raises Refusal.
 
         Later engines may be restored from it under `fingerprint`, unless that is empty; see `model_digest.py`.
         """
-        self._channel.send(wire.Loaded(weights, state, fingerprint, model_digest))
-        self._answer(wire.Mirrored)
+        self._channel.send(memory.Loaded(weights, state, fingerprint, model_digest))
+        self._answer(memory.Mirrored)
 
     def swap_in(self, space: Space, epoch: int) -> SwapInTimes:
         """Map the grants of every region, acknowledge, and wait until they are filled.
@@ -148,22 +149,22 @@ class RankConnection:
         except (OSError, OutOfDeviceMemory) as error:
             if isinstance(error, TimeoutError):
                 raise
-            self._channel.send(wire.MapFailed(epoch, str(error)))
-            while isinstance(message := self._receive(deadline), wire.Grant):
+            self._channel.send(memory.MapFailed(epoch, str(error)))
+            while isinstance(message := self._receive(deadline), memory.Grant):
                 pass  # on their way already
-            if not isinstance(message, wire.Refused):
+            if not isinstance(message, memory.Refused):
                 raise ProtocolError(f"the agent sent {message} where Refused was due") from error
             raise self._taken_back(space, held, epoch, error) from error
-        self._channel.send(wire.Mapped(epoch))
+        self._channel.send(memory.Mapped(epoch))
         mapped = time.monotonic()
         message = self._receive(deadline)
-        if isinstance(message, wire.Refused):
+        if isinstance(message, memory.Refused):
             raise self._taken_back(space, held, epoch, Refusal(message.code, message.message))
-        if message != wire.Filled(epoch):
+        if message != memory.Filled(epoch):
             raise ProtocolError(f"the agent sent {message} where Filled of epoch {epoch} was due")
         return SwapInTimes(mapped - begin, time.monotonic() - mapped)
 
-    def grow(self, space: Space, region: wire.Region, epoch: int, frames: int) -> None:
+    def grow(self, space: Space, region: Region, epoch: int, frames: int) -> None:
         """Have `frames` frames of a region, zeroed, of which the missing ones are granted for `epoch`.
 
         Raises as `swap_in` does.
@@ -176,18 +177,18 @@ class RankConnection:
             space.resize(region, had)
             raise
 
-    def shrink(self, space: Space, region: wire.Region, epoch: int, frames: int) -> None:
+    def shrink(self, space: Space, region: Region, epoch: int, frames: int) -> None:
         """When nothing uses them any more, take all but `frames` frames of a region out and acknowledge."""
         space.unmap_from(region, frames)
         space.resize(region, min(frames, space.regions[region]))
         self.unmapped(epoch)
 
-    def _taken_back(self, space: Space, held: dict[wire.Region, int], epoch: int, reason: Exception) -> RolledBack:
+    def _taken_back(self, space: Space, held: dict[Region, int], epoch: int, reason: Exception) -> RolledBack:
         space.unmap(held)
-        self._channel.send(wire.Unmapped(epoch))
+        self._channel.send(memory.Unmapped(epoch))
         return RolledBack(str(reason))
 
-    def _receive(self, deadline: float) -> wire.ToRank:
+    def _receive(self, deadline: float) -> memory.ToRank:
         """The next message; descriptors on it are closed. Raises PeerGone, ProtocolError, TimeoutError."""
         message, fds = self._channel.receive(max(0.001, deadline - time.monotonic()))
         _close(fds)
@@ -195,25 +196,25 @@ class RankConnection:
 
     def preserved(self, parts: list[tuple[int, int, int]]) -> None:
         """Before the first `unmapped` of a swap-out: these parts of region `kv` are to come back. Raises PeerGone."""
-        self._channel.send(wire.KvPreserved(parts))
+        self._channel.send(memory.KvPreserved(parts))
 
     def unmapped(self, epoch: int) -> None:
         """Acknowledge that the rank holds no reference to any frame. Raises PeerGone."""
-        self._channel.send(wire.Unmapped(epoch))
+        self._channel.send(memory.Unmapped(epoch))
 
     def close(self) -> None:
         """Close the connection; idempotent."""
         self._channel.close()
 
-    def _map_grants(self, space: Space, regions: list[wire.Region], epoch: int, deadline: float) -> None:
+    def _map_grants(self, space: Space, regions: list[Region], epoch: int, deadline: float) -> None:
         while not all(space.is_mapped(region) for region in regions):
             message, fds = self._channel.receive(max(0.001, deadline - time.monotonic()))
             try:
                 match message:
-                    case wire.Grant() if message.epoch == epoch and message.count == len(fds) > 0:
+                    case memory.Grant() if message.epoch == epoch and message.count == len(fds) > 0:
                         # Of a KV cache that comes back, the next request uses a few blocks only.
                         space.map(message.region, message.first, fds, touch=epoch == 0 or message.region != "kv")
-                    case wire.Refused():
+                    case memory.Refused():
                         raise Refusal(message.code, message.message)
                     case _:
                         raise ProtocolError(f"the agent sent {message} with {len(fds)} descriptors in epoch {epoch}")
@@ -222,13 +223,13 @@ class RankConnection:
 
     def _answer(self, kind: type[M]) -> M:
         message = self._receive(time.monotonic() + START_TIMEOUT_S)
-        if isinstance(message, wire.Refused):
+        if isinstance(message, memory.Refused):
             raise Refusal(message.code, message.message)
         if not isinstance(message, kind):
             raise ProtocolError(f"the agent sent {message} where {kind.__name__} was due")
         return message
 
-    def _report_failure(self, failure: wire.RankFailed) -> None:
+    def _report_failure(self, failure: memory.RankFailed) -> None:
         try:
             self._channel.send(failure)
         except PeerGone:
@@ -238,7 +239,3 @@ class RankConnection:
 def _close(fds: list[int]) -> None:
     for fd in fds:
         os.close(fd)
-
-
-def _code(error: TritonSwapError) -> wire.Code:
-    return error.code  # type: ignore[return-value]  # errors.py declares a plain str

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from swap_agent.errors import InvalidModel
-from swap_agent.wire import messages as wire
+from swap_agent.wire import memory
+from swap_agent.wire.regions import Region
 
 
 def plan_kv_cache(
-    welcome: wire.RankWelcome,
-    fixed_bytes: Mapping[wire.Region, int],
+    welcome: memory.RankWelcome,
+    fixed_bytes: Mapping[Region, int],
     kv_bytes: int,
     kv_name: str,
     kv_key: str,
@@ -39,7 +40,7 @@ def plan_kv_cache(
     return kv_bytes
 
 
-def bound_of(welcome: wire.RankWelcome) -> tuple[int, str, str]:
+def bound_of(welcome: memory.RankWelcome) -> tuple[int, str, str]:
     """Bytes that the rank may have at its start, whose bound that is, and what to do about it."""
     if welcome.request_bytes is not None:
         return welcome.request_bytes, "GPU_MEMORY_REQUEST", "raise it"
@@ -48,7 +49,7 @@ def bound_of(welcome: wire.RankWelcome) -> tuple[int, str, str]:
     return welcome.device_bytes, f"device {welcome.device}", "use a larger device"
 
 
-def most_kv_cache(welcome: wire.RankWelcome, fixed_bytes: Mapping[wire.Region, int]) -> int:
+def most_kv_cache(welcome: memory.RankWelcome, fixed_bytes: Mapping[Region, int]) -> int:
     """Bytes that the KV cache may grow to, whole frames: what GPU_MEMORY_LIMIT leaves; 0 without one."""
     if welcome.limit_bytes is None:
         return 0

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from swap_agent.errors import Unsupported
-from swap_agent.wire.messages import Extent, Region
+from swap_agent.wire.regions import Extent, Region
 from vllm_engine.rank.space import Space
 
 ALIGNMENT_BYTES = 512

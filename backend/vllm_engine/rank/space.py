@@ -11,7 +11,7 @@ import mmap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from swap_agent.errors import ProtocolError, TritonSwapError
-from swap_agent.wire.messages import Region
+from swap_agent.wire.regions import Region
 from vllm_engine.rank.mapper import HostMapper, Mapper
 
 

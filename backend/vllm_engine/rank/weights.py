@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from swap_agent.errors import MirrorMismatch, Refusal
-from swap_agent.wire.messages import Recalled
+from swap_agent.wire.memory import Recalled
 from vllm_engine.adapter import placeholders
 from vllm_engine.adapter.fingerprint import fingerprint
 from vllm_engine.rank import model_digest, relocate

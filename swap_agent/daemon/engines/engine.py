@@ -17,10 +17,10 @@ from swap_agent.daemon.memory.rank_space import SwapIn
 from swap_agent.daemon.timeouts import Timeouts
 from swap_agent.errors import Unavailable
 from swap_agent.models.settings import ModelSettings
-from swap_agent.wire import messages as wire
-from swap_agent.wire.framing import AsyncChannel
+from swap_agent.wire import control
+from swap_agent.wire.framing import AsyncChannel, Message
 
-M = TypeVar("M", bound=wire.Message)
+M = TypeVar("M", bound=Message)
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Engine:
     timeouts: Timeouts = field(default_factory=Timeouts)
     token: str = field(default_factory=lambda: secrets.token_hex(16))
     process: EngineProcess | None = None
-    host: AsyncChannel[wire.FromStub | wire.FromHost] | None = None
-    queue_limits: wire.QueueLimits | None = None
+    host: AsyncChannel[control.FromStub | control.FromHost] | None = None
+    queue_limits: control.QueueLimits | None = None
     """Those that the host was told last."""
     connected: dict[int, RankLink] = field(default_factory=dict)
     """Ranks that said hello; all of them once the engine is ready."""
@@ -75,13 +75,13 @@ class Engine:
     swaps_in: int = 0
     swaps_out: int = 0
     last_swap_in: SwapIn | None = None
-    kv: wire.KvCache | None = None
+    kv: control.KvCache | None = None
     """What its KV cache can be; None: it keeps its size."""
     kv_wanted_frames: int = 0
     """On each rank, of a KV cache that grows."""
     kv_blocks: int = 0
     """That its scheduler uses now."""
-    _acks: dict[tuple[int, type[wire.Message]], asyncio.Future[Any]] = field(default_factory=dict)
+    _acks: dict[tuple[int, type[Message]], asyncio.Future[Any]] = field(default_factory=dict)
 
     @property
     def ranks(self) -> list[RankLink]:
@@ -113,11 +113,11 @@ class Engine:
         self._acks[epoch, kind] = future
         return future
 
-    def forget(self, epoch: int, kind: type[wire.Message]) -> None:
+    def forget(self, epoch: int, kind: type[Message]) -> None:
         """This answer is not expected any more."""
         self._acks.pop((epoch, kind), None)
 
-    def acknowledged(self, epoch: int, answer: wire.Message) -> None:
+    def acknowledged(self, epoch: int, answer: Message) -> None:
         """The host answered; a stale answer is nobody's."""
         future = self._acks.pop((epoch, type(answer)), None)
         if future and not future.done():

@@ -8,7 +8,7 @@ import logging
 from swap_agent.daemon.engines import rank_group as together
 from swap_agent.daemon.engines.engine import Engine
 from swap_agent.errors import RolledBack
-from swap_agent.wire import messages as wire
+from swap_agent.wire import control
 
 log = logging.getLogger(__name__)
 
@@ -40,15 +40,15 @@ async def grow(engine: Engine, epoch: int, frames: int) -> None:
     state and has to be ended.
     """
     assert engine.host
-    acked = engine.expect(epoch, wire.KvGrown)
-    undone = engine.expect(epoch, wire.KvGrowFailed)
+    acked = engine.expect(epoch, control.KvGrown)
+    undone = engine.expect(epoch, control.KvGrowFailed)
     announced = False
 
     def announce() -> None:
         nonlocal announced
         announced = True
         assert engine.host
-        engine.host.send(wire.GrowKv(epoch, frames))
+        engine.host.send(control.GrowKv(epoch, frames))
 
     try:
         await together.grow_kv(engine.ranks, epoch, frames, announce)
@@ -58,8 +58,8 @@ async def grow(engine: Engine, epoch: int, frames: int) -> None:
             await asyncio.wait_for(undone, engine.timeouts.between_steps_s)
         raise
     finally:
-        engine.forget(epoch, wire.KvGrown)
-        engine.forget(epoch, wire.KvGrowFailed)
+        engine.forget(epoch, control.KvGrown)
+        engine.forget(epoch, control.KvGrowFailed)
 
 
 async def shrink(engine: Engine, epoch: int, frames: int, deadline_s: float | None) -> int:
@@ -69,8 +69,8 @@ async def shrink(engine: Engine, epoch: int, frames: int, deadline_s: float | No
     Raises Unavailable, PeerGone, TimeoutError: the engine is in an unknown state and has to be ended.
     """
     assert engine.host
-    acked = engine.expect(epoch, wire.KvShrunk)
-    engine.host.send(wire.ShrinkKv(epoch, frames, deadline_s))
+    acked = engine.expect(epoch, control.KvShrunk)
+    engine.host.send(control.ShrinkKv(epoch, frames, deadline_s))
     within_s = (deadline_s or 0.0) + engine.timeouts.between_steps_s
     kept = (await asyncio.wait_for(acked, within_s)).frames
     await together.shrink_kv(engine.ranks, epoch, kept)

@@ -10,7 +10,7 @@ from swap_agent.daemon.engines.engine import Engine
 from swap_agent.daemon.memory.mirror_store import Mirror, MirrorStore
 from swap_agent.daemon.memory.region_image import Image
 from swap_agent.policy import events as ev
-from swap_agent.wire.messages import Extent, Region
+from swap_agent.wire.regions import Extent, Region
 
 Post = Callable[[ev.Event], None]
 

@@ -12,7 +12,7 @@ from swap_agent.daemon.engines.frame_credit import FrameCredit
 from swap_agent.daemon.engines.rank_link import RankLink
 from swap_agent.daemon.memory.rank_space import SwapIn
 from swap_agent.errors import RolledBack
-from swap_agent.wire.messages import Region
+from swap_agent.wire.regions import Region
 
 T = TypeVar("T")
 

@@ -25,10 +25,11 @@ from swap_agent.errors import (
     WeightsCorrupted,
 )
 from swap_agent.units import format_bytes
-from swap_agent.wire import messages as wire
+from swap_agent.wire import memory
 from swap_agent.wire.framing import FDS_PER_MESSAGE, Channel
+from swap_agent.wire.regions import Extent, Region
 
-Ack = wire.Mapped | wire.MapFailed | wire.Unmapped
+Ack = memory.Mapped | memory.MapFailed | memory.Unmapped
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +43,9 @@ class RankLink:
 
     def __init__(
         self,
-        channel: Channel[wire.FromRank],
+        channel: Channel[memory.FromRank],
         space: RankSpace,
-        want_frames: Callable[[int, wire.Region], None],
+        want_frames: Callable[[int, Region], None],
         want_host_memory: Callable[[int], None],
         on_failure: Callable[[str], None],
         on_gone: Callable[[], None],
@@ -61,7 +62,7 @@ class RankLink:
         self._want_host_memory = want_host_memory
         self._on_failure = on_failure
         self._on_gone = on_gone
-        self._held: dict[wire.Region, int] = {}
+        self._held: dict[Region, int] = {}
         """Frames of each region that the space had before the swap-in under way."""
         self.reader: threading.Thread | None = None
         self._mirrors = mirrors
@@ -81,19 +82,19 @@ class RankLink:
                 for fd in fds:
                     os.close(fd)
                 match message:
-                    case wire.Reserve():
+                    case memory.Reserve():
                         self._reserve(message)
-                    case wire.Recall():
+                    case memory.Recall():
                         self._recall(message)
-                    case wire.Restore():
+                    case memory.Restore():
                         self._restore(message)
-                    case wire.Loaded():
+                    case memory.Loaded():
                         self._loaded(message)
-                    case wire.RankFailed():
+                    case memory.RankFailed():
                         self._on_failure(message.message)
-                    case wire.KvPreserved():
+                    case memory.KvPreserved():
                         self.space.choose_kv(message.parts)
-                    case wire.Mapped() | wire.MapFailed() | wire.Unmapped():
+                    case memory.Mapped() | memory.MapFailed() | memory.Unmapped():
                         self._acks.put(message)
                     case _:
                         raise ProtocolError(f"{type(message).__name__} is out of place")
@@ -106,7 +107,7 @@ class RankLink:
             self.channel.close()
             self._on_gone()
 
-    def _reserve(self, message: wire.Reserve) -> None:
+    def _reserve(self, message: memory.Reserve) -> None:
         try:
             self._want_frames(message.frames, message.region)
             frames = self.space.reserve(message.region, message.frames)
@@ -130,16 +131,16 @@ class RankLink:
 
     def _refuse(self, error: Exception) -> None:
         self._on_failure(str(error))
-        self.channel.send(wire.Refused("UNAVAILABLE", str(error)))
+        self.channel.send(memory.Refused("UNAVAILABLE", str(error)))
 
-    def _recall(self, message: wire.Recall) -> None:
+    def _recall(self, message: memory.Recall) -> None:
         found = self._recalled = self._mirrors.recall(message.fingerprint) if self._mirrors else None
         if found:
-            self.channel.send(wire.Recalled(found.manifest["weights"], found.manifest["state"], found.model_digest))
+            self.channel.send(memory.Recalled(found.manifest["weights"], found.manifest["state"], found.model_digest))
         else:
-            self.channel.send(wire.Recalled())
+            self.channel.send(memory.Recalled())
 
-    def _restore(self, message: wire.Restore) -> None:
+    def _restore(self, message: memory.Restore) -> None:
         """Fill the frames from the mirror that was recalled; when that cannot be, the rank loads from disk."""
         mirror = self._recalled
         if mirror is None or self._mirrors is None:
@@ -157,11 +158,11 @@ class RankLink:
                 self._mirrors.void(mirror, unfit=isinstance(error, MirrorMismatch))
             self._recalled = None
             self._want_host_memory(-asked)  # what follows asks anew
-            self.channel.send(wire.Refused("UNAVAILABLE", str(error)))
+            self.channel.send(memory.Refused("UNAVAILABLE", str(error)))
         else:
-            self.channel.send(wire.Mirrored(self.weights_bytes))
+            self.channel.send(memory.Mirrored(self.weights_bytes))
 
-    def _loaded(self, message: wire.Loaded) -> None:
+    def _loaded(self, message: memory.Loaded) -> None:
         self.weights_bytes, self.state_bytes = end(message.weights), end(message.state)
         mirrors = self._mirrors
         copies_of_state = 2 if message.fingerprint and mirrors else 1
@@ -179,7 +180,7 @@ class RankLink:
         except (TritonSwapError, OSError) as error:
             self._refuse(error)
         else:
-            self.channel.send(wire.Mirrored(self.weights_bytes))
+            self.channel.send(memory.Mirrored(self.weights_bytes))
 
     def lost(self) -> None:
         """The rank's process is gone: wait for its reader, which may be at work, then let go of all that it had."""
@@ -190,7 +191,7 @@ class RankLink:
 
     def unmapped(self, epoch: int, within_s: float | None = None) -> None:
         """Return when the rank has unmapped what goes in one step. Raises Unavailable (no answer), PeerGone."""
-        self._await(epoch, wire.Unmapped, within_s=within_s)
+        self._await(epoch, memory.Unmapped, within_s=within_s)
 
     def prepare(self, epoch: int, allowance: FrameCredit) -> SwapIn:
         """First half of a swap-in: take missing frames, send them, fill them while the rank maps, wait until it has.
@@ -215,8 +216,8 @@ class RankLink:
                 copy_s += time.monotonic() - begun_s
         except (OutOfDeviceMemory, OSError, MemoryError) as error:
             raise RolledBack(f"{self.space.holder} was not swapped in: {error or type(error).__name__}") from error
-        ack = self._await(epoch, wire.Mapped, wire.MapFailed)
-        if isinstance(ack, wire.MapFailed):
+        ack = self._await(epoch, memory.Mapped, memory.MapFailed)
+        if isinstance(ack, memory.MapFailed):
             message = f"its engine could not map the frames: {ack.message}"
             raise RolledBack(f"{self.space.holder} was not swapped in: {message}")
         return SwapIn(time.monotonic() - started_s - wait_s, wait_s, copy_s, copied)
@@ -225,15 +226,15 @@ class RankLink:
         """Second half of a swap-in, once every rank is prepared: the rank may run. Raises PeerGone."""
         if self.space.preserved:
             self.space.preserved.choose([])  # from here on it is the rank's to change
-        self.channel.send(wire.Filled(epoch))
+        self.channel.send(memory.Filled(epoch))
 
     def refuse(self, epoch: int, reason: str) -> None:
         """Instead of `commit`: return when the rank has unmapped what `prepare` sent, whether that succeeded or not.
 
         Raises PeerGone, Unavailable (no answer).
         """
-        self.channel.send(wire.Refused("UNAVAILABLE", reason))
-        self._await(epoch, wire.Unmapped)
+        self.channel.send(memory.Refused("UNAVAILABLE", reason))
+        self._await(epoch, memory.Unmapped)
 
     def undo(self) -> None:
         """After `refuse`: return the frames that `prepare` took."""
@@ -261,18 +262,18 @@ class RankLink:
             self._send_grants(epoch, "kv", self.space.frames["kv"], self._held["kv"])
         except OSError as error:
             raise RolledBack(f"{self.space.holder} was given no more KV cache: {error}") from error
-        ack = self._await(epoch, wire.Mapped, wire.MapFailed, within_s=self.timeouts.between_steps_s)
-        if isinstance(ack, wire.MapFailed):
+        ack = self._await(epoch, memory.Mapped, memory.MapFailed, within_s=self.timeouts.between_steps_s)
+        if isinstance(ack, memory.MapFailed):
             raise RolledBack(f"{self.space.holder}: its engine could not map more KV cache: {ack.message}")
 
-    def _send_grants(self, epoch: int, region: wire.Region, frames: list[Frame], first: int = 0) -> None:
+    def _send_grants(self, epoch: int, region: Region, frames: list[Frame], first: int = 0) -> None:
         """Send the frames of a region from number `first` on."""
         for start in range(first, len(frames), FDS_PER_MESSAGE):
             fds: list[int] = []
             try:
                 for frame in frames[start : start + FDS_PER_MESSAGE]:
                     fds.append(frame.export())
-                self.channel.send(wire.Grant(epoch, region, start, len(fds)), fds)
+                self.channel.send(memory.Grant(epoch, region, start, len(fds)), fds)
             finally:
                 for fd in fds:
                     os.close(fd)
@@ -300,5 +301,5 @@ def start_serving(link: RankLink) -> threading.Thread:
     return link.reader
 
 
-def _manifest(message: wire.Loaded | wire.Restore) -> dict[wire.Region, list[wire.Extent]]:
+def _manifest(message: memory.Loaded | memory.Restore) -> dict[Region, list[Extent]]:
     return {"weights": message.weights, "state": message.state}

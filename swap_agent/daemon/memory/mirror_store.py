@@ -11,7 +11,7 @@ from typing import Protocol
 from swap_agent.daemon.memory.region_image import Image
 from swap_agent.device.api import DeviceMemory
 from swap_agent.errors import MirrorMismatch
-from swap_agent.wire.messages import Extent, Region
+from swap_agent.wire.regions import Extent, Region
 
 
 @dataclass(eq=False)

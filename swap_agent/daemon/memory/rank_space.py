@@ -12,7 +12,7 @@ from swap_agent.daemon.memory.mirror_store import Mirror, rearranged, same_layou
 from swap_agent.daemon.memory.region_image import Image
 from swap_agent.device.api import Frame
 from swap_agent.errors import ProtocolError
-from swap_agent.wire.messages import Extent, Region
+from swap_agent.wire.regions import Extent, Region
 
 REGIONS: tuple[Region, ...] = ("weights", "state", "scratch", "kv")
 """In the order in which regions are granted: dirty frames come first, for what is overwritten anyway."""

@@ -6,7 +6,7 @@ import zlib
 
 from swap_agent.device.api import Bytes, DeviceMemory, During, Frame, Transfer
 from swap_agent.errors import WeightsCorrupted
-from swap_agent.wire.messages import Region
+from swap_agent.wire.regions import Region
 
 
 class Image:

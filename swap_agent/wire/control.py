@@ -1,33 +1,17 @@
-"""Every message that crosses a socket of triton-swap, one tagged struct each.
+"""Messages on `agent.sock`: Triton stubs (`Attach` …) and engine hosts (`HostHello` …) with the agent.
 
-Three conversations, each on a Unix stream socket inside the runtime directory:
-
-* `agent.sock`, control plane: Triton stubs (`Attach` …) and engine hosts (`HostHello` …) with the agent.
-* `ranks.sock`, memory plane: one connection per engine rank, with file descriptors of frames (`RankHello` …).
-* `engine-*.sock`, data plane: Triton stubs with one engine host (`Submit`, `Embed` …); the agent takes no part in it.
-
-A message is a frame of `wire.framing`: four bytes of length, then msgpack. Sizes are bytes, durations seconds.
+Sizes are bytes, durations seconds.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
 import msgspec
 
-Region = Literal["weights", "state", "scratch", "kv"]
-"""A part of an engine's space. `weights` never changes after load; `state` must survive a swap; `scratch` (CUDA graphs
-and workspaces between two steps; on a GPU only) and `kv` may be dropped."""
+from swap_agent.errors import Code
+from swap_agent.wire.framing import Message
+from swap_agent.wire.regions import Region
 
-Code = Literal["INVALID_ARG", "UNAVAILABLE", "NOT_FOUND", "CANCELLED", "UNSUPPORTED", "INTERNAL"]
-"""Error codes; the names are those of Triton's `TRITONSERVER_Error_Code`."""
-
-
-class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, forbid_unknown_fields=True):
-    """Base of all messages; the class name is the tag on the wire."""
-
-
-# --- control plane: Triton stub -> agent ------------------------------------------------------------------------------
+# --- Triton stub -> agent ---------------------------------------------------------------------------------------------
 
 
 class Attach(Message, frozen=True):
@@ -73,7 +57,7 @@ class Refused(Message, frozen=True):
     message: str
 
 
-# --- control plane: engine host <-> agent -----------------------------------------------------------------------------
+# --- engine host <-> agent --------------------------------------------------------------------------------------------
 
 
 class HostHello(Message, frozen=True):
@@ -179,7 +163,7 @@ class SwapOut(Message, frozen=True):
     """
 
     epoch: int
-    keep: list[list[dict[Region, int]]] = []
+    keep: list[list[dict[Region, int]]] = msgspec.field(default_factory=list)
     """Per rank and step, of which each is acknowledged: frames of each region that stay mapped, the first ones; what KV
     they hold is void unless it is preserved. Absent: one step, and none."""
 
@@ -296,224 +280,6 @@ class Shutdown(Message, frozen=True):
     message: str
 
 
-# --- memory plane: engine rank <-> agent ------------------------------------------------------------------------------
-
-
-class RankHello(Message, frozen=True):
-    """First message of an engine rank (the process that maps frames); ranks count from 0 to `world_size` - 1."""
-
-    replica: str
-    token: str
-    rank: int
-    world_size: int
-
-
-class RankWelcome(Message, frozen=True):
-    """The device the rank's frames come from."""
-
-    device: str
-    frame_bytes: int
-    request_bytes: int | None
-    """GPU_MEMORY_REQUEST in bytes: the sum of this rank's regions may not exceed it. None: not declared."""
-    device_bytes: int
-    limit_bytes: int | None = None
-    """GPU_MEMORY_LIMIT in bytes: binds the same sum where no request is declared. None: not declared."""
-    preserve_kv_bytes: int = 0
-    """This rank's part of PRESERVE_KV: host memory for what of region `kv` outlives a swap."""
-
-
-class Reserve(Message, frozen=True):
-    """While the engine starts: frames for one region, zeroed. Answered by `Grant`s that sum up to it, or `Refused`."""
-
-    region: Region
-    frames: int
-    most: int = 0
-    """The region can have up to so many frames later on, by GrowKv. 0: as many as now."""
-    preserved_bytes: int = 0
-    """Of region `kv`: host memory for `KvPreserved`. At most what `RankWelcome` says."""
-
-
-class Grant(Message, frozen=True):
-    """Frames `first`… of a region, one file descriptor each, in order, at most 128 a message; they ride on it."""
-
-    epoch: int
-    region: Region
-    first: int
-    count: int
-
-
-class Extent(msgspec.Struct, frozen=True):
-    """One tensor inside a region."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    """Bytes from the start of the region."""
-    bytes: int
-
-
-class Recall(Message, frozen=True):
-    """Before anything is loaded: is there a mirror of exactly these weights? Answered by `Recalled`.
-
-    An empty fingerprint: they can only come from disk.
-    """
-
-    fingerprint: str
-
-
-class Recalled(Message, frozen=True):
-    """The manifest of the mirror with that fingerprint, kept for this rank; empty when there is none."""
-
-    weights: list[Extent] = []
-    state: list[Extent] = []
-    model_digest: str = ""
-
-
-class Restore(Message, frozen=True):
-    """The rank's regions are reserved: fill weights and state, by name, from the mirror that was recalled.
-
-    Answered by `Mirrored`, or by `Refused`: then the rank loads from disk and says `Loaded`.
-    """
-
-    weights: list[Extent]
-    state: list[Extent]
-
-
-class Loaded(Message, frozen=True):
-    """The rank's weights and state are in place: make the mirror. Answered by `Mirrored`."""
-
-    weights: list[Extent]
-    state: list[Extent]
-    fingerprint: str = ""
-    """Under which the mirror may be recalled by an engine that starts later; empty: by none."""
-    model_digest: str = ""
-    """Digest of what the model keeps outside of its extents; a restored model must come to the same."""
-
-
-class Mirrored(Message, frozen=True):
-    """This rank's weights are in its frames and in a mirror."""
-
-    bytes: int
-
-
-class RankFailed(Message, frozen=True):
-    """The rank cannot start or swap; `message` becomes the reason that users read. The rank raises after this."""
-
-    code: Code
-    message: str
-
-
-class Mapped(Message, frozen=True):
-    """No frame is missing any more, and the rank has closed its copies of the descriptors."""
-
-    epoch: int
-
-
-class MapFailed(Message, frozen=True):
-    """Instead of `Mapped`: the rank cannot map what was granted. Answered by `Refused`, and by that to every rank."""
-
-    epoch: int
-    message: str
-
-
-class Filled(Message, frozen=True):
-    """Every rank has mapped and every byte of this epoch's frames is in place, on every device; the rank may run.
-
-    Instead, `Refused` takes the swap-in back, at any time before this: the rank answers `Unmapped`.
-    """
-
-    epoch: int
-
-
-class Unmapped(Message, frozen=True):
-    """The rank has synchronised and unmapped every frame but those to keep, of one step of a swap-out; it holds no
-    reference to any other.
-
-    Also when `Refused` undoes a swap-in: what the rank had before it keeps.
-    """
-
-    epoch: int
-
-
-class KvPreserved(Message, frozen=True):
-    """Before the first `Unmapped` of a swap-out: what of region `kv` has to be the same after the swap-in.
-
-    It holds until `Filled`. Without it nothing of the region has to be.
-    """
-
-    parts: list[tuple[int, int, int]]
-    """Frame of the region, first byte in it, number of bytes; no two have a byte in common."""
-
-
-# --- data plane: Triton stub <-> engine host --------------------------------------------------------------------------
-
-
-class Submit(Message, frozen=True):
-    """One generation request. `id` is chosen by the stub, unique on its connection."""
-
-    id: int
-    prompt: str
-    sampling_parameters: str
-    """JSON object; the keys are vLLM's `SamplingParams`, string values are cast. Empty string: defaults."""
-    stream: bool
-    """True: an `Output` per engine step with deltas. False: one `Output`, whole."""
-
-
-class Embed(Message, frozen=True):
-    """One embedding request. `id` is chosen by the stub, unique on its connection.
-
-    Answered by one `Output` whose one sequence is the embedding, a JSON list of numbers, or by `Failed`.
-    """
-
-    id: int
-    prompt: str | list[int]
-    """Text, or the numbers of its tokens."""
-    pooling_parameters: str
-    """JSON object; the keys are vLLM's `PoolingParams`. Empty string: defaults."""
-
-
-class Abort(Message, frozen=True):
-    """The client cancelled or went away. The host forgets the request and answers nothing more for it."""
-
-    id: int
-
-
-class Sequence(msgspec.Struct, frozen=True):
-    """One of the `n` sequences of a request, in an `Output`."""
-
-    text: str
-    finish_reason: str | None
-    """None while unfinished."""
-    num_tokens: int
-    """Tokens in this message (streaming) or in all (not streaming)."""
-
-
-class Output(Message, frozen=True):
-    """Progress of one request."""
-
-    id: int
-    sequences: list[Sequence]
-    """All `n`, in order of their index; one without news has empty text and num_tokens 0."""
-    num_input_tokens: int
-    finished: bool
-
-
-class Failed(Message, frozen=True):
-    """The request ends with an error."""
-
-    id: int
-    code: Code
-    message: str
-
-
-class Step(Message, frozen=True):
-    """What one engine step brought for all requests of one connection."""
-
-    items: list[Output | Failed]
-
-
 FromStub = Attach | Detach
 ToStub = Attached | Detached | Refused
 FromHost = (
@@ -521,7 +287,3 @@ FromHost = (
     | SwapInFailed | OrderFailed | KvWanted | KvGrown | KvGrowFailed | KvShrunk
 )  # fmt: skip
 ToHost = HostWelcome | Drain | SwapOut | SwapIn | GrowKv | ShrinkKv | RefuseWaiting | QueueLimits | Shutdown | Refused
-FromRank = RankHello | Recall | Reserve | Restore | Loaded | RankFailed | Mapped | MapFailed | KvPreserved | Unmapped
-ToRank = RankWelcome | Recalled | Grant | Mirrored | Filled | Refused
-StubToEngine = Submit | Embed | Abort
-EngineToStub = Step
