@@ -10,10 +10,13 @@ LOCK := requirements/cpu-py$(VERSION).txt
 STAMP := .venv/.ready-$(shell cat $(LOCK) pyproject.toml requirements/setup.sh 2>/dev/null | sha256sum | cut -c1-16)
 BIN := .venv/bin
 
-.PHONY: help demo test check bench soak gpu docs lock clean
+# What needs neither vLLM nor Triton runs in the small .venv that `make dev` makes, too.
+READY := $(if $(wildcard .venv/.dev),.venv/.dev,$(STAMP))
+
+.PHONY: help demo test test-fast test-agent test-engine test-slow check dev bench soak gpu docs lock clean
 
 help: ## these lines
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
 
 demo: $(STAMP) ## real Triton, vLLM and swap agent on a simulated device: TTFT cold, swapped, warm (7 minutes)
 	@$(BIN)/python -m loadtest.demo
@@ -22,7 +25,20 @@ test: $(STAMP) ## the suite: unit, agent, engine, e2e (15 minutes)
 	@$(BIN)/python -m loadtest.models
 	@bash .ci/tiers unit agent engine e2e
 
-check: $(STAMP) ## format, lint, types, import contracts
+test-fast: check ## what to run before every commit: check and the unit tests (a minute)
+	@$(BIN)/python -m pytest -q tests/unit -n 2
+
+test-agent: $(READY) ## the agent against scripted engines: no Triton, no vLLM (4 minutes)
+	@$(BIN)/python -m pytest -q tests/agent -n 2 --dist loadfile
+
+test-engine: $(STAMP) ## real vLLM engines against a small agent (5 minutes)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/engine -n 2 --dist loadfile
+
+test-slow: $(STAMP) ## what guards a resolved issue and is too slow for `make test` (at most 30 minutes)
+	@$(BIN)/python -m loadtest.models
+	@bash .ci/tiers slow
+
+check: $(READY) ## format, lint, types, import contracts
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
@@ -31,10 +47,8 @@ check: $(STAMP) ## format, lint, types, import contracts
 bench: $(STAMP) ## speed, as JSON, tables and a plot under out/ (three quarters of an hour)
 	@$(BIN)/python -m loadtest.bench
 
-soak: $(STAMP) ## half an hour of mixed load, 10,000 swap cycles, and what is too slow for the suite; fails on the first lost request
-	@TRITON_SWAP_SOAK=1 $(BIN)/python -m pytest -q tests/unit/test_policy_machine.py
-	@TRITON_SWAP_SOAK=1 $(BIN)/python -m pytest -q tests/agent/test_rank_link.py tests/agent/test_cuda_device.py tests/agent/test_gpu_probe.py
-	@TRITON_SWAP_SOAK=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/engine/test_model_families.py tests/engine/test_engine_kv.py tests/e2e/test_bursts.py
+soak: $(STAMP) ## endurance, by hand: 10,000 swap cycles, half an hour of mixed load; fails on the first lost request
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests -m soak
 	@$(BIN)/python -m loadtest.load --duration 30m --out out/soak.json
 
 gpu: ## what only an NVIDIA GPU can show, with the python3 that has vLLM: make gpu PYTHON=… (15 minutes)
@@ -50,8 +64,15 @@ lock: $(STAMP) ## make the locks again from requirements/cpu.in (UPGRADE=1: newe
 	  $(BIN)/python requirements/lock.py $$version $(if $(UPGRADE),--upgrade) > $$lock.new && mv $$lock.new $$lock && echo "made $$lock" || exit 1; \
 	done
 
+dev: ## a small .venv, without vLLM, torch and Triton: enough for check, test-fast and test-agent (a minute)
+	@$(PYTHON) -m venv --clear .venv
+	@$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[dev]'
+	@touch .venv/.dev
+
 clean: ## remove all that the other targets made: .venv, .models, out, caches
 	rm -rf .venv .models out .runtime .pytest_cache .mypy_cache .ruff_cache *.egg-info
+
+.venv/.dev:
 
 $(STAMP):
 	@bash requirements/setup.sh $(PYTHON) $(LOCK) $@

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.optional import needed
 from support.tiny_llama import make_tiny_llama
 
 from swap_agent.wire import requests
@@ -16,12 +18,12 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 @pytest.fixture(scope="module")
 def linear() -> Any:
-    return pytest.importorskip("vllm_engine.adapter.linear")
+    return needed("vllm_engine.adapter.linear")
 
 
 @pytest.fixture(scope="module")
 def torch() -> Any:
-    return pytest.importorskip("torch")
+    return needed("torch")
 
 
 def sampling(text: str, stream: bool = False) -> Any:
@@ -183,7 +185,7 @@ def test_the_kv_buffers_that_a_layout_takes(block_stride: int, sizes: list[int],
 def test_a_vllm_without_the_hooks_message_queue_takes_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     from swap_agent.errors import Unsupported
 
-    message_queue = pytest.importorskip("vllm_engine.adapter.message_queue")
+    message_queue = needed("vllm_engine.adapter.message_queue")
     from vllm_engine.adapter.executor import executor
 
     monkeypatch.delattr(message_queue.shm_broadcast, "SHM_READER_RECHECK_INTERVAL_MS", raising=False)  # as in 0.26
@@ -264,7 +266,7 @@ def test_a_weight_that_a_kernel_keeps_to_itself_is_refused(torch: Any, linear: A
 
 
 def test_a_process_that_waits_for_another_falls_asleep_before_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    message_queue = pytest.importorskip("vllm_engine.adapter.message_queue")
+    message_queue = needed("vllm_engine.adapter.message_queue")
     now_s, naps, yields = 100.0, 0, 0
 
     def sleep(seconds: float) -> None:
@@ -290,7 +292,8 @@ def test_a_process_that_waits_for_another_falls_asleep_before_long(monkeypatch: 
 def test_a_kv_cache_that_may_grow_is_laid_out_with_blocks_outermost_where_that_can_be(
     tmp_path: Path, torch: Any
 ) -> None:
-    pytest.importorskip("vllm.v1.kv_cache_layout", reason="a KV cache grows from vLLM 0.32 on")
+    if find_spec("vllm.v1.kv_cache_layout") is None:
+        pytest.skip("a KV cache grows from vLLM 0.32 on")
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
     from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts
     from vllm.v1.kv_cache_interface import FullAttentionSpec

@@ -39,7 +39,6 @@ IN_FLIGHT = 24
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[FakeAgent, control.KvCache]]:
-    pytest.importorskip("vllm")
     weights = make_tiny_llama(tmp_path_factory.mktemp("weights"), hidden=512, layers=LAYERS, tied=True)
     runtime_dir = tmp_path_factory.mktemp("run")
     version_dir = runtime_dir / "repository" / "tiny" / "1"

@@ -84,7 +84,6 @@ def seconds(log: str, how: str) -> float:
 async def test_a_killed_engine_comes_back_without_reading_its_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Any
 ) -> None:
-    pytest.importorskip("vllm")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "backend")]))
     for name in ("HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS"):
         monkeypatch.setenv(name, "1")

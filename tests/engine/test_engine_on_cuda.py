@@ -16,7 +16,6 @@ pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("default")]
 
 
 def test_answers_stay_over_swaps_and_while_the_kv_cache_grows_and_shrinks(fake_cuda: FakeCuda, tmp_path: Path) -> None:
-    pytest.importorskip("vllm")
     fake_cuda.devices = "1x640MiB"
     path = os.pathsep.join([str(ROOT), str(ROOT / "backend")])
     environment = fake_cuda.environment(PYTHONPATH=path, HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1")

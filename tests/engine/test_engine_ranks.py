@@ -131,7 +131,6 @@ async def check_preserved(pair: Model) -> None:
 
 
 async def test_two_ranks_and_one_share_two_devices(tmp_path: Path) -> None:
-    pytest.importorskip("vllm")
     weights = make_tiny_llama(tmp_path / "weights", hidden=512, layers=4, tied=True)
     device = DeviceSpec("cpu", (FRAMES * FRAME_BYTES,) * 2)
     agent = Agent(AgentConfig(RuntimeDir(tmp_path / "run"), device, poison=True))

@@ -24,7 +24,6 @@ Start = Callable[..., tuple[FakeAgent, Any]]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("vllm")
     return make_tiny_llama(tmp_path_factory.mktemp("weights"))
 
 

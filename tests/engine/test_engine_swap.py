@@ -58,7 +58,6 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("vllm")
     return make_tiny_llama(tmp_path_factory.mktemp("weights"), hidden=512, layers=4, tied=True)
 
 

@@ -13,11 +13,6 @@ from swap_agent.errors import MirrorMismatch
 pytestmark = pytest.mark.filterwarnings("default")  # vLLM's own
 
 
-@pytest.fixture(autouse=True)
-def vllm() -> None:
-    pytest.importorskip("vllm")
-
-
 def fingerprint(*arguments: Any) -> str:
     from vllm_engine.adapter.fingerprint import fingerprint
 

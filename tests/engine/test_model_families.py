@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from support.engine_agent import FRAME_BYTES, FakeAgent, Stub, frame_addresses
 from support.model_families import COMMON, FAMILIES, make_tiny
+from support.optional import needed
 from support.tiny_llama import make_tiny_llama, prompt
 from support.tiny_quantized import quantize
 
@@ -134,7 +135,7 @@ def texts(stub: Stub) -> list[str]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_stay_over_swaps_and_come_from_the_frames(family: str, tmp_path: Path) -> None:
-    vllm = pytest.importorskip("vllm")
+    vllm = needed("vllm")
     if "Mamba" in family and vllm.__version__.startswith("0.26"):
         pytest.skip("vLLM 0.26 computes Mamba-2 layers with Triton only, which is not there on CPU")
     weights = make_tiny(tmp_path / "weights", COMMON | FAMILIES[family])
@@ -149,7 +150,6 @@ def test_answers_stay_over_swaps_and_come_from_the_frames(family: str, tmp_path:
 @pytest.mark.parametrize("method", QUANTIZED)
 def test_quantised_models_keep_their_answers(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The layers of the compressed-tensors model take turns: int4 weights; int8 and fp8, inputs too."""
-    pytest.importorskip("vllm")
     monkeypatch.setenv("VLLM_CPU_SGL_KERNEL", "1")  # 0.26 has its packed kernels off
     weights = make_tiny_llama(tmp_path / "weights")
     quantize(weights, method)
@@ -160,7 +160,6 @@ def test_quantised_models_keep_their_answers(method: str, tmp_path: Path, monkey
 
 @pytest.mark.parametrize("kind", EMBEDDING)
 def test_embeddings_stay_over_swaps(kind: str, tmp_path: Path) -> None:
-    pytest.importorskip("vllm")
     weights = make_tiny(tmp_path / "weights", EMBEDDING[kind])
 
     def embeddings(stub: Stub) -> list[list[float]]:

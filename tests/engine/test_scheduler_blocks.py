@@ -202,7 +202,6 @@ class Pool(RuleBasedStateMachine):
 
 
 def test_blocks_without_memory_are_never_used() -> None:
-    pytest.importorskip("vllm")
     examples = settings(
         max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
     )
@@ -210,7 +209,6 @@ def test_blocks_without_memory_are_never_used() -> None:
 
 
 def test_blocks_that_are_to_go_are_handed_out_when_there_is_no_other() -> None:
-    pytest.importorskip("vllm")
     from vllm.v1.core.block_pool import BlockPool
 
     from vllm_engine.adapter.block_pool import BoundedBlockPool
@@ -237,7 +235,6 @@ def test_blocks_that_are_to_go_are_handed_out_when_there_is_no_other() -> None:
 
 
 def test_a_pool_of_another_kind_is_refused() -> None:
-    pytest.importorskip("vllm")
     from vllm.v1.core.block_pool import BlockPool
 
     from vllm_engine.adapter.block_pool import BoundedBlockPool
@@ -252,7 +249,6 @@ def test_a_pool_of_another_kind_is_refused() -> None:
 
 
 def test_what_would_keep_a_kv_cache_from_growing_is_known_before_it_has_addresses() -> None:
-    pytest.importorskip("vllm")
     from vllm.config import KVTransferConfig, VllmConfig
 
     from vllm_engine.adapter.kv_scheduler import why_fixed

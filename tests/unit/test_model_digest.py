@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from support.optional import needed
 
-torch = pytest.importorskip("torch")
+torch = needed("torch")
 
 from vllm_engine.rank import model_digest, relocate  # noqa: E402
 

@@ -5,8 +5,9 @@ import struct
 from collections.abc import Iterator
 
 import pytest
+from support.optional import needed
 
-torch = pytest.importorskip("torch")
+torch = needed("torch")
 
 from swap_agent.errors import Unsupported  # noqa: E402
 from vllm_engine.rank import relocate  # noqa: E402

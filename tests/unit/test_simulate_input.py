@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.optional import need
 
 from swap_agent.cli import simulate_flags
 from swap_agent.cli.main import main
@@ -220,7 +221,7 @@ def test_without_matplotlib_there_is_one_line_instead_of_a_plot(
 
 @pytest.mark.parametrize(("flags", "name"), [([], "simulate.png"), (["--seeds", "1-2"], "seeds.png")])
 def test_plots_are_drawn(tmp_path: Path, flags: list[str], name: str) -> None:
-    pytest.importorskip("matplotlib")
+    need("matplotlib")
     cluster = str(written(tmp_path, CLUSTER, "c.toml"))
     assert main(["simulate", "--cluster", cluster, "--hours", "0.01", "--out", str(tmp_path), *flags]) == 0
     assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
