@@ -96,18 +96,18 @@ class _Node:
         match order:
             case act.StartEngine():
                 for rank in range(len(order.devices)):
-                    self.post(ev.FramesWanted(now_s, name, replica.request_frames or 0, rank))
+                    self.post(ev.FramesWanted(now_s, name, replica.settings.request_frames or 0, rank))
                 self.post(ev.HostMemoryWanted(now_s, name, 1))
             case act.GrantHostMemory():
-                for rank in range(replica.ranks):
+                for rank in range(replica.settings.ranks):
                     self.post(ev.MirrorKept(now_s, name, f"mirror of {name}, rank {rank}", 1, rank))
                 self.post(ev.EngineReady(now_s, name))
             case act.Drain():
-                self.post(ev.TrafficReported(now_s, name, 0, replica.waiting))
+                self.post(ev.TrafficReported(now_s, name, 0, replica.activity.waiting))
                 self.post(ev.Drained(now_s, name, order.epoch))
             case act.SwapOut():
                 self.post(ev.SwappedOut(now_s, name, order.epoch))
-            case act.SwapIn() if replica.promised_frames:
+            case act.SwapIn() if replica.reservation.promised_frames:
                 self.orders.append(order)
             case act.SwapIn():
                 self.post(ev.SwappedIn(now_s, name, order.epoch))
@@ -124,7 +124,7 @@ class _Node:
         for name in self.names:
             self.now_s += 1.0
             self.post(ev.ActivateRequested(self.now_s, name))
-            while self.policy.ledger.replicas[name].load_wanted:
+            while self.policy.ledger.replicas[name].wishes.activate:
                 if self.orders:
                     self.obey_one()
                 else:
@@ -150,7 +150,7 @@ class _Node:
             self.post(ev.TrafficReported(self.now_s, name, self.rng.choice([0, 0, 1, 2, 3]), 0))
         elif replica.devices and self.rng.random() < 0.3:
             waiting = self.rng.choice([0, 1, 2])
-            self.post(ev.TrafficReported(self.now_s, name, replica.in_flight, waiting))
+            self.post(ev.TrafficReported(self.now_s, name, replica.activity.in_flight, waiting))
             if waiting:
                 self.post(ev.RequestsHeld(self.now_s, name, replica.epoch))
         self.waited += len(self.policy.waiting)

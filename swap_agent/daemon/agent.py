@@ -169,7 +169,7 @@ class Agent:
                 self.accounting_errors += 1
                 if replica.state in HOLDS_FRAMES:
                     needed = replica.need_frames if replica.state is State.RESIDENT else 0
-                    replica.reserved_frames = max(needed, *held)
+                    replica.reservation.frames = max(needed, *held)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -442,7 +442,7 @@ class Agent:
         record = self.replica(replica)
         gone = frozenset({State.COLD, State.FAILED})
         # Without `purge` it may be on its way back already, for requests that came meanwhile.
-        while (record.unload_wanted or (purge and record.state not in gone)) and not record.load_wanted:
+        while (record.wishes.park or (purge and record.state not in gone)) and not record.wishes.activate:
             await self.changed()
         while purge and self._mirrors_are_leaving():
             await self.changed()

@@ -112,7 +112,7 @@ class ControlSocket:
                     engine.kv_wanted_frames = message.frames
                     if engine.kv:
                         more = message.frames - engine.kv.frames
-                        self._agent.post(ev.BurstWanted(now_s, replica, more, engine.kv.ranges))
+                        self._agent.post(ev.KvWanted(now_s, replica, more, engine.kv.ranges))
                 case control.KvGrown() | control.KvShrunk():
                     engine.kv_blocks = message.blocks
                     engine.acknowledged(message.epoch, message)

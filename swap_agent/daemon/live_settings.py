@@ -98,7 +98,7 @@ class LiveSettings:
         mirrors = self._agent.coordinator.ledger.mirrors.values()
         ended = replica.state in (State.COLD, State.FAILED)
         leaves = replica.state is State.SWAPPED or (ended and any(replica.name in mirror.names for mirror in mirrors))
-        if leaves and not replica.purge_wanted and not self._agent.in_use(spec.replica):
+        if leaves and not replica.wishes.purge and not self._agent.in_use(spec.replica):
             log.info("%s has left the model repository: its engine ends, and its mirror goes", spec.replica)
             self._agent.post(ev.ParkRequested(time.monotonic(), spec.replica, purge=True))
 
@@ -164,7 +164,9 @@ class LiveSettings:
             return f"{spec.replica}: PRESERVE_KV has no effect; the log of its engine says why"
         full = blocked_by_pins(replica, self._agent.coordinator.ledger)
         if full and replica.state is State.RESIDENT and replica.missing_frames:
-            has, needs = (format_bytes(n * self._frame_bytes) for n in (replica.reserved_frames, replica.need_frames))
+            has, needs = (
+                format_bytes(n * self._frame_bytes) for n in (replica.reservation.frames, replica.need_frames)
+            )
             return (
                 f"{spec.replica}: {has} of its {needs} are set aside, since pinned models leave no more on "
                 f"{' and '.join(full)}; it gets the rest when one of them is unpinned or parked"

@@ -78,15 +78,15 @@ class Packing:
         for device in self.coordinator.ledger.devices.values():
             replicas = self.on(device.name)
             if sum(replica.need_frames for replica in replicas) > device.frames:
-                room = device.frames - sum(replica.need_frames for replica in replicas if replica.pinned)
-                needs = {replica.name: replica.need_frames for replica in replicas if not replica.pinned}
+                room = device.frames - sum(replica.need_frames for replica in replicas if replica.settings.pinned)
+                needs = {replica.name: replica.need_frames for replica in replicas if not replica.settings.pinned}
                 found.append(_turns(device.name, room, needs))
         return found
 
     def together(self) -> list[str]:
         """Replicas that are all resident at the same time, whoever else is."""
         full = {turn.device for turn in self.turns()}
-        return sorted(r.name for r in self.placed if r.pinned or full.isdisjoint(r.devices))
+        return sorted(r.name for r in self.placed if r.settings.pinned or full.isdisjoint(r.devices))
 
     def _load(self, name: str, frames: Sequence[int]) -> None:
         self._answers.pop(name, None)
@@ -137,7 +137,7 @@ class Packing:
             case act.SwapOut():
                 self._events.append(ev.SwappedOut(now_s, name, action.epoch))
             case act.SwapIn() | act.MoreFrames():
-                if not self.coordinator.ledger.replicas[name].promised_frames:
+                if not self.coordinator.ledger.replicas[name].reservation.promised_frames:
                     self._events.append(ev.SwappedIn(now_s, name, action.epoch))
             case _:
                 raise AccountingError(f"a plan has no answer to {type(action).__name__}")
@@ -149,7 +149,7 @@ class Packing:
             self._events.append(ev.EngineReady(self._now_s, name))
             return
         frames = left.pop(0)
-        ranks = self.coordinator.ledger.replicas[name].ranks
+        ranks = self.coordinator.ledger.replicas[name].settings.ranks
         self._ungranted[name] = ranks
         self._events.extend(ev.FramesWanted(self._now_s, name, frames, rank) for rank in range(ranks))
 

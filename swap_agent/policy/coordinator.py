@@ -22,7 +22,7 @@ from swap_agent.policy.eviction import LEAVING, Regret, expected_regret
 from swap_agent.policy.host_budget import HostMemory
 from swap_agent.policy.ledger import Device, Ledger, Mirror
 from swap_agent.policy.queue import Queue
-from swap_agent.policy.replica import Replica
+from swap_agent.policy.replica import Departure, Replica, Settings
 from swap_agent.policy.states import State
 
 _QUEUES = frozenset({State.COLD, State.FAILED, State.SWAPPED, *LEAVING})
@@ -84,6 +84,8 @@ class Coordinator:
         """Where room is being made for a replica that has no engine yet."""
         self._expiries: list[tuple[float, str]] = []
         """A heap: when to look whether a replica's keep-alive is over."""
+        self._expiry_s: dict[str, float] = {}
+        """When each keep-alive is looked at next."""
         self._alarms: list[tuple[float, str]] = []
         """A heap: when to look again whether somebody may leave a device that others wait for."""
         self._alarm_s: dict[str, float] = {}
@@ -177,74 +179,79 @@ class Coordinator:
         return False
 
     def _registered(self, replica: Replica, event: ev.Registered) -> None:
-        replica.ranks = event.ranks
-        replica.request_frames, replica.limit_frames = event.request_frames, event.limit_frames
-        replica.keep_alive_s, replica.min_residency_s = event.keep_alive_s, event.min_residency_s
-        replica.pinned = event.pinned
-        if replica.priority != event.priority:
-            replica.priority = event.priority
+        priority = replica.settings.priority
+        replica.settings = Settings(
+            ranks=event.ranks,
+            request_frames=event.request_frames,
+            limit_frames=event.limit_frames,
+            keep_alive_s=event.keep_alive_s,
+            priority=event.priority,
+            pinned=event.pinned,
+            min_residency_s=event.min_residency_s,
+            allowed_devices=event.allowed_devices,
+        )
+        if event.priority != priority:
             self._queue.reorder(replica)
-        replica.allowed_devices = event.allowed_devices
         if replica.state is State.RESIDENT:
             self._guarantee(replica)
 
     def _load_wanted(self, replica: Replica, event: ev.ActivateRequested) -> None:
-        replica.unload_wanted = replica.purge_wanted = replica.drop_wanted = False
-        replica.load_wanted = replica.state is not State.RESIDENT
+        replica.wishes.park = replica.wishes.purge = replica.wishes.drop = False
+        replica.wishes.activate = replica.state is not State.RESIDENT
         if replica.state is State.RESIDENT:
-            replica.idle_since_s = event.now_s
+            replica.activity.idle_since_s = event.now_s
             self._actions.append(act.Activated(replica.name))
 
     def _requests_held(self, replica: Replica, event: ev.RequestsHeld) -> None:
         if event.epoch == replica.epoch and replica.state is not State.RESIDENT:
-            replica.requests_held = True
+            replica.wishes.serve = True
 
     def _unload_wanted(self, replica: Replica, event: ev.ParkRequested) -> None:
-        if replica.load_wanted and (replica.stopping or replica.state not in (State.STARTING, State.SWAPPING_IN)):
+        if replica.wishes.activate and (replica.stopping or replica.state not in (State.STARTING, State.SWAPPING_IN)):
             self._actions.append(act.Refuse(replica.name, _UNLOADED.format(replica.name)))
-        replica.load_wanted = False
-        replica.unload_wanted = True
-        replica.purge_wanted |= event.purge
+        replica.wishes.activate = False
+        replica.wishes.park = True
+        replica.wishes.purge |= event.purge
 
     def _load_reported(self, replica: Replica, event: ev.TrafficReported) -> None:
         was_busy = not replica.idle
-        if (arrived := event.in_flight + event.waiting - replica.in_flight - replica.waiting) > 0:
-            replica.demand.arrived(arrived, event.now_s)
-        replica.in_flight, replica.waiting = event.in_flight, event.waiting
-        if not replica.waiting and not (replica.preempted and replica.in_flight):
-            replica.requests_held = False  # those that it was for are gone
+        if (arrived := event.in_flight + event.waiting - replica.activity.in_flight - replica.activity.waiting) > 0:
+            replica.activity.demand.arrived(arrived, event.now_s)
+        replica.activity.in_flight, replica.activity.waiting = event.in_flight, event.waiting
+        if not replica.activity.waiting and not (replica.activity.preempted and replica.activity.in_flight):
+            replica.wishes.serve = False  # those that it was for are gone
         if replica.idle and was_busy:
-            replica.idle_since_s = event.now_s
+            replica.activity.idle_since_s = event.now_s
 
     def _frames_wanted(self, replica: Replica, event: ev.FramesWanted) -> None:
         rank = event.rank
         if replica.state is not State.STARTING:
             self._actions.append(act.RefuseFrames(replica.name, f"{replica.name} is {replica.state.value}", rank))
             return
-        replica.footprints[rank] = replica.footprints.get(rank, 0) + event.frames
+        replica.measured.footprints[rank] = replica.measured.footprints.get(rank, 0) + event.frames
         if event.discardable:
-            replica.discardable_frames = max(replica.discardable_frames, event.frames)
+            replica.measured.discardable_frames = max(replica.measured.discardable_frames, event.frames)
         self._growth[replica.name, rank] = event.frames
 
-    def _burst_wanted(self, replica: Replica, event: ev.BurstWanted) -> None:
+    def _burst_wanted(self, replica: Replica, event: ev.KvWanted) -> None:
         if replica.state not in (State.COLD, State.FAILED):  # a drain that crossed this may be refused
-            replica.burst_wanted_frames, replica.burst_step = event.frames, event.step
+            replica.kv_loan.wanted_frames, replica.kv_loan.step = event.frames, event.step
             self._bursting.add(replica.name)
 
     def _resized(self, replica: Replica, event: ev.Resized) -> None:
-        if event.epoch == replica.epoch and replica.resize_to is not None:
-            if event.frames < replica.resize_to:  # it could not grow
-                replica.burst_after_s = event.now_s + _LOOK_AGAIN_S
-            if event.frames > replica.resize_to:  # it uses them
-                replica.return_after_s = event.now_s + RETURN_AGAIN_S
-            replica.resize_to = None
-            replica.burst_frames = event.frames
+        if event.epoch == replica.epoch and replica.kv_loan.resize_to is not None:
+            if event.frames < replica.kv_loan.resize_to:  # it could not grow
+                replica.kv_loan.grow_after_s = event.now_s + _LOOK_AGAIN_S
+            if event.frames > replica.kv_loan.resize_to:  # it uses them
+                replica.kv_loan.return_after_s = event.now_s + RETURN_AGAIN_S
+            replica.kv_loan.resize_to = None
+            replica.kv_loan.frames = event.frames
             self._guarantee(replica)
 
     def _end_burst(self, replica: Replica) -> None:
         """It is not resident any more: nothing of the loan is left."""
-        replica.burst_frames = replica.burst_wanted_frames = 0
-        replica.resize_to = None
+        replica.kv_loan.frames = replica.kv_loan.wanted_frames = 0
+        replica.kv_loan.resize_to = None
         self._bursting.discard(replica.name)
 
     def _host_memory_wanted(self, replica: Replica, event: ev.HostMemoryWanted) -> None:
@@ -252,7 +259,7 @@ class Coordinator:
 
     def _host_memory_measured(self, replica: Replica, event: ev.HostMemoryMeasured) -> None:
         if replica.state not in (State.COLD, State.FAILED):
-            replica.host_bytes = event.total_bytes
+            replica.measured.host_bytes = event.total_bytes
 
     def _outside_exceeded(self, replica: Replica, event: ev.OutsideExceeded) -> None:
         """What runs ends with the engine; a load that waits, or comes meanwhile, is for the next one."""
@@ -266,14 +273,14 @@ class Coordinator:
 
     def _residue_measured(self, replica: Replica, event: ev.ResidueMeasured) -> None:
         if replica.state not in (State.COLD, State.FAILED):
-            replica.residue_bytes = event.residue_bytes
+            replica.measured.residue_bytes = event.residue_bytes
 
     def _mirror_wanted(self, replica: Replica, event: ev.MirrorWanted) -> None:
         self._own_mirror((replica.name, event.rank), event.mirror)
 
     def _mirror_kept(self, replica: Replica, event: ev.MirrorKept) -> None:
         self.ledger.mirrors[event.mirror] = Mirror(event.mirror, event.bytes, idle_since_s=event.now_s)
-        replica.host_bytes = max(0, replica.host_bytes - event.bytes)
+        replica.measured.host_bytes = max(0, replica.measured.host_bytes - event.bytes)
         self._host_memory.kept(replica.name, event.bytes)
         self._own_mirror((replica.name, event.rank), event.mirror)
 
@@ -307,54 +314,62 @@ class Coordinator:
     def _drained(self, replica: Replica, event: ev.Drained) -> None:
         if event.epoch == replica.epoch and replica.state is State.DRAINING:
             replica.move(State.SWAPPING_OUT)
-            replica.left_s = event.now_s
+            replica.activity.left_s = event.now_s
             self._actions.append(
-                act.SwapOut(replica.name, replica.epoch, replica.keep_frames, replica.leave_reason, replica.beneficiary)
+                act.SwapOut(
+                    replica.name,
+                    replica.epoch,
+                    replica.departure.keep_frames,
+                    replica.departure.reason,
+                    replica.departure.beneficiary,
+                )
             )
 
     def _drain_refused(self, replica: Replica, event: ev.DrainRefused) -> None:
         if event.epoch == replica.epoch and replica.state is State.DRAINING:
             replica.move(State.RESIDENT)
             self._guarantee(replica)
-            replica.in_flight = max(replica.in_flight, 1)
-            replica.drop_wanted = replica.requests_held = False
-            if replica.load_wanted:
-                replica.load_wanted = False
+            replica.activity.in_flight = max(replica.activity.in_flight, 1)
+            replica.wishes.drop = replica.wishes.serve = False
+            if replica.wishes.activate:
+                replica.wishes.activate = False
                 self._actions.append(act.Activated(replica.name))
 
     def _frames_returned(self, replica: Replica, event: ev.FramesReturned) -> None:
         if event.epoch == replica.epoch and replica.state is State.SWAPPING_OUT:
-            replica.reserved_frames = max(replica.keep_frames, min(replica.reserved_frames, event.frames))
+            replica.reservation.frames = max(
+                replica.departure.keep_frames, min(replica.reservation.frames, event.frames)
+            )
 
     def _swapped_out(self, replica: Replica, event: ev.SwappedOut) -> None:
         if event.epoch == replica.epoch and replica.state is State.SWAPPING_OUT:
             self._end_burst(replica)
             replica.move(State.SWAPPED)
-            replica.reserved_frames = replica.keep_frames
+            replica.reservation.frames = replica.departure.keep_frames
 
     def _swapped_in(self, replica: Replica, event: ev.SwappedIn) -> None:
         if event.epoch == replica.epoch and replica.state is State.SWAPPING_IN:
             replica.move(State.RESIDENT)
             self._promise(replica, 0)  # what its request has beyond what it takes: it is owed that now
-            replica.swap_in_s = event.now_s - replica.ordered_s
+            replica.activity.swap_in_s = event.now_s - replica.activity.swap_in_ordered_s
             self._settle(replica, event.now_s)
 
     def _swap_in_failed(self, replica: Replica, event: ev.SwapInFailed) -> None:
         if event.epoch == replica.epoch and replica.state is State.SWAPPING_IN:
             replica.move(State.SWAPPED)
-            replica.reserved_frames = replica.keep_frames
+            replica.reservation.frames = replica.departure.keep_frames
             self._promise(replica, 0)
-            replica.load_wanted = replica.requests_held = replica.preempted = False
-            replica.waiting = 0  # they are refused; who comes later has it tried again
-            replica.left_s = event.now_s  # this was its turn
+            replica.wishes.activate = replica.wishes.serve = replica.activity.preempted = False
+            replica.activity.waiting = 0  # they are refused; who comes later has it tried again
+            replica.activity.left_s = event.now_s  # this was its turn
             self._actions.append(act.Refuse(replica.name, event.reason))
 
     def _engine_exited(self, replica: Replica, event: ev.EngineExited) -> None:
-        if replica.stopping and replica.unload_wanted and replica.state is State.SWAPPING_IN:
+        if replica.stopping and replica.wishes.park and replica.state is State.SWAPPING_IN:
             self._actions.append(act.Refuse(replica.name, _UNLOADED.format(replica.name)))
         replica.move(State.COLD if replica.stopping and not replica.failure else State.FAILED)
         # A load that came while the old engine was being stopped is still wanted; one that a failure answers is not.
-        replica.load_wanted = replica.load_wanted and replica.stopping
+        replica.wishes.activate = replica.wishes.activate and replica.stopping
         if not replica.stopping:
             replica.failure = event.reason
             self._actions.append(act.Refuse(replica.name, event.reason))
@@ -364,36 +379,38 @@ class Coordinator:
             self._starting = ""
         self._promise(replica, 0)
         self._end_burst(replica)
-        replica.left_s = event.now_s
-        replica.footprints = {}
-        replica.discardable_frames = 0
-        replica.residue_bytes = {}
-        replica.reserved_frames = replica.in_flight = replica.waiting = replica.host_bytes = 0
+        replica.activity.left_s = event.now_s
+        replica.measured.footprints = {}
+        replica.measured.discardable_frames = 0
+        replica.measured.residue_bytes = {}
+        replica.reservation.frames = replica.activity.in_flight = replica.activity.waiting = (
+            replica.measured.host_bytes
+        ) = 0
         self._mirrors_changed = True
         for mirror in self.ledger.mirrors.values():
             if replica.name in {name for name, _ in mirror.users}:
                 mirror.users = {user for user in mirror.users if user[0] != replica.name}
                 mirror.idle_since_s = event.now_s
-        if replica.purge_wanted:
+        if replica.wishes.purge:
             self._forget_mirrors(replica)
-        replica.stopping = replica.unload_wanted = replica.purge_wanted = replica.drop_wanted = False
-        replica.preempted = replica.requests_held = False
+        replica.stopping = replica.wishes.park = replica.wishes.purge = replica.wishes.drop = False
+        replica.activity.preempted = replica.wishes.serve = False
         replica.epoch += 1  # what its host said last, and is heard only now, counts no more
         self._growth = {key: frames for key, frames in self._growth.items() if key[0] != replica.name}
         self._host_memory.wanted.pop(replica.name, None)
 
     def _guarantee(self, replica: Replica) -> None:
         """Its request is set aside while it is resident: of less the rest is given back at once, more follows soon."""
-        replica.reserved_frames = min(replica.reserved_frames, replica.due_frames)
+        replica.reservation.frames = min(replica.reservation.frames, replica.due_frames)
         if replica.missing_frames:
             self._owed.add(replica.name)
 
     def _settle(self, replica: Replica, now_s: float) -> None:
         self._guarantee(replica)  # its settings may have changed meanwhile
-        replica.load_wanted = replica.requests_held = replica.preempted = False
+        replica.wishes.activate = replica.wishes.serve = replica.activity.preempted = False
         # The gate is open; the host's next report says how many are left of them.
-        replica.in_flight, replica.waiting = replica.in_flight + replica.waiting, 0
-        replica.idle_since_s = replica.resident_since_s = now_s
+        replica.activity.in_flight, replica.activity.waiting = replica.activity.in_flight + replica.activity.waiting, 0
+        replica.activity.idle_since_s = replica.activity.resident_since_s = now_s
         self._actions.append(act.Activated(replica.name))
 
     # --- 2. and 3. wishes and timers ----------------------------------------------------------------------------------
@@ -401,30 +418,30 @@ class Coordinator:
     def _follow_wishes(self, replica: Replica) -> None:
         if replica.stopping:  # that fulfils them all
             return
-        if replica.preempted and replica.in_flight and replica.state is State.SWAPPED:
+        if replica.activity.preempted and replica.activity.in_flight and replica.state is State.SWAPPED:
             return  # its requests finish first, once it is back
-        if replica.resize_to is not None and not replica.stopping:
+        if replica.kv_loan.resize_to is not None and not replica.stopping:
             return  # once that is done
-        if replica.unload_wanted and replica.state is State.RESIDENT:
+        if replica.wishes.park and replica.state is State.RESIDENT:
             self._drain(replica, 0, wait=True, reason="unload")
-        elif replica.unload_wanted and replica.state is State.SWAPPED and replica.reserved_frames:
+        elif replica.wishes.park and replica.state is State.SWAPPED and replica.reservation.frames:
             self._release(replica, 0, reason="unload")
-        elif replica.unload_wanted and replica.state in (State.SWAPPED, State.COLD, State.FAILED):
-            replica.unload_wanted = False
-        if replica.drop_wanted and replica.state is State.SWAPPED:
+        elif replica.wishes.park and replica.state in (State.SWAPPED, State.COLD, State.FAILED):
+            replica.wishes.park = False
+        if replica.wishes.drop and replica.state is State.SWAPPED:
             self._drop(replica)
-        if replica.purge_wanted and not replica.unload_wanted and not replica.stopping:
+        if replica.wishes.purge and not replica.wishes.park and not replica.stopping:
             if replica.state is State.SWAPPED:
                 self._stop(replica, f"model {replica.name} was unloaded")
             elif replica.state in (State.COLD, State.FAILED):
-                replica.purge_wanted = False
+                replica.wishes.purge = False
                 self._forget_mirrors(replica)
                 if replica.state is State.FAILED:
                     replica.move(State.COLD)
 
     def _drop(self, replica: Replica) -> None:
         """End a parked engine for the sake of host memory, unless somebody has come to want it."""
-        replica.drop_wanted = False
+        replica.wishes.drop = False
         if not replica.activation_wanted:
             reason = f"{replica.name} becomes COLD: --host-memory is short, and it was idle for longest"
             self._stop(replica, reason, self._host_memory.beneficiary)
@@ -436,15 +453,15 @@ class Coordinator:
 
     def _expire(self, replica: Replica, now_s: float) -> None:
         """Swap it out if it has been idle for its keep-alive; else look again when it may have been."""
-        holds = replica.state is State.RESIDENT or (replica.state is State.SWAPPED and replica.reserved_frames)
-        if replica.keep_alive_s is None or replica.pinned or not replica.idle or not holds:
+        holds = replica.state is State.RESIDENT or (replica.state is State.SWAPPED and replica.reservation.frames)
+        if replica.settings.keep_alive_s is None or replica.settings.pinned or not replica.idle or not holds:
             return
-        if replica.load_wanted or replica.stopping or replica.resize_to is not None:
+        if replica.wishes.activate or replica.stopping or replica.kv_loan.resize_to is not None:
             return
-        over_s = replica.idle_since_s + replica.keep_alive_s
+        over_s = replica.activity.idle_since_s + replica.settings.keep_alive_s
         if now_s < over_s:
-            if replica.expiry_s <= now_s or over_s < replica.expiry_s:  # one look ahead is enough
-                replica.expiry_s = over_s
+            if not now_s < self._expiry_s.get(replica.name, 0.0) <= over_s:  # one look ahead is enough
+                self._expiry_s[replica.name] = over_s
                 heapq.heappush(self._expiries, (over_s, replica.name))
         elif replica.state is State.RESIDENT:
             self._drain(replica, 0, wait=False, reason="keep_alive")
@@ -463,17 +480,15 @@ class Coordinator:
     ) -> None:
         replica.move(State.DRAINING)
         replica.epoch += 1
-        replica.keep_frames = keep_frames
-        replica.leave_reason, replica.beneficiary = reason, beneficiary
-        replica.preempted = preempt
+        replica.departure = Departure(keep_frames, reason, beneficiary)
+        replica.activity.preempted = preempt
         self._actions.append(act.Drain(replica.name, replica.epoch, wait, reason, preempt, beneficiary))
 
     def _release(self, replica: Replica, keep_frames: int, reason: str, beneficiary: str = "") -> None:
         """Take frames from a model that is SWAPPED already."""
         replica.move(State.SWAPPING_OUT)
         replica.epoch += 1
-        replica.keep_frames = keep_frames
-        replica.leave_reason, replica.beneficiary = reason, beneficiary
+        replica.departure = Departure(keep_frames, reason, beneficiary)
         self._actions.append(act.SwapOut(replica.name, replica.epoch, keep_frames, reason, beneficiary))
 
     # --- 4. the queue -------------------------------------------------------------------------------------------------
@@ -568,10 +583,10 @@ class Coordinator:
         old_target = self._targets.pop(replica.name, ())
         devices = placement.candidates(replica, ledger)
         able = placement.able(replica, devices, ledger)
-        if len(able) < replica.ranks:  # 5
+        if len(able) < replica.settings.ranks:  # 5
             # Who stands still inside is refused as well.
-            replica.load_wanted = replica.requests_held = replica.preempted = False
-            replica.waiting = 0
+            replica.wishes.activate = replica.wishes.serve = replica.activity.preempted = False
+            replica.activity.waiting = 0
             self._queue.leave(replica)
             touched.update(replica.devices, old_target)
             self._actions.append(act.Refuse(replica.name, placement.why_never(replica, devices, able, ledger)))
@@ -581,10 +596,10 @@ class Coordinator:
         target = replica.devices
         if not target:
             fitting = [device for device in able if device not in blocked and ledger.free_frames(device) >= missing]
-            if len(fitting) >= replica.ranks:
+            if len(fitting) >= replica.settings.ranks:
                 best = placement.preferred(replica, fitting, ledger, ledger.free_frames)
-                target = tuple(best[: replica.ranks])
-            elif len(old_target) == replica.ranks and set(able).issuperset(old_target):
+                target = tuple(best[: replica.settings.ranks])
+            elif len(old_target) == replica.settings.ranks and set(able).issuperset(old_target):
                 target = old_target  # room is being made there
             else:
                 target = self._best_devices(replica, able, blocked, now_s)
@@ -609,9 +624,9 @@ class Coordinator:
     def _best_devices(self, replica: Replica, able: list[str], blocked: set[str], now_s: float) -> tuple[str, ...]:
         """Where an engine would best start; nobody else's room, if that can be."""
         unblocked = [device for device in able if device not in blocked]
-        choice = unblocked if len(unblocked) >= replica.ranks else able
+        choice = unblocked if len(unblocked) >= replica.settings.ranks else able
         reach = lambda device: self._within_reach(device, replica, now_s)  # noqa: E731
-        return tuple(placement.preferred(replica, choice, self.ledger, reach)[: replica.ranks])
+        return tuple(placement.preferred(replica, choice, self.ledger, reach)[: replica.settings.ranks])
 
     def _soon_free(self, device: str, who: Replica) -> int:
         """Frames that `who` may count on when it is activated."""
@@ -622,10 +637,10 @@ class Coordinator:
 
     def _promise(self, replica: Replica, frames: int) -> None:
         """So many frames of each device it gets as they come back; zero: none any more."""
-        if bool(frames) != bool(replica.promised_frames):
+        if bool(frames) != bool(replica.reservation.promised_frames):
             change = self._promised.append if frames else self._promised.remove
             change(replica.name)
-        replica.promised_frames = frames
+        replica.reservation.promised_frames = frames
 
     def _keep_promises(self, touched: set[str]) -> None:
         for name in list(self._promised):
@@ -633,24 +648,24 @@ class Coordinator:
             if touched.isdisjoint(replica.devices):
                 continue
             back = max(0, min(self.ledger.unreserved_frames(device) for device in replica.devices))
-            if more := min(back, replica.promised_frames):
-                replica.reserved_frames += more
-                self._promise(replica, replica.promised_frames - more)
-                self._actions.append(act.MoreFrames(name, replica.epoch, replica.reserved_frames))
+            if more := min(back, replica.reservation.promised_frames):
+                replica.reservation.frames += more
+                self._promise(replica, replica.reservation.promised_frames - more)
+                self._actions.append(act.MoreFrames(name, replica.epoch, replica.reservation.frames))
 
     def _admit(self, replica: Replica, devices: Sequence[str], now_s: float) -> None:
-        replica.unload_wanted &= replica.preempted
+        replica.wishes.park &= replica.activity.preempted
         if replica.state is State.SWAPPED:
             replica.move(State.SWAPPING_IN)
             replica.epoch += 1
-            replica.ordered_s = now_s
+            replica.activity.swap_in_ordered_s = now_s
             missing = replica.missing_frames
             free = max(0, min(self.ledger.unreserved_frames(device) for device in devices))
-            replica.reserved_frames += min(free, missing)
+            replica.reservation.frames += min(free, missing)
             self._promise(replica, max(0, missing - free))
-            self._actions.append(act.SwapIn(replica.name, replica.epoch, replica.reserved_frames))
+            self._actions.append(act.SwapIn(replica.name, replica.epoch, replica.reservation.frames))
         else:
-            replica.reserved_frames = replica.need_frames
+            replica.reservation.frames = replica.need_frames
             replica.move(State.STARTING)
             self._starting = replica.name
             self.ledger.place(replica, devices)
@@ -659,12 +674,12 @@ class Coordinator:
 
     def _grow(self, replica: Replica, rank: int, frames: int, blocked: set[str], now_s: float) -> None:
         """Grant what a rank of a starting engine wants, refuse it for good, or make room for it."""
-        footprint = replica.footprints[rank]
+        footprint = replica.measured.footprints[rank]
         if message := placement.why_no_more(replica, footprint, self.ledger):
             del self._growth[replica.name, rank]
-            replica.footprints[rank] -= frames
+            replica.measured.footprints[rank] -= frames
             self._actions.append(act.RefuseFrames(replica.name, message, rank))
-        elif self._take(replica, max(0, footprint - replica.reserved_frames), blocked, now_s):
+        elif self._take(replica, max(0, footprint - replica.reservation.frames), blocked, now_s):
             del self._growth[replica.name, rank]
             self._actions.append(act.GrantFrames(replica.name, frames, rank))
 
@@ -680,7 +695,7 @@ class Coordinator:
     def _take(self, replica: Replica, frames: int, blocked: set[str], now_s: float) -> bool:
         """Set `frames` more of each of its devices aside for one that is on them; or make room, and block them."""
         if not frames or all(self.ledger.free_frames(device) >= frames for device in replica.devices):
-            replica.reserved_frames += frames
+            replica.reservation.frames += frames
             return True
         self._make_room(dict.fromkeys(replica.devices, frames), replica, now_s)
         blocked.update(replica.devices)
@@ -699,11 +714,13 @@ class Coordinator:
         for device, frames in needs.items():
             on_device = self.ledger.on(device)
             coming = self.ledger.free_frames(device) + eviction.coming_frames(on_device)
-            coming += sum(r.reserved_frames - keeps[r.name] for r in on_device if r.name in keeps)
-            coming += sum(r.reserved_frames - loans[r.name] for r in on_device if r.name in loans.keys() - keeps.keys())
+            coming += sum(r.reservation.frames - keeps[r.name] for r in on_device if r.name in keeps)
+            coming += sum(
+                r.reservation.frames - loans[r.name] for r in on_device if r.name in loans.keys() - keeps.keys()
+            )
             for debtor in on_device if coming < frames else ():
-                left = loans.get(debtor.name, debtor.reserved_frames)
-                can_recall = debtor is not who and eviction.can_recall(debtor) and debtor.loaned_frames
+                left = loans.get(debtor.name, debtor.reservation.frames)
+                can_recall = debtor is not who and eviction.can_recall(debtor) and debtor.recallable_frames
                 if can_recall and left > debtor.need_frames and coming < frames:
                     loans[debtor.name] = max(debtor.need_frames, left - (frames - coming))
                     coming += left - loans[debtor.name]
@@ -713,7 +730,7 @@ class Coordinator:
             for victim, its_frames in victims:
                 if coming >= frames:
                     break
-                left = keeps.get(victim.name, loans.get(victim.name, victim.reserved_frames))
+                left = keeps.get(victim.name, loans.get(victim.name, victim.reservation.frames))
                 # What is reserved beyond the footprint is no memory that could be kept.
                 keep = max(0, left - min(its_frames, frames - coming))
                 keeps[victim.name] = min(victim.footprint_frames, keep)
@@ -733,7 +750,7 @@ class Coordinator:
                 self._release(victim, keep, reason="eviction", beneficiary=who.name)
             elif victim.idle:
                 self._drain(victim, keep, wait=False, reason="eviction", beneficiary=who.name)
-            elif self._preempt and who.priority > victim.priority:
+            elif self._preempt and who.settings.priority > victim.settings.priority:
                 self._drain(victim, keep, wait=False, reason="preemption", preempt=True, beneficiary=who.name)
             else:
                 self._drain(victim, keep, wait=True, reason="turn", beneficiary=who.name)
@@ -744,10 +761,10 @@ class Coordinator:
     ) -> None:
         """Have it have so many frames on loan; unless `within_s` says by when, it keeps those that it uses."""
         replica.epoch += 1
-        replica.resize_to = frames
-        if frames > replica.burst_frames:
-            replica.burst_frames = frames
-            replica.reserved_frames = max(replica.reserved_frames, replica.footprint_frames + frames)
+        replica.kv_loan.resize_to = frames
+        if frames > replica.kv_loan.frames:
+            replica.kv_loan.frames = frames
+            replica.reservation.frames = max(replica.reservation.frames, replica.footprint_frames + frames)
         self._actions.append(act.Resize(replica.name, replica.epoch, frames, reason, beneficiary, within_s))
 
     def _serve_bursts(self, touched: set[str], now_s: float) -> None:
@@ -761,41 +778,43 @@ class Coordinator:
         for replica in [self.ledger.replicas[name] for name in names]:
             if not eviction.can_recall(replica):
                 continue
-            most = replica.most_frames if replica.most_frames is not None else replica.need_frames
+            most = replica.settings.most_frames if replica.settings.most_frames is not None else replica.need_frames
             most = max(0, most - replica.footprint_frames)
-            wanted = max(0, min(replica.burst_wanted_frames, most))
-            after_s = replica.return_after_s if wanted < replica.burst_frames else replica.burst_after_s
-            if most < replica.burst_frames:
+            wanted = max(0, min(replica.kv_loan.wanted_frames, most))
+            after_s = (
+                replica.kv_loan.return_after_s if wanted < replica.kv_loan.frames else replica.kv_loan.grow_after_s
+            )
+            if most < replica.kv_loan.frames:
                 self._resize(replica, most, reason="limit", within_s=CALL_BACK_S)
-            elif wanted != replica.burst_frames and now_s < after_s:
+            elif wanted != replica.kv_loan.frames and now_s < after_s:
                 for device in replica.devices:
                     self._look_again(device, after_s)
-            elif wanted < replica.burst_frames:
+            elif wanted < replica.kv_loan.frames:
                 self._resize(replica, wanted, reason="unused")
-            elif wanted > replica.burst_frames:
+            elif wanted > replica.kv_loan.frames:
                 wanting.append((replica, wanted))
-            elif not replica.burst_wanted_frames:
+            elif not replica.kv_loan.wanted_frames:
                 self._bursting.discard(replica.name)
         claimed = {device for devices in self._targets.values() for device in devices}
         for creditor in [self.ledger.replicas[name] for name in {name for name, _ in self._growth} | self._owed]:
             if not placement.blocked_by_pins(creditor, self.ledger):
                 claimed.update(creditor.devices)
-        wanting.sort(key=lambda one: (-one[0].priority, one[1]))
+        wanting.sort(key=lambda one: (-one[0].settings.priority, one[1]))
         for number, (replica, wanted) in enumerate(wanting):
             if not claimed.isdisjoint(replica.devices) or self._waiting_on(replica.devices):
                 continue
             free = min(self.ledger.free_frames(device) for device in replica.devices)
-            spare = max(0, replica.reserved_frames - replica.footprint_frames - replica.burst_frames)
-            more = min(wanted - replica.burst_frames, spare + max(0, free) // (len(wanting) - number))
-            more -= more % replica.burst_step
-            lacking = wanted - replica.burst_frames - max(0, more)
+            spare = max(0, replica.reservation.frames - replica.footprint_frames - replica.kv_loan.frames)
+            more = min(wanted - replica.kv_loan.frames, spare + max(0, free) // (len(wanting) - number))
+            more -= more % replica.kv_loan.step
+            lacking = wanted - replica.kv_loan.frames - max(0, more)
             if more > 0:
-                self._resize(replica, replica.burst_frames + more, reason="kv_loan")
-            for device in replica.devices if lacking >= replica.burst_step else ():
+                self._resize(replica, replica.kv_loan.frames + more, reason="kv_loan")
+            for device in replica.devices if lacking >= replica.kv_loan.step else ():
                 on_device = self.ledger.on(device)
                 coming = max(0, self.ledger.free_frames(device)) + eviction.returning_frames(on_device)
                 parked_ones = eviction.parked(on_device, now_s, self._regret)
-                if coming + sum(frames for _, frames in parked_ones) < replica.burst_step:
+                if coming + sum(frames for _, frames in parked_ones) < replica.kv_loan.step:
                     continue
                 short = lacking - coming
                 for parked, frames in parked_ones:
@@ -803,7 +822,7 @@ class Coordinator:
                         taken = min(short, frames)
                         short -= taken
                         self._release(
-                            parked, parked.reserved_frames - taken, reason="kv_loan", beneficiary=replica.name
+                            parked, parked.reservation.frames - taken, reason="kv_loan", beneficiary=replica.name
                         )
 
     def _look_again(self, device: str, at_s: float) -> None:
@@ -818,7 +837,7 @@ class Coordinator:
         held = sum(frames for _, frames in victims)
         asked = {id(victim) for victim, _ in victims}
         held += sum(
-            r.loaned_frames for r in on_device if r is not who and eviction.can_recall(r) and id(r) not in asked
+            r.recallable_frames for r in on_device if r is not who and eviction.can_recall(r) and id(r) not in asked
         )
         return self.ledger.free_frames(device) + eviction.coming_frames(on_device) + held
 
@@ -830,10 +849,10 @@ class Coordinator:
         for name in self._host_memory.granted(self.ledger):
             self._actions.append(act.GrantHostMemory(name))
         for victim in self._host_memory.victims(self.ledger):
-            victim.drop_wanted = True
             if isinstance(victim, Mirror):
-                self._mirrors_changed = True
+                victim.drop_wanted = self._mirrors_changed = True
                 continue
+            victim.wishes.drop = True
             if victim.state is State.RESIDENT:
                 self._drain(victim, 0, wait=False, reason="host_memory", beneficiary=self._host_memory.beneficiary)
             else:
@@ -861,7 +880,7 @@ _HANDLERS: dict[type[ev.Event], Callable[..., None]] = {
     ev.ParkRequested: Coordinator._unload_wanted,
     ev.TrafficReported: Coordinator._load_reported,
     ev.FramesWanted: Coordinator._frames_wanted,
-    ev.BurstWanted: Coordinator._burst_wanted,
+    ev.KvWanted: Coordinator._burst_wanted,
     ev.Resized: Coordinator._resized,
     ev.HostMemoryWanted: Coordinator._host_memory_wanted,
     ev.HostMemoryMeasured: Coordinator._host_memory_measured,

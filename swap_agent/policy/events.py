@@ -92,7 +92,7 @@ class FramesWanted(Event):
 
 
 @dataclass(frozen=True)
-class BurstWanted(Event):
+class KvWanted(Event):
     """A resident replica would use `frames` more of each device than its engine takes at least, from now on."""
 
     name: str

@@ -37,10 +37,10 @@ def expected_regret(replica: Replica, now_s: float) -> list[Slice]:
     The KV cache goes first, and nothing of it has to come back: what that costs is that the model is not resident any
     more. Weights have to be copied. Squared, since one long wait is worse than many short ones.
     """
-    rate = replica.demand.rate(now_s)
-    weights = max(0, replica.footprint_frames - replica.discardable_frames)
-    held = min(weights, replica.reserved_frames)
-    discardable = replica.reserved_frames - held
+    rate = replica.activity.demand.rate(now_s)
+    weights = max(0, replica.footprint_frames - replica.measured.discardable_frames)
+    held = min(weights, replica.reservation.frames)
+    discardable = replica.reservation.frames - held
     present = FIXED_FRAMES + weights - held
     slices = []
     if discardable:
@@ -54,7 +54,7 @@ def expected_regret(replica: Replica, now_s: float) -> list[Slice]:
 
 def least_recently_used(replica: Replica, now_s: float) -> list[Slice]:
     """Plain LRU, to compare with: whoever has been idle for longest goes first, as far as needed."""
-    return [Slice(replica.idle_since_s, replica.reserved_frames)]
+    return [Slice(replica.activity.idle_since_s, replica.reservation.frames)]
 
 
 def evictable_from_s(replica: Replica) -> float:
@@ -64,8 +64,12 @@ def evictable_from_s(replica: Replica) -> float:
     costs is never worse than twice the best (the ski-rental rule), and a client that sends one request after another
     does not lose its model in between.
     """
-    turn_s = replica.resident_since_s + replica.min_residency_s
-    return min(turn_s, replica.idle_since_s + max(replica.swap_in_s, LEAST_IDLE_S)) if replica.idle else turn_s
+    turn_s = replica.activity.resident_since_s + replica.settings.min_residency_s
+    return (
+        min(turn_s, replica.activity.idle_since_s + max(replica.activity.swap_in_s, LEAST_IDLE_S))
+        if replica.idle
+        else turn_s
+    )
 
 
 def victims(
@@ -86,12 +90,12 @@ def victims(
     busy: list[Replica] = []
     later_s = float("inf")
     for replica in replicas:
-        if replica is who or not replica.reserved_frames:
+        if replica is who or not replica.reservation.frames:
             continue
         if replica.state is State.RESIDENT:
-            if replica.pinned:
+            if replica.settings.pinned:
                 continue
-            if replica.resize_to is not None:
+            if replica.kv_loan.resize_to is not None:
                 continue  # it will have been carried out soon
             leaves_s = evictable_from_s(replica)
             if leaves_s > now_s:
@@ -107,16 +111,16 @@ def victims(
                 waiting.append(replica)
             continue
         for each in regret(replica, now_s):
-            idle.append((replica.priority, each.regret, replica.idle_since_s, replica, each.frames))
+            idle.append((replica.settings.priority, each.regret, replica.activity.idle_since_s, replica, each.frames))
     idle.sort(key=lambda entry: entry[:3])
     waiting.sort(key=lambda r: places.get(r.name, 0), reverse=True)
-    busy.sort(key=lambda r: (r.priority, r.resident_since_s))
-    return [(r, frames) for *_, r, frames in idle] + [(r, r.reserved_frames) for r in waiting + busy], later_s
+    busy.sort(key=lambda r: (r.settings.priority, r.activity.resident_since_s))
+    return [(r, frames) for *_, r, frames in idle] + [(r, r.reservation.frames) for r in waiting + busy], later_s
 
 
 def can_recall(replica: Replica) -> bool:
     """Whether it can be asked for frames that it has on loan."""
-    return replica.state is State.RESIDENT and replica.resize_to is None and not replica.stopping
+    return replica.state is State.RESIDENT and replica.kv_loan.resize_to is None and not replica.stopping
 
 
 def parked(replicas: Iterable[Replica], now_s: float, regret: Regret) -> list[tuple[Replica, int]]:
@@ -125,17 +129,17 @@ def parked(replicas: Iterable[Replica], now_s: float, regret: Regret) -> list[tu
         replica
         for replica in replicas
         if replica.state is State.SWAPPED
-        and replica.reserved_frames
+        and replica.reservation.frames
         and not (replica.stopping or replica.activation_wanted)
     ]
-    holders.sort(key=lambda r: (r.priority, max((each.regret for each in regret(r, now_s)), default=0.0)))
-    return [(replica, replica.reserved_frames) for replica in holders]
+    holders.sort(key=lambda r: (r.settings.priority, max((each.regret for each in regret(r, now_s)), default=0.0)))
+    return [(replica, replica.reservation.frames) for replica in holders]
 
 
 def returning_frames(replicas: Iterable[Replica]) -> int:
     """Frames that come back in no longer than it takes to unmap them, whatever happens."""
     leaving = [replica for replica in replicas if replica.state is State.SWAPPING_OUT]
-    return sum(replica.reserved_frames - replica.keep_frames for replica in leaving)
+    return sum(replica.reservation.frames - replica.departure.keep_frames for replica in leaving)
 
 
 def coming_frames(replicas: Iterable[Replica]) -> int:
@@ -143,9 +147,9 @@ def coming_frames(replicas: Iterable[Replica]) -> int:
     coming = 0
     for replica in replicas:
         if replica.stopping:
-            coming += replica.reserved_frames
+            coming += replica.reservation.frames
         elif replica.state in LEAVING:
-            coming += replica.reserved_frames - replica.keep_frames
+            coming += replica.reservation.frames - replica.departure.keep_frames
         else:
-            coming += replica.called_back_frames
+            coming += replica.recalling_frames
     return coming

@@ -49,9 +49,12 @@ class HostMemory:
         """Take out the wishes that fit now, and count them as taken."""
         for name, total in list(self.wanted.items()):
             replica = ledger.replicas[name]
-            if self.limit_bytes is None or ledger.host_bytes() - replica.host_bytes + total <= self.limit_bytes:
+            if (
+                self.limit_bytes is None
+                or ledger.host_bytes() - replica.measured.host_bytes + total <= self.limit_bytes
+            ):
                 del self.wanted[name]
-                replica.host_bytes = total
+                replica.measured.host_bytes = total
                 yield name
 
     def kept(self, name: str, mirror_bytes: int) -> None:
@@ -65,24 +68,28 @@ class HostMemory:
         if self.limit_bytes is None:
             return
         replicas, mirrors = list(ledger.replicas.values()), list(ledger.mirrors.values())
-        leaving = [r for r in replicas if r.stopping or r.drop_wanted]
+        leaving = [r for r in replicas if r.stopping or r.wishes.drop]
         gone = {r.name for r in leaving}
         for mirror in mirrors:  # whoever was to leave may have been wanted after all
             mirror.drop_wanted = mirror.drop_wanted and {name for name, _ in mirror.users} <= gone
         missing = ledger.host_bytes() + sum(self.wanted.values()) - self.limit_bytes
-        missing -= sum(ledger.replicas[name].host_bytes for name in self.wanted)  # their wishes are totals
+        missing -= sum(ledger.replicas[name].measured.host_bytes for name in self.wanted)  # their wishes are totals
         self.short = missing > 0
-        missing -= sum(r.host_bytes for r in leaving) + sum(m.bytes for m in mirrors if m.drop_wanted)
+        missing -= sum(r.measured.host_bytes for r in leaving) + sum(m.bytes for m in mirrors if m.drop_wanted)
         for mirror in sorted(mirrors, key=lambda m: m.idle_since_s):
             if missing > 0 and not mirror.users and not mirror.drop_wanted:
                 missing -= mirror.bytes
                 yield mirror
         parked = [r for r in replicas if r.state is State.SWAPPED and not r.activation_wanted]
-        idle = [r for r in replicas if r.state is State.RESIDENT and r.idle and not r.pinned and r.resize_to is None]
+        idle = [
+            r
+            for r in replicas
+            if r.state is State.RESIDENT and r.idle and not r.settings.pinned and r.kv_loan.resize_to is None
+        ]
         for group in (parked, idle):
-            for replica in sorted(group, key=lambda r: r.idle_since_s):
-                if missing > 0 and replica.host_bytes and replica not in leaving:
-                    missing -= replica.host_bytes
+            for replica in sorted(group, key=lambda r: r.activity.idle_since_s):
+                if missing > 0 and replica.measured.host_bytes and replica not in leaving:
+                    missing -= replica.measured.host_bytes
                     yield replica
                     gone.add(replica.name)
                     for mirror in mirrors:

@@ -76,25 +76,25 @@ class Ledger:
         """Frames of `device` that nobody has reserved and nobody was promised; below zero: some have yet to return."""
         free = self.devices[device].frames
         for replica in self._on.get(device, {}).values():
-            free -= replica.reserved_frames + replica.promised_frames
+            free -= replica.reservation.frames + replica.reservation.promised_frames
         return free
 
     def unreserved_frames(self, device: str) -> int:
         """Frames of `device` that no replica has reserved."""
-        return self.devices[device].frames - sum(r.reserved_frames for r in self._on.get(device, {}).values())
+        return self.devices[device].frames - sum(r.reservation.frames for r in self._on.get(device, {}).values())
 
     def audit(self, replica: Replica, held_frames: Sequence[int]) -> str:
         """What is wrong when the ranks of `replica` hold so many frames, one line; empty when nothing is.
 
         Settled states only. A rank smaller than the largest one holds no more than it has.
         """
-        footprints = [replica.footprints.get(rank, 0) for rank in range(len(held_frames))]
-        reserved = replica.reserved_frames
+        footprints = [replica.measured.footprints.get(rank, 0) for rank in range(len(held_frames))]
+        reserved = replica.reservation.frames
         match replica.state:
-            case State.RESIDENT if replica.resize_to is not None:
+            case State.RESIDENT if replica.kv_loan.resize_to is not None:
                 return ""
             case State.RESIDENT:
-                holds = [footprint + replica.burst_frames for footprint in footprints]
+                holds = [footprint + replica.kv_loan.frames for footprint in footprints]
                 balanced = list(held_frames) == holds and max(holds, default=0) <= reserved
             case State.SWAPPED:
                 parts = [min(reserved, footprint) for footprint in footprints]
@@ -113,7 +113,7 @@ class Ledger:
     def host_bytes(self) -> int:
         """Host memory of all mirrors and engines."""
         mirrors = sum(mirror.bytes for mirror in self.mirrors.values())
-        return mirrors + sum(replica.host_bytes for replica in self.replicas.values())
+        return mirrors + sum(replica.measured.host_bytes for replica in self.replicas.values())
 
     def check_integrity(self) -> None:
         """Raises AccountingError when a device is overbooked, or a reservation has no holder."""
@@ -131,10 +131,14 @@ class Ledger:
 
 
 def _check_holder(replica: Replica) -> None:
-    if replica.reserved_frames and replica.state not in HOLDS_FRAMES:
-        raise AccountingError(f"{replica.name}: {replica.reserved_frames} frames reserved while {replica.state.value}")
-    if replica.promised_frames and replica.state is not State.SWAPPING_IN:
-        raise AccountingError(f"{replica.name}: {replica.promised_frames} frames promised while {replica.state.value}")
+    if replica.reservation.frames and replica.state not in HOLDS_FRAMES:
+        raise AccountingError(
+            f"{replica.name}: {replica.reservation.frames} frames reserved while {replica.state.value}"
+        )
+    if replica.reservation.promised_frames and replica.state is not State.SWAPPING_IN:
+        raise AccountingError(
+            f"{replica.name}: {replica.reservation.promised_frames} frames promised while {replica.state.value}"
+        )
 
 
 def _each(numbers: Sequence[int]) -> str:

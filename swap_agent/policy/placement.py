@@ -17,15 +17,15 @@ Reachable = Callable[[str], int]
 
 def candidates(replica: Replica, ledger: Ledger) -> list[str]:
     """Devices that it may be on: those of its engine, which never moves; else those that its settings allow."""
-    return list(replica.devices or replica.allowed_devices or ledger.devices)
+    return list(replica.devices or replica.settings.allowed_devices or ledger.devices)
 
 
 def pinned_frames(device: str, but: Replica, ledger: Ledger) -> int:
     """Frames of `device` that pinned models other than `but` have and nobody can make them give up."""
     return sum(
-        max(r.need_frames, r.reserved_frames - r.loaned_frames)
+        max(r.need_frames, r.reservation.frames - r.recallable_frames)
         for r in ledger.on(device)
-        if r.pinned and r is not but and r.state in _STAYS
+        if r.settings.pinned and r is not but and r.state in _STAYS
     )
 
 
@@ -44,9 +44,9 @@ def blocked_by_pins(replica: Replica, ledger: Ledger) -> list[str]:
 
 def why_no_more(replica: Replica, footprint: int, ledger: Ledger) -> str:
     """Why a rank of a starting engine can never have `footprint` frames, one line for a person; empty when it can."""
-    if replica.most_frames is not None and footprint > replica.most_frames:
-        declared = "GPU_MEMORY_REQUEST" if replica.limit_frames is None else "GPU_MEMORY_LIMIT"
-        beyond = ledger.devices[replica.devices[0]].size(footprint - replica.most_frames)
+    if replica.settings.most_frames is not None and footprint > replica.settings.most_frames:
+        declared = "GPU_MEMORY_REQUEST" if replica.settings.limit_frames is None else "GPU_MEMORY_LIMIT"
+        beyond = ledger.devices[replica.devices[0]].size(footprint - replica.settings.most_frames)
         return f"{beyond} more than {declared} allows"
     for device in sorted(replica.devices, key=lambda device: ledger.devices[device].frames):
         total, size = ledger.devices[device].frames, ledger.devices[device].size
@@ -78,7 +78,7 @@ def preferred(replica: Replica, devices: Sequence[str], ledger: Ledger, reachabl
     crowded.sort(key=lambda device: (-left[device] / ledger.devices[device].frames, -ledger.free_frames(device)))
     at_once: list[str] = []
     for device in crowded:
-        if len(beside) + len(at_once) == replica.ranks:  # the rest need not be looked at
+        if len(beside) + len(at_once) == replica.settings.ranks:  # the rest need not be looked at
             break
         if reachable(device) >= need:
             at_once.append(device)
@@ -89,20 +89,25 @@ def why_never(replica: Replica, devices: Sequence[str], able_devices: Sequence[s
     """One line for a person: too few of `devices`, its candidates, could hold a rank of this replica."""
     need, name = replica.need_frames, replica.name
     size = ledger.devices[devices[0]].size
-    whose = "GPU_DEVICE_IDS allows" if replica.allowed_devices else "this node has"
-    if replica.ranks > len(devices):
-        return f"{name} has {replica.ranks} ranks and needs a device for each, {whose} {len(devices)}"
+    whose = "GPU_DEVICE_IDS allows" if replica.settings.allowed_devices else "this node has"
+    if replica.settings.ranks > len(devices):
+        return f"{name} has {replica.settings.ranks} ranks and needs a device for each, {whose} {len(devices)}"
     large = [device for device in devices if ledger.devices[device].frames >= need]
-    if len(large) >= replica.ranks:
+    if len(large) >= replica.settings.ranks:
         pinned = sorted(
-            {r.name for d in large for r in ledger.on(d) if r.pinned and r is not replica and r.state in _STAYS}
+            {
+                r.name
+                for d in large
+                for r in ledger.on(d)
+                if r.settings.pinned and r is not replica and r.state in _STAYS
+            }
         )
         return f"{name} needs {size(need)}, and pinned models leave it less: unpin one of {', '.join(pinned)}"
-    if replica.ranks > 1:
+    if replica.settings.ranks > 1:
         return (
-            f"{name} needs {size(need)} on each of {replica.ranks} devices; "
+            f"{name} needs {size(need)} on each of {replica.settings.ranks} devices; "
             f"{len(able_devices)} of {len(devices)} devices have as many"
         )
     largest = max(ledger.devices[device].frames for device in devices)
-    which = "the largest device" if not replica.allowed_devices else "the largest that GPU_DEVICE_IDS allows"
+    which = "the largest device" if not replica.settings.allowed_devices else "the largest that GPU_DEVICE_IDS allows"
     return f"{name} needs {size(need)}; {which} has {size(largest)}"

@@ -98,5 +98,5 @@ class Queue:
     def _passes(self, replica: Replica, other: Replica, since: tuple[float, int]) -> bool:
         came = self._since[other.name]
         if came > since:  # as one whose priority was edited while it waited
-            return replica.priority >= other.priority
-        return replica.priority > other.priority and replica.left_s < came[0]
+            return replica.settings.priority >= other.settings.priority
+        return replica.settings.priority > other.settings.priority and replica.activity.left_s < came[0]

@@ -19,10 +19,12 @@ def victims(ledger: Ledger, budget_bytes: int | None, now_s: float) -> Iterator[
     if budget_bytes is None:
         return
     for device in ledger.devices:
-        there = [replica for replica in ledger.on(device) if replica.residue_bytes.get(device)]
-        used = sum(replica.residue_bytes[device] for replica in there if not replica.stopping)
+        there = [replica for replica in ledger.on(device) if replica.measured.residue_bytes.get(device)]
+        used = sum(replica.measured.residue_bytes[device] for replica in there if not replica.stopping)
         parked = [replica for replica in there if _may_end(replica)]
-        for replica in sorted(parked, key=lambda r: (r.priority, r.demand.rate(now_s), r.idle_since_s)):
+        for replica in sorted(
+            parked, key=lambda r: (r.settings.priority, r.activity.demand.rate(now_s), r.activity.idle_since_s)
+        ):
             if used <= budget_bytes:
                 break
             yield (
@@ -30,15 +32,19 @@ def victims(ledger: Ledger, budget_bytes: int | None, now_s: float) -> Iterator[
                 (
                     f"{replica.name} becomes COLD, its mirror stays: outside of frames the engines on {device} take "
                     f"{format_bytes(used)}, --residue-budget is {format_bytes(budget_bytes)}, and of those parked it "
-                    f"is the least valuable (priority {replica.priority}, "
-                    f"idle for {now_s - replica.idle_since_s:.0f} s, {format_bytes(replica.residue_bytes[device])})"
+                    f"is the least valuable (priority {replica.settings.priority}, "
+                    f"idle for {now_s - replica.activity.idle_since_s:.0f} s, "
+                    f"{format_bytes(replica.measured.residue_bytes[device])})"
                 ),
             )
-            used -= replica.residue_bytes[device]
+            used -= replica.measured.residue_bytes[device]
 
 
 def _may_end(replica: Replica) -> bool:
     """It is parked, and nobody has come to want it."""
     return (
-        replica.state is State.SWAPPED and not replica.pinned and not replica.stopping and not replica.activation_wanted
+        replica.state is State.SWAPPED
+        and not replica.settings.pinned
+        and not replica.stopping
+        and not replica.activation_wanted
     )

@@ -153,9 +153,9 @@ async def test_books_that_differ_are_noticed_and_repaired(tmp_path: Path) -> Non
         stub = await Stub.connect(agent, "a")
         await stub.attach()
         await agent.unload(stub.replica, purge=False)
-        agent.replica(stub.replica).reserved_frames = 3  # a bug
+        agent.replica(stub.replica).reservation.frames = 3  # a bug
         await until(lambda: agent.accounting_errors > 0)
-        assert agent.accounting_errors == 1 and agent.replica(stub.replica).reserved_frames == 0
+        assert agent.accounting_errors == 1 and agent.replica(stub.replica).reservation.frames == 0
         assert isinstance(await stub.attach(), control.Attached)
 
 

@@ -254,7 +254,7 @@ async def test_a_raised_request_that_a_pin_makes_impossible_is_said_until_it_is_
         f"models leave no more on {NAME}; it gets the rest when one of them is unpinned or parked"
     )
     world.write("b", GPU_MEMORY_REQUEST=frames(8))
-    await until(lambda: not stub.report["config_note"] and world.agent.replica("a/1#0").reserved_frames == 12)
+    await until(lambda: not stub.report["config_note"] and world.agent.replica("a/1#0").reservation.frames == 12)
 
 
 async def test_the_gpu_of_an_instance_counts_when_no_devices_are_named(world: World) -> None:

@@ -98,7 +98,7 @@ async def check_growth(pair: Model, answers: list[str]) -> None:
     kv = engine.kv
     assert kv, "vLLM 0.26, whose KV cache keeps its size, refuses two ranks"
     record = pair.agent.replica(pair.replica)
-    reserved, sizes = record.reserved_frames, [rank.space.device_bytes for rank in engine.ranks]
+    reserved, sizes = record.reservation.frames, [rank.space.device_bytes for rank in engine.ranks]
     for epoch, deadline_s in ((1_000, 0.0), (1_010, None)):
         asking = asyncio.create_task(pair.answers())
         await kv_resize.grow(engine, epoch, kv.most_frames)
@@ -112,7 +112,7 @@ async def check_growth(pair: Model, answers: list[str]) -> None:
         assert await asking == answers
         assert await kv_resize.shrink(engine, epoch + 2, kv.frames, None) == kv.frames
         assert [rank.space.device_bytes for rank in engine.ranks] == sizes and engine.kv_blocks == kv.blocks
-    record.reserved_frames, pair.agent.accounting_errors = reserved, 0  # these orders were not the policy's
+    record.reservation.frames, pair.agent.accounting_errors = reserved, 0  # these orders were not the policy's
 
 
 async def check_preserved(pair: Model) -> None:

@@ -58,7 +58,7 @@ async def resize(agent: Agent, frames: int) -> float:
     engine = agent.engines[REPLICA]
     assert engine.kv
     began_s = time.monotonic()
-    agent.post(ev.BurstWanted(began_s, REPLICA, frames - engine.kv.frames, 1))
+    agent.post(ev.KvWanted(began_s, REPLICA, frames - engine.kv.frames, 1))
     while len(engine.ranks[0].space.frames["kv"]) != frames or engine.answers_expected:
         assert time.monotonic() < began_s + 10, "it did not grow or shrink"
         await asyncio.sleep(0.001)

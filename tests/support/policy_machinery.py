@@ -55,7 +55,7 @@ class Machinery:
         name = action.name
         match action:
             case act.StartEngine():
-                if frames := self.replica(name).request_frames:
+                if frames := self.replica(name).settings.request_frames:
                     for rank in range(len(action.devices)):
                         self.post(ev.FramesWanted, name, frames - rank, rank)  # they need not be of one size
                 if name in self.host_bytes:
@@ -83,7 +83,7 @@ class Machinery:
                 self.post(ev.Resized, name, action.epoch, action.frames)
             case act.SwapOut():
                 self.post(ev.SwappedOut, name, action.epoch)
-            case act.SwapIn() if self.replica(name).promised_frames:
+            case act.SwapIn() if self.replica(name).reservation.promised_frames:
                 self.open.append(action)  # others have yet to return its frames
             case act.SwapIn():
                 self.post(ev.SwappedIn, name, action.epoch)

@@ -92,8 +92,10 @@ def _devices(world: World, name: str, starting: set[str]) -> frozenset[str]:
         ahead, own = [], frozenset(replicas[name].devices)
     else:
         ahead = policy.waiting[: policy.waiting.index(name)]
-        own = frozenset(replicas[name].devices or replicas[name].allowed_devices) or everywhere
-        places |= {r: frozenset(replicas[r].devices or replicas[r].allowed_devices) or everywhere for r in ahead}
+        own = frozenset(replicas[name].devices or replicas[name].settings.allowed_devices) or everywhere
+        places |= {
+            r: frozenset(replicas[r].devices or replicas[r].settings.allowed_devices) or everywhere for r in ahead
+        }
     if not replicas[name].devices:  # engines start one at a time, in order
         starts = [each for each in world.engines if not world.engines[each].ready]
         own = own.union(*(frozenset(replicas[each].devices) for each in starts))

@@ -187,7 +187,7 @@ class World:
     def want(self, name: str, frames: int, uses: int = 0) -> None:
         """Its engine would use so many frames more; and it uses so many."""
         self.engines[name].uses, self.engines[name].wants = uses, frames
-        self.post(ev.BurstWanted(self.now_s, name, frames))
+        self.post(ev.KvWanted(self.now_s, name, frames))
 
     def ask_host(self, name: str, total_bytes: int) -> None:
         self.engines[name].host_asked = True
@@ -313,12 +313,12 @@ class World:
     def tell_stale(self, name: str, kind: type[ev.Event]) -> None:
         """An answer that comes after its order was overtaken changes nothing."""
         replica = self.replica(name)
-        state, owed = (replica.state, replica.reserved_frames), replica.missing_frames
+        state, owed = (replica.state, replica.reservation.frames), replica.missing_frames
         more: dict[type[ev.Event], list[object]] = {ev.SwapInFailed: ["late"], ev.FramesReturned: [0], ev.Resized: [0]}
         event = kind(self.now_s, name, replica.epoch - 1, *more.get(kind, []))
         assert self.post(event) == []
-        now = (replica.state, replica.reserved_frames)
-        assert now == state or (owed and replica.reserved_frames == state[1] + owed), (
+        now = (replica.state, replica.reservation.frames)
+        assert now == state or (owed and replica.reservation.frames == state[1] + owed), (
             "any event may bring what it is owed"
         )
 
@@ -350,13 +350,17 @@ class World:
             raise AssertionError(f"no quiet: {self._wishes()}")
         assert self._wishes() == []
         for name, replica in self.policy.ledger.replicas.items():
-            wishes = (replica.unload_wanted, replica.purge_wanted, replica.drop_wanted, replica.stopping)
+            wishes = (replica.wishes.park, replica.wishes.purge, replica.wishes.drop, replica.stopping)
             assert wishes == (False, False, False, False), name
-            if replica.keep_alive_s is not None and not replica.pinned:
-                assert replica.reserved_frames == 0, f"{name} was idle for longer than its keep-alive"
-            if replica.state is State.RESIDENT and not any(r.pinned for r in self.policy.ledger.replicas.values()):
+            if replica.settings.keep_alive_s is not None and not replica.settings.pinned:
+                assert replica.reservation.frames == 0, f"{name} was idle for longer than its keep-alive"
+            if replica.state is State.RESIDENT and not any(
+                r.settings.pinned for r in self.policy.ledger.replicas.values()
+            ):
                 smallest = min(self.devices[device].frames for device in replica.devices)
-                assert replica.reserved_frames >= min(replica.need_frames, smallest) or replica.need_frames > smallest
+                assert (
+                    replica.reservation.frames >= min(replica.need_frames, smallest) or replica.need_frames > smallest
+                )
 
     def catch_up(self) -> None:
         """Engines do at once what they can, and hosts tell their counts; what runs goes on running."""
@@ -436,7 +440,7 @@ class World:
             case act.GrantFrames():
                 assert engine.asked.pop(action.rank) == action.frames
                 engine.held[action.rank] += action.frames
-                most = self.replica(name).most_frames
+                most = self.replica(name).settings.most_frames
                 assert most is None or engine.held[action.rank] <= most, f"{name} has more than its limit"
             case act.RefuseFrames():
                 assert action.message
@@ -462,7 +466,7 @@ class World:
             case act.Resize():
                 assert engine.ready and engine.gate_open and engine.order is None
                 assert action.frames != engine.extra, "it is so large already"
-                most = self.replica(name).most_frames
+                most = self.replica(name).settings.most_frames
                 sizes = [size + action.frames for size in engine.sizes]
                 assert action.frames < engine.extra or (most is not None and max(sizes) <= most), "beyond its limit"
                 if action.within_s is None and action.frames < engine.extra:
@@ -576,11 +580,11 @@ class World:
         self.policy.check_ledger()
         ledger.check_integrity()
         for device in self.devices.values():
-            reserved = sum(r.reserved_frames for r in ledger.replicas.values() if device.name in r.devices)
+            reserved = sum(r.reservation.frames for r in ledger.replicas.values() if device.name in r.devices)
             assert reserved <= device.frames, f"{device.name}: {reserved} reserved"
             assert ledger.unreserved_frames(device.name) == device.frames - reserved
             there = [r for r in ledger.replicas.values() if device.name in r.devices]
-            promised = sum(r.promised_frames for r in there)
+            promised = sum(r.reservation.promised_frames for r in there)
             assert promised <= device.frames - reserved + coming_frames(there), f"{device.name}: {promised} promised"
             held = sum(
                 held
@@ -623,10 +627,10 @@ class World:
         engine = self.engines.get(name)
         assert (engine is None) == (replica.state in (State.COLD, State.FAILED))
         if engine is None:
-            assert replica.reserved_frames == 0 and replica.devices == ()
+            assert replica.reservation.frames == 0 and replica.devices == ()
             return
         assert replica.devices == engine.devices, "an engine never moves"
-        assert max(engine.held) <= replica.reserved_frames, f"{name} holds more than is set aside"
+        assert max(engine.held) <= replica.reservation.frames, f"{name} holds more than is set aside"
         assert (replica.state is State.STARTING) != engine.ready
         if engine.order is None or isinstance(engine.order, act.StopEngine):
             assert self.policy.ledger.audit(replica, engine.held) == ""
@@ -634,17 +638,17 @@ class World:
             assert isinstance(engine.order, act.StopEngine)
             return
         orders = {State.DRAINING: act.Drain, State.SWAPPING_OUT: act.SwapOut, State.SWAPPING_IN: act.SwapIn}
-        if replica.promised_frames:
+        if replica.reservation.promised_frames:
             left = min(self.policy.ledger.unreserved_frames(device) for device in replica.devices)
             assert left == 0, "it gets at once what has come"
         if replica.state in orders:
             assert isinstance(engine.order, orders[replica.state])
-        elif replica.state is State.RESIDENT and replica.resize_to is not None:
+        elif replica.state is State.RESIDENT and replica.kv_loan.resize_to is not None:
             assert isinstance(engine.order, act.Resize)
         else:
             assert engine.order is None or (isinstance(engine.order, act.StopEngine) and replica.stopping)
             if replica.state is State.RESIDENT and engine.extra:
-                most = replica.most_frames or 0
+                most = replica.settings.most_frames or 0
                 assert max(engine.sizes) + engine.extra <= most, f"{name} has more than its limit, and may keep it"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from support.policy_machinery import Machinery, keep_mirror, kinds, machinery, mirrors
@@ -164,7 +165,7 @@ def test_what_grows_beyond_the_bound_costs_a_parked_model() -> None:
 
 def test_a_victim_loses_only_what_is_needed_and_gets_back_only_that() -> None:
     machine = machinery(a=100, b=80, c=60)
-    held = lambda: {name: machine.replica(name).reserved_frames for name in "abc"}  # noqa: E731
+    held = lambda: {name: machine.replica(name).reservation.frames for name in "abc"}  # noqa: E731
     machine.load("a", "b")
     assert held() == {"a": 80, "b": 80, "c": 0}
     assert machine.state("a") is State.SWAPPED
@@ -188,7 +189,7 @@ def test_who_waits_behind_gives_up_its_frames_last_of_the_idle() -> None:
     assert machine.report("a", waiting=1) == [], "c came first and takes frames of a, which waits behind it"
     machine.busy["c"] = 1
     machine.settle()
-    assert (machine.state("c"), machine.replica("a").reserved_frames) == (State.RESIDENT, 20)
+    assert (machine.state("c"), machine.replica("a").reservation.frames) == (State.RESIDENT, 20)
     machine.report("b")
     machine.tick(TURN_S)
     machine.settle()
@@ -213,17 +214,17 @@ def test_keep_alive_and_unload_take_the_rest_as_well() -> None:
     machine = machinery(a=100, b=80)
     machine.register("a", 100, keep_alive_s=60)
     machine.load("a", "b")
-    assert machine.replica("a").reserved_frames == 80
+    assert machine.replica("a").reservation.frames == 80
     assert machine.tick(30) == []
     (release,) = machine.tick(31)
     assert release == act.SwapOut("a", machine.replica("a").epoch, keep_frames=0, reason="keep_alive")
     machine.settle()
-    assert machine.replica("a").reserved_frames == 0
+    assert machine.replica("a").reservation.frames == 0
     machine.load("a")
-    assert machine.replica("b").reserved_frames == 60
+    assert machine.replica("b").reservation.frames == 60
     machine.post(ev.ParkRequested, "b", False)
     machine.settle()
-    assert machine.replica("b").reserved_frames == 0 and not machine.replica("b").unload_wanted
+    assert machine.replica("b").reservation.frames == 0 and not machine.replica("b").wishes.park
 
 
 def test_an_unload_that_comes_during_an_eviction_takes_the_rest() -> None:
@@ -232,7 +233,7 @@ def test_an_unload_that_comes_during_an_eviction_takes_the_rest() -> None:
     machine.post(ev.ActivateRequested, "b")
     machine.post(ev.ParkRequested, "a", False)
     machine.settle()
-    assert machine.replica("a").reserved_frames == 0 and not machine.replica("a").unload_wanted
+    assert machine.replica("a").reservation.frames == 0 and not machine.replica("a").wishes.park
 
 
 def test_a_victim_that_became_busy_is_spared_for_another() -> None:
@@ -240,7 +241,7 @@ def test_a_victim_that_became_busy_is_spared_for_another() -> None:
     machine.load("a", "b")
     machine.busy["a"] = 1  # not reported yet
     machine.now_s += LEAST_IDLE_S
-    machine.replica("a").min_residency_s = 60
+    machine.replica("a").settings = replace(machine.replica("a").settings, min_residency_s=60)
     (drain,) = machine.post(ev.ActivateRequested, "c")
     assert (drain.name, machine.state("a")) == ("a", State.DRAINING)
     machine.obey(drain)
@@ -255,7 +256,7 @@ def test_a_load_that_comes_while_a_drain_is_refused_is_answered() -> None:
     machine.load("a")
     machine.busy["a"] = 1  # not reported yet
     machine.now_s += LEAST_IDLE_S
-    machine.replica("a").min_residency_s = 60
+    machine.replica("a").settings = replace(machine.replica("a").settings, min_residency_s=60)
     (drain,) = machine.post(ev.ActivateRequested, "b")
     assert machine.post(ev.ActivateRequested, "a") == []
     machine.open.remove(drain)
@@ -286,7 +287,7 @@ def test_busy_models_take_turns_after_a_while() -> None:
     assert drain == act.Drain("b", machine.replica("b").epoch, wait=True, reason="turn", beneficiary="a")
     machine.settle()
     assert machine.state("a") is State.RESIDENT
-    assert machine.replica("a").in_flight == 2
+    assert machine.replica("a").activity.in_flight == 2
 
 
 def test_a_load_that_waits_is_refused_when_its_model_is_unloaded() -> None:
@@ -388,7 +389,7 @@ def test_an_undeclared_model_takes_frames_while_it_starts_and_evicts_for_them() 
     (swap_out,) = machine.open
     machine.obey(swap_out)
     assert machine.open == [act.GrantFrames("b", 30)]
-    assert machine.replica("b").reserved_frames == 80
+    assert machine.replica("b").reservation.frames == 80
     machine.post(ev.EngineReady, "b")
     assert machine.replica("b").need_frames == 80
 
@@ -437,11 +438,11 @@ def test_a_model_of_two_ranks_takes_as_many_frames_of_two_devices_or_none() -> N
     assert machine.replica("one").devices == ("cpu:1",), "the fuller one"
     machine.tick(LEAST_IDLE_S)
     (drain,) = machine.post(ev.ActivateRequested, "pair")
-    assert drain.name == "one" and machine.replica("pair").reserved_frames == 0
+    assert drain.name == "one" and machine.replica("pair").reservation.frames == 0
     assert free(machine) == [100, 10], "nothing is set aside before both have room"
     machine.settle()
     assert machine.replica("pair").devices == ("cpu:0", "cpu:1") and machine.state("pair") is State.RESIDENT
-    assert free(machine) == [40, 0] and machine.replica("one").reserved_frames == 0
+    assert free(machine) == [40, 0] and machine.replica("one").reservation.frames == 0
 
 
 def test_the_fullest_devices_that_fit_are_taken_by_several_ranks() -> None:
@@ -464,13 +465,13 @@ def test_a_model_of_two_ranks_gives_up_frames_on_both_devices_for_one() -> None:
     machine.register("one", 50)
     machine.register("other", 80)
     machine.load("pair", "one")
-    assert (machine.state("pair"), machine.replica("pair").reserved_frames) == (State.SWAPPED, 50)
+    assert (machine.state("pair"), machine.replica("pair").reservation.frames) == (State.SWAPPED, 50)
     assert machine.replica("one").devices == ("cpu:0",) and free(machine) == [0, 50]
     machine.load("other")
-    assert machine.replica("other").devices == ("cpu:1",) and machine.replica("pair").reserved_frames == 20
+    assert machine.replica("other").devices == ("cpu:1",) and machine.replica("pair").reservation.frames == 20
     machine.load("pair")
     assert machine.state("pair") is State.RESIDENT and free(machine) == [0, 0]
-    assert [machine.replica(name).reserved_frames for name in ("one", "other")] == [30, 30]
+    assert [machine.replica(name).reservation.frames for name in ("one", "other")] == [30, 30]
 
 
 @pytest.mark.parametrize(("first", "where", "left"), [(100, "cpu:0", [10, 40]), (110, "cpu:1", [50, 10])])
@@ -484,7 +485,7 @@ def test_who_makes_room_on_two_devices_is_asked_once_for_the_larger_part(
     machine.load("old", "one")
     assert machine.replica("one").devices == (where,) and free(machine) == left
     assert kinds(machine.post(ev.ActivateRequested, "new")) == [("Drain", "old")]
-    assert machine.replica("old").keep_frames == 0
+    assert machine.replica("old").departure.keep_frames == 0
     machine.settle()
     assert machine.state("new") is machine.state("one") is State.RESIDENT
     assert kinds(machine.done).count(("SwapOut", "old")) == 1
@@ -516,7 +517,7 @@ def test_an_undeclared_model_of_two_ranks_grows_on_both_devices() -> None:
     assert drain.name == "one"
     machine.open = [drain]
     machine.settle()
-    assert machine.replica("pair").reserved_frames == 35 and machine.replica("one").reserved_frames == 45
+    assert machine.replica("pair").reservation.frames == 35 and machine.replica("one").reservation.frames == 45
     (refusal,) = machine.post(ev.FramesWanted, "pair", 60, 1)
     assert refusal == act.RefuseFrames("pair", "it needs at least 90 frames of cpu:1, which has 80 frames", 1)
 
@@ -526,14 +527,14 @@ def test_the_books_of_two_ranks_are_compared_rank_by_rank() -> None:
     machine.register("pair", 50, ranks=2)
     machine.load("pair")
     pair, audit = machine.replica("pair"), machine.policy.ledger.audit
-    assert pair.footprints == {0: 50, 1: 49}
+    assert pair.measured.footprints == {0: 50, 1: 49}
     assert audit(pair, [50, 49]) == ""
     assert audit(pair, [50, 50]) == (
         "pair: 50+50 frames granted while RESIDENT with 50 reserved and a footprint of 50+49"
     )
     machine.register("one", 80)
     machine.load("one")
-    assert (pair.state, pair.reserved_frames) == (State.SWAPPED, 20)
+    assert (pair.state, pair.reservation.frames) == (State.SWAPPED, 20)
     assert audit(pair, [20, 20]) == "" and audit(pair, [20, 49]) != "" and audit(pair, [0, 20]) != ""
 
 
@@ -585,7 +586,9 @@ def test_random_histories_keep_the_books_and_serve_everybody(seed: int) -> None:
                 machine.obey(rng.choice(machine.open))
     for name in names:
         machine.post(ev.ActivateRequested, name)
-        machine.register(name, machine.replica(name).request_frames, None, machine.replica(name).ranks)
+        machine.register(
+            name, machine.replica(name).settings.request_frames, None, machine.replica(name).settings.ranks
+        )
     asked_at = len(machine.done)
     for _ in range(60):
         machine.settle()
@@ -595,7 +598,7 @@ def test_random_histories_keep_the_books_and_serve_everybody(seed: int) -> None:
         machine.tick(TURN_S)
     assert not machine.open
     told = {action.name for action in machine.done if isinstance(action, act.Activated)}
-    waiting = [name for name in names if machine.replica(name).load_wanted]
+    waiting = [name for name in names if machine.replica(name).wishes.activate]
     assert waiting == [] and told == set(names), (asked_at, waiting)
 
 
@@ -696,7 +699,7 @@ def test_a_lower_priority_gives_way_at_the_end_of_its_turn_and_its_requests_stan
     (turn,) = [action for action in machine.open if isinstance(action, act.Drain)]
     assert (turn.name, turn.wait, turn.preempt) == ("high", True, False), "a higher priority is never preempted"
     machine.settle()
-    assert machine.state("low") is State.RESIDENT and not machine.replica("low").preempted
+    assert machine.state("low") is State.RESIDENT and not machine.replica("low").activity.preempted
 
 
 def settings(machine: Machinery, name: str, frames: int | None, **more: object) -> list[act.Action]:
@@ -728,7 +731,7 @@ def test_frames_taken_from_a_parked_model_were_no_turn_of_its() -> None:
     settings(machine, "high", 60, priority=1)
     machine.load("low", "high", "busy")
     machine.report("busy", in_flight=1)
-    assert machine.replica("high").reserved_frames == 40, "parked"
+    assert machine.replica("high").reservation.frames == 40, "parked"
     machine.now_s += 0.1
     machine.report("low", waiting=1)
     machine.tick(TURN_S)
@@ -748,7 +751,7 @@ def unmapping() -> tuple[Machinery, int]:
     machine.now_s += LEAST_IDLE_S
     assert kinds(machine.post(ev.ActivateRequested, "b")) == [("Drain", "a")]
     epoch = machine.replica("a").epoch
-    held = machine.replica("b").reserved_frames
+    held = machine.replica("b").reservation.frames
     assert held == 60, "it keeps what nobody has needed"
     assert machine.post(ev.Drained, "a", epoch) == [
         act.SwapOut("a", epoch, 80, "eviction", "b"),
@@ -765,7 +768,7 @@ def test_a_swap_in_begins_while_its_frames_are_being_unmapped() -> None:
     assert machine.post(ev.FramesReturned, "a", epoch, 90) == [act.MoreFrames("b", b.epoch, 70)]
     assert machine.post(ev.SwappedOut, "a", epoch) == [act.MoreFrames("b", b.epoch, 80)]
     assert kinds(machine.post(ev.SwappedIn, "b", b.epoch)) == [("Activated", "b")]
-    assert (b.reserved_frames, machine.replica("a").reserved_frames) == (80, 80)
+    assert (b.reservation.frames, machine.replica("a").reservation.frames) == (80, 80)
 
 
 def test_nobody_else_gets_frames_that_were_promised() -> None:
@@ -785,7 +788,7 @@ def test_a_swap_in_that_failed_is_promised_nothing() -> None:
     machine, epoch = unmapping()
     b = machine.replica("b")
     assert kinds(machine.post(ev.SwapInFailed, "b", b.epoch, "no memory")) == [("Refuse", "b")]
-    assert (b.reserved_frames, b.promised_frames) == (60, 0)
+    assert (b.reservation.frames, b.reservation.promised_frames) == (60, 0)
     assert machine.post(ev.SwappedOut, "a", epoch) == []
     assert machine.policy.ledger.free_frames("cpu:0") == 20
 
@@ -875,11 +878,11 @@ def test_a_pinned_model_stays_and_whoever_it_leaves_no_room_is_refused_by_its_na
 def test_a_pinned_model_that_is_parked_gives_up_its_frames() -> None:
     machine = machinery(a=100, b=80, c=80)
     machine.load("a", "b")
-    assert (machine.state("a"), machine.replica("a").reserved_frames) == (State.SWAPPED, 80)
+    assert (machine.state("a"), machine.replica("a").reservation.frames) == (State.SWAPPED, 80)
     settings(machine, "a", 100, pinned=True)
     machine.report("b", in_flight=1)
     machine.load("c")
-    assert machine.state("c") is State.RESIDENT and machine.replica("a").reserved_frames == 0
+    assert machine.state("c") is State.RESIDENT and machine.replica("a").reservation.frames == 0
 
 
 def test_a_pinned_model_stays_when_host_memory_is_short_and_the_newcomer_is_refused() -> None:
@@ -969,13 +972,13 @@ def test_a_request_that_is_raised_while_its_model_is_resident_makes_room() -> No
     machine.tick(LEAST_IDLE_S)
     machine.report("b", in_flight=1)
     assert settings(machine, "a", 80) == [], "b runs, and its turn is not over"
-    assert machine.replica("a").reserved_frames == 60
+    assert machine.replica("a").reservation.frames == 60
     (drain,) = machine.tick(TURN_S)
     assert (drain.name, drain.reason) == ("b", "turn")  # type: ignore[attr-defined]
     machine.settle()
-    assert machine.replica("a").reserved_frames == 80 and machine.replica("b").reserved_frames == 80
+    assert machine.replica("a").reservation.frames == 80 and machine.replica("b").reservation.frames == 80
     settings(machine, "a", 60)
-    assert machine.replica("a").reserved_frames == 60, "less is given back at once"
+    assert machine.replica("a").reservation.frames == 60, "less is given back at once"
 
 
 def test_a_raised_request_that_pins_make_impossible_is_met_when_they_are_gone() -> None:
@@ -984,12 +987,12 @@ def test_a_raised_request_that_pins_make_impossible_is_met_when_they_are_gone() 
     machine.load("a", "b")
     assert settings(machine, "a", 80) == [] and machine.tick(1000) == []
     replica, ledger = machine.replica("a"), machine.policy.ledger
-    assert (replica.reserved_frames, blocked_by_pins(replica, ledger)) == (60, ["cpu:0"])
+    assert (replica.reservation.frames, blocked_by_pins(replica, ledger)) == (60, ["cpu:0"])
     (drain,) = settings(machine, "b", 100)
     assert (drain.name, drain.reason) == ("b", "eviction")  # type: ignore[attr-defined]
     machine.open.append(drain)
     machine.settle()
-    assert (replica.reserved_frames, blocked_by_pins(replica, ledger)) == (80, [])
+    assert (replica.reservation.frames, blocked_by_pins(replica, ledger)) == (80, [])
 
 
 def test_a_request_that_is_raised_while_its_engine_starts_is_set_aside_when_it_is_ready() -> None:
@@ -998,7 +1001,7 @@ def test_a_request_that_is_raised_while_its_engine_starts_is_set_aside_when_it_i
     settings(machine, "a", 80)
     machine.post(ev.FramesWanted, "a", 60)
     machine.post(ev.EngineReady, "a")
-    assert (machine.replica("a").footprint_frames, machine.replica("a").reserved_frames) == (60, 80)
+    assert (machine.replica("a").footprint_frames, machine.replica("a").reservation.frames) == (60, 80)
 
 
 def test_requests_that_waited_run_once_the_gate_opens() -> None:
@@ -1013,7 +1016,7 @@ def test_requests_that_waited_run_once_the_gate_opens() -> None:
     while not any(isinstance(action, act.SwapIn) for action in machine.open):
         machine.obey(machine.open[0])
     assert kinds(machine.post(ev.SwappedIn, "a", machine.replica("a").epoch)) == [("Activated", "a")]
-    assert machine.replica("a").in_flight == 2
+    assert machine.replica("a").activity.in_flight == 2
 
 
 def test_engines_start_in_order_and_one_that_waits_for_room_is_not_passed() -> None:

@@ -62,7 +62,7 @@ def test_priority_comes_first_then_demand_then_who_is_idle_for_longest() -> None
     machine = machinery(urgent=1, asked=0, old=0, new=0)
     for count in (4, 0):
         machine.report("asked", in_flight=count)
-    machine.replica("urgent").idle_since_s = machine.replica("asked").idle_since_s = 0.0
+    machine.replica("urgent").activity.idle_since_s = machine.replica("asked").activity.idle_since_s = 0.0
     names = ("urgent", "asked", "old", "new")
     assert measure(machine, 1, *names) == []
     ended = []
@@ -80,7 +80,7 @@ def test_the_mirror_stays() -> None:
     assert measure(machine, 6, "a") == ["a"]
     machine.settle()
     assert machine.state("a") is State.COLD and mirrors(machine) == {"mirror of a"}
-    assert machine.replica("a").residue_bytes == {}, "it went with the engine"
+    assert machine.replica("a").measured.residue_bytes == {}, "it went with the engine"
 
 
 def test_who_is_pinned_or_wanted_or_resident_keeps_its_engine() -> None:
@@ -137,7 +137,7 @@ def test_an_engine_that_takes_too_much_is_stopped_whatever_it_does(state: State)
         step()
     assert machine.state("a") is state
     late, machine.open = machine.open, []
-    wanted = machine.replica("a").load_wanted
+    wanted = machine.replica("a").wishes.activate
     assert machine.post(ev.OutsideExceeded, "a", "a takes too much") == [act.StopEngine("a", "a takes too much")]
     assert machine.post(ev.OutsideExceeded, "a", "a takes more") == [], "once"
     for order in late:

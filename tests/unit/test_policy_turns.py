@@ -151,7 +151,7 @@ class Driver:
                 raise AssertionError(action)
 
     def _started(self, name: str) -> None:
-        self.post(ev.FramesWanted(self.now_s, name, self.policy.ledger.replicas[name].request_frames or 0))
+        self.post(ev.FramesWanted(self.now_s, name, self.policy.ledger.replicas[name].settings.request_frames or 0))
         self.models[name].open = True
         self.post(ev.EngineReady(self.now_s, name))
 

@@ -16,7 +16,7 @@ def declare(machine: Machinery, name: str, request: int, limit: int | None, **mo
     return machine.post(ev.Registered, name, request, None, 1, limit, *more.values())
 
 
-def bursting(frames: int = 100, **models: tuple[int, int | None]) -> Machinery:
+def kv_lending(frames: int = 100, **models: tuple[int, int | None]) -> Machinery:
     """Models with request and limit, all resident."""
     machine = machinery(frames)
     for name, (request, limit) in models.items():
@@ -27,15 +27,15 @@ def bursting(frames: int = 100, **models: tuple[int, int | None]) -> Machinery:
 
 
 def held(machine: Machinery) -> dict[str, int]:
-    return {name: replica.reserved_frames for name, replica in machine.policy.ledger.replicas.items()}
+    return {name: replica.reservation.frames for name, replica in machine.policy.ledger.replicas.items()}
 
 
 def want(machine: Machinery, name: str, frames: int, step: int = 1) -> list[act.Action]:
-    return machine.post(ev.BurstWanted, name, frames, step)
+    return machine.post(ev.KvWanted, name, frames, step)
 
 
 def test_two_models_reach_their_limits_in_turn() -> None:
-    machine = bursting(a=(30, 70), b=(30, 70))
+    machine = kv_lending(a=(30, 70), b=(30, 70))
     for name, other in ("ab", "ba", "ab"):
         want(machine, name, 100)
         machine.settle()
@@ -46,14 +46,14 @@ def test_two_models_reach_their_limits_in_turn() -> None:
 
 
 def test_those_who_want_some_at_the_same_time_share_what_is_free() -> None:
-    machine = bursting(a=(20, 90), b=(20, 90), c=(20, 25))
-    machine.policy.ledger.replicas["a"].resize_to = 0  # orders under way: their wishes come together
-    machine.policy.ledger.replicas["b"].resize_to = 0
-    machine.policy.ledger.replicas["c"].resize_to = 0
+    machine = kv_lending(a=(20, 90), b=(20, 90), c=(20, 25))
+    machine.policy.ledger.replicas["a"].kv_loan.resize_to = 0  # orders under way: their wishes come together
+    machine.policy.ledger.replicas["b"].kv_loan.resize_to = 0
+    machine.policy.ledger.replicas["c"].kv_loan.resize_to = 0
     for name in "abc":
         want(machine, name, 50)
     for name in "abc":
-        machine.policy.ledger.replicas[name].resize_to = None
+        machine.policy.ledger.replicas[name].kv_loan.resize_to = None
     assert [(action.name, action.frames) for action in machine.tick(0.0)] == []
     assert {action.name: action.frames for action in want(machine, "c", 50)} == {"a": 17, "b": 18, "c": 5}
     machine.settle()
@@ -61,19 +61,19 @@ def test_those_who_want_some_at_the_same_time_share_what_is_free() -> None:
 
 
 def test_no_less_than_a_step_is_lent() -> None:
-    machine = bursting(a=(60, 100))
+    machine = kv_lending(a=(60, 100))
     assert [action.frames for action in want(machine, "a", 39, step=16)] == [32]
     machine.settle()
     assert want(machine, "a", 39, step=16) == []
 
 
 def test_a_model_without_a_limit_beyond_its_request_is_lent_nothing() -> None:
-    machine = bursting(a=(30, None))
+    machine = kv_lending(a=(30, None))
     assert want(machine, "a", 10) == []
 
 
 def test_what_is_on_loan_is_called_back_first_and_only_as_much_as_is_needed() -> None:
-    machine = bursting(a=(30, 90), b=(10, None))
+    machine = kv_lending(a=(30, 90), b=(10, None))
     machine.register("c", 20)
     want(machine, "a", 60)
     machine.settle()
@@ -87,7 +87,7 @@ def test_what_is_on_loan_is_called_back_first_and_only_as_much_as_is_needed() ->
 
 
 def test_what_is_not_wanted_any_more_stays_as_long_as_it_is_used_and_nobody_waits_for_it() -> None:
-    machine = bursting(a=(30, 90), b=(10, 60))
+    machine = kv_lending(a=(30, 90), b=(10, 60))
     want(machine, "a", 60)
     machine.settle()
     replica = machine.replica("a")
@@ -115,7 +115,7 @@ def test_what_is_not_wanted_any_more_stays_as_long_as_it_is_used_and_nobody_wait
 def test_what_a_model_uses_is_called_back_when_somebody_comes_to_wait_for_it() -> None:
     """While and after it is asked what it can do without."""
     for moment in ("while", "after"):
-        machine = bursting(a=(30, 90), b=(10, None))
+        machine = kv_lending(a=(30, 90), b=(10, None))
         machine.register("c", 40)
         want(machine, "a", 60)
         machine.settle()
@@ -135,14 +135,14 @@ def test_what_a_model_uses_is_called_back_when_somebody_comes_to_wait_for_it() -
 
 
 def test_an_idle_model_that_has_to_leave_anyway_is_not_asked_twice() -> None:
-    machine = bursting(a=(30, 90))
+    machine = kv_lending(a=(30, 90))
     machine.register("c", 100)
     want(machine, "a", 60)
     machine.settle()
     machine.now_s += LEAST_IDLE_S
     assert kinds(machine.post(ev.ActivateRequested, "c")) == [("Drain", "a")]
     machine.settle()
-    assert held(machine) == {"a": 0, "c": 100} and machine.replica("a").burst_frames == 0
+    assert held(machine) == {"a": 0, "c": 100} and machine.replica("a").kv_loan.frames == 0
 
 
 def test_a_pinned_model_gives_back_its_loan_and_keeps_its_request() -> None:
@@ -175,7 +175,7 @@ def test_what_parked_models_kept_is_lent_unless_somebody_waits_for_them() -> Non
 
 
 def test_a_lower_limit_is_followed_at_once() -> None:
-    machine = bursting(a=(30, 90))
+    machine = kv_lending(a=(30, 90))
     want(machine, "a", 60)
     machine.settle()
     (order,) = declare(machine, "a", 30, 50)
@@ -187,7 +187,7 @@ def test_a_lower_limit_is_followed_at_once() -> None:
 
 
 def test_growth_that_failed_is_not_counted_and_tried_again_after_a_while() -> None:
-    machine = bursting(a=(30, 90))
+    machine = kv_lending(a=(30, 90))
     want(machine, "a", 60)
     assert held(machine) == {"a": 90}, "from the order on"
     machine.open.clear()
@@ -210,7 +210,7 @@ def test_an_order_under_way_is_finished_before_the_model_leaves(wish: str) -> No
 
 
 def test_a_wish_that_crossed_a_drain_counts_when_that_is_refused() -> None:
-    machine = bursting(a=(30, 90))
+    machine = kv_lending(a=(30, 90))
     machine.register("c", 80)
     machine.now_s += LEAST_IDLE_S
     (order,) = machine.post(ev.ActivateRequested, "c")
@@ -222,7 +222,7 @@ def test_a_wish_that_crossed_a_drain_counts_when_that_is_refused() -> None:
 
 
 def test_a_limit_that_comes_back_is_used_again() -> None:
-    machine = bursting(a=(30, 90))
+    machine = kv_lending(a=(30, 90))
     want(machine, "a", 60)
     machine.settle()
     for limit, frames in ((30, 30), (90, 90)):
@@ -256,7 +256,7 @@ def test_parked_models_keep_what_would_not_make_a_step() -> None:
 
 
 def test_growth_is_tried_again_although_the_device_was_to_be_looked_at_before() -> None:
-    machine = bursting(a=(30, 90), b=(10, None))
+    machine = kv_lending(a=(30, 90), b=(10, None))
     want(machine, "a", 60)
     machine.open.clear()
     machine.report("b", in_flight=1)
