@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     from vllm_engine.adapter.fork import importing
 
     with importing():
-        from vllm_engine.host.host import run
+        from vllm_engine.adapter.start import run
 
     return run(options.runtime_dir, options.replica, options.token)
 

@@ -27,7 +27,7 @@ def torch() -> Any:
 
 
 def sampling(text: str, stream: bool = False) -> Any:
-    from vllm_engine.adapter.sampling import sampling_params
+    from vllm_engine.adapter.requests import sampling_params
 
     return sampling_params(text, stream)
 

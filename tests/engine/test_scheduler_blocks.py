@@ -276,3 +276,30 @@ def test_what_would_keep_a_kv_cache_from_growing_is_known_before_it_has_addresse
         setattr(owner, name, before)
     config.kv_transfer_config = KVTransferConfig()
     assert why_fixed(config) == "kv_transfer_config is set, and a KV connector may use any block"
+
+
+class Ranks:
+    """An executor of vLLM's, of two ranks."""
+
+    def __init__(self) -> None:
+        self.called: list[tuple[Any, ...]] = []
+
+    def collective_rpc(self, method: str, timeout: float | None = None, args: tuple[Any, ...] = ()) -> list[str]:
+        self.called.append((method, *args))
+        return ["one", "two"]
+
+
+def test_an_order_that_concerns_the_scheduler_never_reaches_the_ranks_by_its_name() -> None:
+    from vllm_engine.adapter.kv_rpc import Order, SchedulerOrders
+
+    class Executor(SchedulerOrders, Ranks):
+        pass
+
+    executor = Executor()
+    assert executor.collective_rpc("swap_in", 1.0, (7,)) == ["one", "two"]
+    assert executor.collective_rpc(str(Order.SWAP_OUT), 1.0, (8, [])) == [None]
+    assert executor.called == [("swap_in", 7), ("swap_out", 8, [])]
+    for order in set(Order) - {Order.SWAP_OUT}:
+        with pytest.raises(TritonSwapError, match=f"{order} came to an engine that cannot carry it out"):
+            executor.collective_rpc(str(order), 1.0, (1,))
+    assert len(executor.called) == 2

@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from typing import Any, NamedTuple
+from typing import Any
 
 from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
@@ -22,9 +22,11 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from swap_agent.errors import RolledBack, TritonSwapError, Unavailable, Unsupported
 from swap_agent.wire.control import KvCache
 from swap_agent.wire.regions import Region
-from swap_agent.wire.requests import Output, Sequence
+from swap_agent.wire.requests import Embed, Output, Sequence, Submit
 from vllm_engine.adapter.executor import compute_threads
-from vllm_engine.adapter.sampling import CLIENT_ERRORS, InvalidRequest
+from vllm_engine.adapter.kv_rpc import Order
+from vllm_engine.adapter.requests import CLIENT_ERRORS, InvalidRequest, parameters
+from vllm_engine.host.engine import KvUsage, SwapInTimes, SwapOutTimes
 
 RPC_TIMEOUT_S = 150.0
 """Longest order to the ranks; above the ranks' own limits, whose errors say more."""
@@ -32,31 +34,7 @@ SHUTDOWN_TIMEOUT_S = 1.0
 """How long EngineCore may take to end by itself."""
 
 
-class SwapOutTimes(NamedTuple):
-    """Where the time of one swap-out went, seconds."""
-
-    pause_s: float
-    ranks_s: float
-
-
-class KvLoad(NamedTuple):
-    """See `vllm_engine.adapter.kv_scheduler.Load`, which is in the other process."""
-
-    blocks: int
-    used: int
-    waiting: int
-
-
-class SwapInTimes(NamedTuple):
-    """Where the time of one swap-in went, seconds. `map_s` and `fill_s` lie inside `ranks_s` (slowest rank)."""
-
-    ranks_s: float
-    map_s: float
-    fill_s: float
-    resume_s: float
-
-
-class Engine:
+class VllmEngine:
     """One vLLM engine with swappable workers, on the running asyncio loop."""
 
     def __init__(self, name: str, config: Any, args: Any) -> None:
@@ -84,6 +62,10 @@ class Engine:
     def is_dead(self) -> bool:
         """True once EngineCore has died."""
         return bool(self._llm.errored)
+
+    def parameters(self, request: Submit | Embed) -> SamplingParams | PoolingParams:
+        """What `generate` takes as `params` for `request`. Raises InvalidRequest."""
+        return parameters(self._name, self.embeds, request)
 
     async def generate(
         self, request: int, prompt: str | list[int], params: SamplingParams | PoolingParams
@@ -149,7 +131,7 @@ class Engine:
         mode = "keep" if preempt else "wait"
         await self._llm.engine_core.pause_scheduler_async(mode=mode, clear_cache=forget)
         paused = time.monotonic()
-        await self._llm.collective_rpc("swap_out", RPC_TIMEOUT_S, (epoch, keep))
+        await self._llm.collective_rpc(Order.SWAP_OUT, RPC_TIMEOUT_S, (epoch, keep))
         return SwapOutTimes(paused - begin, time.monotonic() - paused)
 
     async def swap_in(self, epoch: int) -> SwapInTimes:
@@ -178,10 +160,10 @@ class Engine:
             return None
         return min(sizes, key=lambda size: size.most_blocks)
 
-    async def kv_load(self) -> KvLoad:
+    async def kv_usage(self) -> KvUsage:
         """How its requests fill a KV cache that grows."""
-        (load,) = await self._order("kv_load")
-        return KvLoad(*load)
+        (usage,) = await self._order(Order.KV_USAGE)
+        return KvUsage(*usage)
 
     async def kv_frames(self, blocks: int) -> int:
         """How many frames of region `kv` back so many blocks, on each rank."""
@@ -192,18 +174,18 @@ class Engine:
 
         Raises RolledBack: no rank has mapped anything then that it had not before.
         """
-        (answer,) = await self._order("grow_kv", epoch, frames)
+        (answer,) = await self._order(Order.GROW_KV, epoch, frames)
         if isinstance(answer, str):
             raise RolledBack(answer)
         return int(answer)
 
     async def want_kv(self, blocks: int) -> None:
         """Requests want so many blocks again: what it was to give back of these it keeps and fills."""
-        await self._order("want_kv", blocks)
+        await self._order(Order.WANT_KV, blocks)
 
-    async def park_kv(self, frames: int) -> int:
+    async def withhold_kv(self, frames: int) -> int:
         """Use no block any more that more than `frames` frames back. Returns how many of them requests hold yet."""
-        (left,) = await self._order("park_kv", frames)
+        (left,) = await self._order(Order.WITHHOLD_KV, frames)
         return int(left)
 
     async def shrink_kv(self, epoch: int, frames: int, *, preempt: bool) -> tuple[int, int, int]:
@@ -211,7 +193,7 @@ class Engine:
 
         Returns the number of frames, of blocks and of preempted requests.
         """
-        ((kept, blocks, preempted),) = await self._order("shrink_kv", epoch, frames, preempt)
+        ((kept, blocks, preempted),) = await self._order(Order.SHRINK_KV, epoch, frames, preempt)
         return kept, blocks, preempted
 
     async def _order(self, name: str, *args: int) -> list[Any]:

@@ -15,7 +15,7 @@ from vllm.platforms import current_platform
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from vllm_engine.adapter.kv_scheduler import GrowingKV
+from vllm_engine.adapter.kv_rpc import SchedulerOrders
 from vllm_engine.adapter.message_queue import check_hooks, wait_asleep
 
 
@@ -29,14 +29,14 @@ def executor(ranks: int) -> str:
     return f"{__name__}.{'InProcessExecutor' if ranks == 1 else 'ProcessesExecutor'}"
 
 
-class InProcessExecutor(GrowingKV, UniProcExecutor):  # type: ignore[misc]  # vLLM has no types here
+class InProcessExecutor(SchedulerOrders, UniProcExecutor):  # type: ignore[misc]  # vLLM has no types here
     """vLLM's UniProcExecutor under a name of its own: on CPU vLLM replaces "uni" by an executor with a worker process.
 
     That one talks to its worker through shared memory that both sides poll, each for a second after the last message.
     """
 
 
-class ProcessesExecutor(GrowingKV, MultiprocExecutor):  # type: ignore[misc]  # vLLM has no types here
+class ProcessesExecutor(SchedulerOrders, MultiprocExecutor):  # type: ignore[misc]  # vLLM has no types here
     """vLLM's MultiprocExecutor, whose processes wait for each other asleep."""
 
     def _init_executor(self) -> None:

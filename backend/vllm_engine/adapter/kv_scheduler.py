@@ -5,18 +5,16 @@ parked (see `block_pool.py`). All calls come between two steps of EngineCore, as
 way to a GPU by then are over before memory goes (see `CudaMapper.vacate`).
 
 Tried on vLLM 0.32.0, CPU; untested on a GPU. Hooks: those of `block_pool.py`, `Scheduler.running`, `waiting`,
-`_preempt_request` and `prev_step_scheduled_req_ids`, `get_scheduler_cls` of its configuration, and of executors
-`initialize_from_config` and `collective_rpc`. 0.26.0 does not have all of what is needed: see `why_fixed`.
+`_preempt_request` and `prev_step_scheduled_req_ids`, `get_scheduler_cls` of its configuration. 0.26.0 does not
+have all of what is needed: see `why_fixed`.
 """
 
 from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Mapping
 from itertools import islice
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -24,8 +22,8 @@ from vllm.v1.request import RequestStatus
 
 from swap_agent.errors import TritonSwapError, Unsupported
 from vllm_engine.adapter import block_pool
-from vllm_engine.adapter.args import SWAPPABLE_WORKER
 from vllm_engine.adapter.block_pool import BoundedBlockPool
+from vllm_engine.host.engine import KvUsage
 
 
 def why_fixed(vllm_config: Any) -> str:
@@ -50,17 +48,6 @@ def why_fixed(vllm_config: Any) -> str:
     if vllm_config.cache_config.num_gpu_blocks_override is not None:
         return "num_gpu_blocks_override is set"
     return ""
-
-
-class Load(NamedTuple):
-    """What a scheduler's requests make of its blocks at one moment."""
-
-    blocks: int
-    """Live ones, with the one that vLLM keeps for itself."""
-    used: int
-    """By requests. What is cached only is free."""
-    waiting: int
-    """By requests that wait, and may run beside those that do, with all that they may generate."""
 
 
 class SchedulerBlocks:
@@ -93,7 +80,7 @@ class SchedulerBlocks:
         self._pool.grow(end)
         self._settle()
 
-    def park(self, end: int) -> int:
+    def withhold(self, end: int) -> int:
         """Hand out no block from `end` on any more. Returns how many of them are in use by requests that run."""
         left = self._pool.shrink(end)
         self._settle()
@@ -113,7 +100,7 @@ class SchedulerBlocks:
 
         Those that hold one of them go, the youngest first; what they generated stays.
         """
-        self.park(end)
+        self.withhold(end)
         preempted = 0
         for request in self._youngest_first():
             if not self._pool.lingering:
@@ -141,7 +128,7 @@ class SchedulerBlocks:
         scheduler.prev_step_scheduled_req_ids.clear()
         return self._pool.keep(most)
 
-    def load(self) -> Load:
+    def usage(self) -> KvUsage:
         """How it stands now."""
         scheduler, pool = self._scheduler, self._pool
         room = max(0, scheduler.max_num_running_reqs - len(scheduler.running))
@@ -151,7 +138,7 @@ class SchedulerBlocks:
         # Groups of layers that need less for a long sequence (windows, states) are counted as if they did not.
         sizes = [each.block_size for each in self._manager.coordinator.single_type_managers]
         waiting = sum(-(-each // size) for each in tokens for size in sizes)
-        return Load(pool.num_gpu_blocks, pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(), waiting)
+        return KvUsage(pool.num_gpu_blocks, pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(), waiting)
 
     def _settle(self) -> None:
         self._manager.watermark_blocks = int(self._watermark * self.end)
@@ -168,92 +155,3 @@ class SchedulerBlocks:
             for manager in self._manager.coordinator.single_type_managers
             for block in manager.req_to_blocks.get(request_id, ())
         )
-
-
-class GrowingKV:
-    """Of an executor in EngineCore: orders to the ranks that concern the scheduler as well.
-
-    They are names for `collective_rpc`, which EngineCore offers to its client: `kv_load`, `grow_kv`, `park_kv`,
-    `shrink_kv`, `want_kv` and `swap_out`. Where nobody touches the blocks, ranks get them as they are.
-    """
-
-    vllm_config: Any
-    _blocks: SchedulerBlocks
-    """Once the scheduler is made, where the KV cache grows."""
-    _least_blocks = 0
-    _preserved_blocks = 0
-    """Of the prefix cache, at most, that outlive a swap."""
-    _orders: Mapping[str, Callable[..., Any]] = MappingProxyType({})
-
-    def initialize_from_config(self, kv_cache_configs: Any) -> None:
-        """As vLLM's; then have the scheduler, which is made next, keep to the blocks that have memory."""
-        super().initialize_from_config(kv_cache_configs)  # type: ignore[misc]
-        if self.vllm_config.parallel_config.worker_cls != SWAPPABLE_WORKER:
-            return  # the reference
-        blocks = [each for each in self._ranks("kv_blocks") if each]
-        if blocks:
-            self._least_blocks = min(blocks)
-            self._preserved_blocks = min(self._ranks("preserved_blocks"))
-            config = self.vllm_config.scheduler_config
-            config.scheduler_cls = self._scheduler_of(config.get_scheduler_cls())
-
-    def collective_rpc(self, method: Any, timeout: float | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As vLLM's, but for the orders above, which answer one value in a list."""
-        order = self._orders.get(method) if isinstance(method, str) else None
-        if order is None:
-            return self._ranks(method, timeout, *args, **kwargs)
-        return [order(*(args[0] if args else kwargs.get("args", ())))]
-
-    def _scheduler_of(self, vllms: Any) -> Callable[..., Any]:
-        def make(**kwargs: Any) -> Any:
-            scheduler = vllms(**kwargs)
-            self._blocks = SchedulerBlocks(scheduler, self._least_blocks)
-            self._orders = {
-                "kv_load": self._blocks.load, "grow_kv": self._grow, "park_kv": self._park, "shrink_kv": self._shrink,
-                "want_kv": self._blocks.want, "swap_out": self._swap_out,
-            }  # fmt: skip
-            return scheduler
-
-        return make
-
-    def _ranks(self, method: Any, *args: Any, **kwargs: Any) -> Any:
-        return super().collective_rpc(method, *args, **kwargs)  # type: ignore[misc]
-
-    def _grow(self, epoch: int, frames: int) -> int | str:
-        """Once every rank has mapped them, use their blocks. Returns the number of blocks, or why it was taken back."""
-        answers = self._ranks("grow_kv", args=(epoch, frames))
-        refusals = [answer for answer in answers if isinstance(answer, str)]
-        if refusals:
-            return str(refusals[0])
-        self._blocks.grow(min(answers))
-        return self._blocks.end
-
-    def _park(self, frames: int) -> int:
-        """Ready a shrink to `frames`: returns how many blocks are in the way."""
-        return self._blocks.park(self._at_least(frames))
-
-    def _shrink(self, epoch: int, frames: int, preempt: bool) -> tuple[int, int, int]:
-        """Have every rank unmap all but `frames`; unless `preempt`, but what requests use and all before that as well.
-
-        Returns the number of frames, of blocks and of preempted requests.
-        """
-        blocks = self._at_least(frames)
-        if not preempt:
-            frames = max(frames, *self._ranks("kv_frames", args=(self._blocks.spare(blocks),)))
-            blocks = self._at_least(frames)
-        preempted = self._blocks.shrink(blocks)
-        self._ranks("shrink_kv", args=(epoch, frames))
-        return frames, self._blocks.end, preempted
-
-    def _swap_out(self, *args: Any) -> Any:
-        self._blocks.shrink(self._least_blocks)
-        kept = self._blocks.keep(self._preserved_blocks) if self._preserved_blocks else []
-        return self._ranks("swap_out", args=(*args, kept))[0]
-
-    def _at_least(self, frames: int) -> int:
-        blocks = min(self._ranks("kv_blocks", args=(frames,)))
-        if blocks < self._least_blocks:
-            raise TritonSwapError(
-                f"{frames} frames of KV cache are {blocks} blocks, fewer than the engine started with"
-            )
-        return int(blocks)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from vllm.platforms import current_platform
 
 from swap_agent.errors import RolledBack, TritonSwapError, Unsupported
 from swap_agent.wire.regions import Region
-from vllm_engine.adapter import cuda_graphs, kv_frames, message_queue, quantized
+from vllm_engine.adapter import cuda_graphs, kv_frames, message_queue
 from vllm_engine.adapter.kv_plan import KVPlan
+from vllm_engine.adapter.model_loader import VllmModelLoader
 from vllm_engine.adapter.safetensors_header import read_past_cache
 from vllm_engine.rank import relocate
 from vllm_engine.rank.agent_link import Endpoint, RankConnection
@@ -85,11 +87,11 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
     def load_model(self, **kwargs: Any) -> None:
         """Bring weights and state into frames, with a mirror of them at the agent."""
         with self._agent.reporting("load the model"):
-            weights = Weights(
-                self._agent, self._space, self.vllm_config, self.model_runner,
-                load=lambda placeholders: self._load(placeholders, kwargs), reserve=self._reserve,
-            )  # fmt: skip
-            layout = weights.bring()
+            load = partial(super().load_model, **kwargs)
+            loader = VllmModelLoader(
+                self.vllm_config, self.model_runner, load, self._agent.engine_arguments, self._agent.rank
+            )
+            layout = Weights(self._agent, self._space, loader, self._reserve).bring()
         log.info(
             "weights %d bytes, state %d bytes in frames, KV cache of %d bytes planned",
             layout.size("weights"), layout.size("state"), self._kv.size,
@@ -206,18 +208,6 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
         """End as vLLM's worker does."""
         super().shutdown()
         self._agent.close()
-
-    def _load(self, placeholders: bool, kwargs: dict[str, Any]) -> None:
-        """Have vLLM load the model, or with `placeholders` make of its empty tensors what it would make of weights."""
-        load = super().load_model
-        if self._on_gpu:
-            load(**kwargs)
-        else:
-            from vllm_engine.adapter import linear
-
-            linear.load_with_ordinary_weights(lambda: load(**kwargs), self.get_model, placeholders=placeholders)
-        if self.vllm_config.quant_config is not None:
-            quantized.check_all_registered(self.get_model())
 
     def _reserve(self, layout: relocate.Layout) -> None:
         """Obtain the frames of weights and state, unless a try to restore them from a mirror has."""

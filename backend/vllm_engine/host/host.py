@@ -13,38 +13,20 @@ A request that has to wait has the agent told once (`Activate`). One decision pe
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import os
-import select
-import shutil
 import signal
-import socket
-import sys
-import threading
 import time
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
-
-from vllm.platforms import current_platform
 
 from swap_agent.errors import PeerGone, ProtocolError, Refusal, RolledBack, TritonSwapError, Unavailable
 from swap_agent.wire import control
 from swap_agent.wire.framing import AsyncChannel
-from swap_agent.wire.runtime_dir import AGENT_SOCKET
-from vllm_engine.adapter import args
-from vllm_engine.adapter.async_llm import Engine
-from vllm_engine.adapter.fork import PreparedFork
-from vllm_engine.adapter.requests import parameters
-from vllm_engine.adapter.safetensors_header import read_past_cache
-from vllm_engine.adapter.versions import check_vllm_version
 from vllm_engine.host.data_plane import DataPlane
+from vllm_engine.host.engine import Engine
 from vllm_engine.host.gate import Gate
 from vllm_engine.host.kv_demand import KvDemand
-from vllm_engine.rank.agent_link import Endpoint
 
 REPORT_INTERVAL_S = 0.05
 """Reports that do not enter or leave zero are at least this far apart."""
@@ -52,87 +34,12 @@ LINGER_S = 0.1
 """How long a host that stops still reads, to refuse in words what stubs had sent already."""
 DEMAND_INTERVAL_S = 0.2
 """How often to look how full the KV cache is, while there is something in it."""
-PARKED_INTERVAL_S = 0.05
+WITHHELD_INTERVAL_S = 0.05
 """How often to look whether requests have left blocks that are to go."""
 HEALTH_INTERVAL_S = 0.5
 """How often to look whether the engine's processes live."""
-_LONGEST_SOCKET_FOLDER = 107 - len("/123e4567-e89b-12d3-a456-426614174000")
-"""unix(7) allows 107 bytes for a path; vLLM names its sockets by UUIDs."""
 
 log = logging.getLogger(__name__)
-
-
-def run(runtime_dir: Path, replica: str, token: str) -> int:
-    """Run a host to its end. Returns the exit status: 0 when told to stop, else 1."""
-    # First thing. Not on a GPU: CUDA does not survive a fork, and that nothing has touched it by now was not seen.
-    fork = PreparedFork(["vllm_engine.adapter.worker"]) if current_platform.is_cpu() else None
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s host %(levelname)s %(message)s", stream=sys.stderr)
-    try:
-        return asyncio.run(_run(runtime_dir, replica, token, fork))
-    except TritonSwapError as error:
-        log.error("%s: %s", replica, error)
-        return 1
-
-
-async def _run(runtime_dir: Path, replica: str, token: str, fork: PreparedFork | None) -> int:
-    agent_socket = runtime_dir / AGENT_SOCKET
-    try:
-        channel: AsyncChannel[control.ToHost] = await AsyncChannel.connect(str(agent_socket), control.ToHost)
-    except OSError as error:
-        raise Unavailable(f"no swap agent listens on {agent_socket}: {error}") from error
-    channel.send(control.HostHello(replica, token))
-    welcome = await channel.receive()
-    if isinstance(welcome, control.Refused):
-        raise Unavailable(f"the agent refused this host: {welcome.message}")
-    if not isinstance(welcome, control.HostWelcome):
-        raise ProtocolError(f"the agent sent {type(welcome).__name__} where HostWelcome was due")
-    with _vllm_sockets(Path(welcome.engine_socket).with_suffix(".vllm")):
-        try:
-            engine = _start_engine(channel, replica, token, welcome, fork)
-        except TritonSwapError as error:
-            channel.send(control.HostFailed(error.code, f"{replica}: {error}"))
-            await channel.drain()
-            channel.close()
-            raise
-        return await Host(channel, replica, welcome, engine).run()
-
-
-@contextmanager
-def _vllm_sockets(folder: Path) -> Iterator[None]:
-    """Have vLLM keep its own sockets in a private folder that ends with this host, not for ever in /tmp."""
-    if len(str(folder)) > _LONGEST_SOCKET_FOLDER:
-        yield  # vLLM falls back to /tmp
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o700)
-    os.environ["VLLM_RPC_BASE_PATH"] = str(folder)
-    try:
-        yield
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _start_engine(
-    channel: AsyncChannel[control.ToHost],
-    replica: str,
-    token: str,
-    welcome: control.HostWelcome,
-    fork: PreparedFork | None,
-) -> Engine:
-    """Start vLLM as model.json says. Blocking: EngineCore must be a child of the main thread (see `__main__`)."""
-    import vllm
-
-    with _Watch(channel):
-        check_vllm_version(vllm.__version__)
-        read_past_cache()
-        values = args.read(welcome.model_json, Path(welcome.version_dir), args.known_arguments())
-        engine_args = args.engine_args(values)
-        config = args.engine_config(engine_args)
-        Endpoint(welcome.ranks_socket, replica, token, json.dumps(values, sort_keys=True)).export()
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # what vLLM forks does not die with its parent
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks of one engine are on one machine
-        with fork.as_engine_core() if fork else nullcontext():
-            return Engine(replica, config, engine_args)
 
 
 class Host:
@@ -148,7 +55,7 @@ class Host:
         self._gate = Gate(
             replica, welcome.max_queue, welcome.queue_timeout_s, self._load_changed, self._ask_for_activation
         )
-        self._plane = DataPlane(engine, self._gate, partial(parameters, replica, engine.embeds))
+        self._plane = DataPlane(engine, self._gate, engine.parameters)
         self._order: asyncio.Task[None] | None = None
         self._kv: control.KvCache | None = None
         self._preserves_kv = False
@@ -308,7 +215,7 @@ class Host:
     async def _shrink_kv(self, order: control.ShrinkKv) -> None:
         self._check_kv_order(order)
         if order.deadline_s is not None:
-            await self._park_kv(order.frames, order.deadline_s)
+            await self._withhold_kv(order.frames, order.deadline_s)
         begin = time.monotonic()
         preempt = order.deadline_s is not None
         frames, blocks, preempted = await self._engine.shrink_kv(order.epoch, order.frames, preempt=preempt)
@@ -318,17 +225,17 @@ class Host:
             frames, order.frames, blocks, order.epoch, time.monotonic() - begin, preempted,
         )  # fmt: skip
 
-    async def _park_kv(self, frames: int, deadline_s: float) -> None:
+    async def _withhold_kv(self, frames: int, deadline_s: float) -> None:
         """Return when no request is in the way of a shrink to `frames`, or its time is over."""
         begin = time.monotonic()
         deadline = begin + deadline_s
-        while await self._engine.park_kv(frames):
+        while await self._engine.withhold_kv(frames):
             now = time.monotonic()
             # What follows waits for a step to end, as long as that took just now.
             left = deadline - now - 2 * (now - begin)
             if left <= 0:
                 return
-            await asyncio.sleep(min(left, PARKED_INTERVAL_S))
+            await asyncio.sleep(min(left, WITHHELD_INTERVAL_S))
             begin = time.monotonic()
 
     def _check_kv_order(self, order: control.GrowKv | control.ShrinkKv) -> None:
@@ -349,8 +256,8 @@ class Host:
                     log.exception("how full the KV cache is could not be seen")
 
     async def _look_at_kv(self, kv: control.KvCache) -> None:
-        load = await self._engine.kv_load()
-        wanted = self._demand.update(time.monotonic(), load.blocks, load.used, load.waiting)
+        usage = await self._engine.kv_usage()
+        wanted = self._demand.update(time.monotonic(), usage.blocks, usage.used, usage.waiting)
         frames = kv.frames if wanted == kv.blocks else await self._engine.kv_frames(wanted)
         if frames > self._kv_told:
             await self._engine.want_kv(wanted)
@@ -404,31 +311,3 @@ class Host:
 def _log_failure(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()):
         log.error("the KV cache is not watched any more", exc_info=error)
-
-
-class _Watch:
-    """Ends this process, and with it the engine that is starting, when the agent goes away meanwhile.
-
-    The loop is blocked then, so a thread looks at the connection.
-    """
-
-    def __init__(self, channel: AsyncChannel[control.ToHost]) -> None:
-        self._fd = channel.fileno()
-        self._done_reader, self._done_writer = socket.socketpair()
-        self._thread = threading.Thread(target=self._watch, name="agent-watch", daemon=True)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._done_writer.close()
-        self._thread.join()
-        self._done_reader.close()
-
-    def _watch(self) -> None:
-        poll = select.poll()
-        poll.register(self._fd, select.POLLRDHUP)
-        poll.register(self._done_reader, select.POLLIN)
-        if any(fd == self._fd for fd, _ in poll.poll()):
-            log.error("the swap agent is gone while the engine starts: giving up")
-            os._exit(1)  # the engine's processes die with this one
