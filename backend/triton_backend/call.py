@@ -7,7 +7,7 @@ from typing import Protocol
 from swap_agent.errors import Code, TritonSwapError
 from swap_agent.wire.requests import Output
 from triton_backend.request import EmbedRequest, GenerateRequest
-from triton_backend.response import CANCELLED_TEXT, failure_text
+from triton_backend.wording import CANCELLED_TEXT, failure_text
 
 
 class Reply(Protocol):

@@ -10,7 +10,8 @@ import triton_python_backend_utils as pb_utils
 from swap_agent.errors import Code
 from swap_agent.wire.requests import Output
 from triton_backend.request import EmbedRequest, GenerateRequest
-from triton_backend.response import ERROR_TEXT_OUTPUT, output_tensors
+from triton_backend.response import output_tensors
+from triton_backend.wording import ERROR_TEXT_OUTPUT
 
 
 class TritonReply:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from swap_agent.errors import InvalidUsage, Unsupported
 from swap_agent.wire.framing import DATA_LIMIT_BYTES
 from swap_agent.wire.requests import Embed, Submit
-from triton_backend.response import failure_text
+from triton_backend.wording import failure_text
 
 Tensors: TypeAlias = Mapping[str, NDArray[Any]]
 

@@ -1,25 +1,14 @@
-"""The output tensors and error texts that answer a request, as the stock Triton vLLM backend shapes and words them."""
+"""The output tensors that answer a request, as the stock Triton vLLM backend shapes them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from swap_agent.wire.requests import Output
-
-if TYPE_CHECKING:
-    from triton_backend.request import EmbedRequest, GenerateRequest
-
-CANCELLED_TEXT = "Request was cancelled"
-ERROR_TEXT_OUTPUT = "N/A"
-"""`text_output` beside an error."""
-
-
-def failure_text(reason: str) -> str:
-    """The message of an error response."""
-    return f"Error generating stream: {reason}"
+from triton_backend.request import EmbedRequest, GenerateRequest
 
 
 def output_tensors(request: GenerateRequest | EmbedRequest, output: Output) -> list[tuple[str, NDArray[Any]]]:
