@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from swap_agent.errors import InvalidModel
+from swap_agent.models.instances import InstanceGroup, check_kind, only_group
 from swap_agent.wire.control import Attach
 from triton_backend.paths import native
 
@@ -26,26 +27,26 @@ def describe(args: Mapping[str, str]) -> Attach:
         )
     version_dir = f"{args['model_repository']}/{args['model_version']}"
     model_json = _read_model_json(name, version_dir)
-    _check_kind(name, args["model_instance_kind"], json.loads(model_json))
+    check_kind(name, f"KIND_{args['model_instance_kind']}", json.loads(model_json))
+    group = only_group(name, _groups(config))
     return Attach(
         model=name,
         version=args["model_version"],
-        instance=_instance(name, args["model_instance_name"], config),
+        instance=_index(args["model_instance_name"], group.count),
         version_dir=version_dir,
         model_json=model_json,
         parameters={key: value["string_value"] for key, value in config.get("parameters", {}).items()},
-        gpu=_gpu(args, config),
+        gpu=_gpu(args, group.gpus),
     )
 
 
-def _gpu(args: Mapping[str, str], config: Mapping[str, Any]) -> int | None:
+def _gpu(args: Mapping[str, str], gpus: tuple[int, ...]) -> int | None:
     """The device that an instance_group with KIND_GPU and `gpus` asks for.
 
     Triton fills in all GPUs where config.pbtxt names none: one that is named alone was asked for, or is the only one.
     """
-    named = [gpu for group in config.get("instance_group", []) for gpu in group.get("gpus", [])]
     device = int(args["model_instance_device_id"])
-    return device if args["model_instance_kind"] == "GPU" and named == [device] else None
+    return device if args["model_instance_kind"] == "GPU" and gpus == (device,) else None
 
 
 def _read_model_json(name: str, version_dir: str) -> str:
@@ -63,32 +64,14 @@ def _read_model_json(name: str, version_dir: str) -> str:
     return text
 
 
-def _check_kind(name: str, kind: str, engine_arguments: Mapping[str, Any]) -> None:
-    """Raises InvalidModel for several GPUs under KIND_GPU, of which Triton assumes that it means one GPU."""
-    world_size = 1
-    for key in ("tensor_parallel_size", "pipeline_parallel_size"):
-        value = engine_arguments.get(key, 1)
-        if isinstance(value, int):  # anything else is refused by name when the engine reads it
-            world_size *= value
-    if kind == "GPU" and world_size > 1:
-        raise InvalidModel(
-            f"model '{name}': KIND_GPU is currently for single-GPU models, please specify KIND_MODEL "
-            "in the model's config.pbtxt for multi-GPU models"
-        )
+def _groups(config: Mapping[str, Any]) -> list[InstanceGroup]:
+    return [
+        InstanceGroup(group.get("kind", "KIND_AUTO"), group.get("count", 1), tuple(group.get("gpus", [])))
+        for group in config.get("instance_group", [])
+    ]
 
 
-def _instance(name: str, instance_name: str, config: Mapping[str, Any]) -> int:
-    """Index of this instance among those of its model. Triton names them `<group>_<index>`, on a GPU with `_gpu<id>`.
-
-    Raises InvalidModel when the index would not be unique in the model.
-    """
-    groups = config.get("instance_group", [])
-    if len(groups) > 1 or any(len(group.get("gpus", [])) > 1 for group in groups):
-        raise InvalidModel(
-            f"model '{name}': several instance groups, or one over several GPUs, are not supported yet: "
-            "use one instance_group with a `count`"
-        )
-    if groups and groups[0].get("count", 1) == 1:
-        return 0
-    found = re.search(r"_(\d+)(_gpu\d+)?$", instance_name)
+def _index(instance_name: str, count: int) -> int:
+    """Index of this instance among those of its model: Triton names them `<group>_<index>`, or …`_gpu<id>` on a GPU."""
+    found = None if count == 1 else re.search(r"_(\d+)(_gpu\d+)?$", instance_name)
     return int(found[1]) if found else 0

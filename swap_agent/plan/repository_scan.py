@@ -11,8 +11,10 @@ from typing import Any
 from swap_agent.errors import InvalidModel, InvalidUsage
 from swap_agent.models.estimate import Size, estimate
 from swap_agent.models.fit import fit
+from swap_agent.models.instances import InstanceGroup, check_kind, only_group
 from swap_agent.models.repository import CONFIG, parse_config, string_parameters
 from swap_agent.models.settings import ModelSettings, read_ranks, read_settings
+from swap_agent.models.spec import ModelSpec, registered
 from swap_agent.policy import events as ev
 from swap_agent.policy.ledger import Device
 from swap_agent.units import format_bytes
@@ -91,16 +93,15 @@ def _config(folder: Path) -> Any:
 def _add(reading: Reading, folder: Path, config: Any, devices: Sequence[Device], frame_bytes: int) -> None:
     """All replicas of one model. Raises InvalidModel."""
     model = folder.name
-    instances, gpu = _instances(model, config)
+    group = only_group(model, _groups(config))
     sizes = {device.name: device.frames * frame_bytes for device in devices}
     settings = read_settings(model, string_parameters(config), next(iter(sizes.values())))
     found: list[Wanted] = []
     for version in _versions(folder, config):
         text, arguments = _model_json(model, version)
         ranks = read_ranks(model, text)
-        if ranks > 1 and _kind(config) == "KIND_GPU":
-            raise InvalidModel(f"model {model}: KIND_GPU is for models of one GPU; write KIND_MODEL in {CONFIG}")
-        fitted = fit(model, settings, gpu, ranks, sizes, frame_bytes)
+        check_kind(model, group.kind, arguments)
+        fitted = fit(model, settings, group.gpu, ranks, sizes, frame_bytes)
         size = estimate(arguments, version, ranks)
         estimated: Size | None = None
         if fitted.request_frames is not None:
@@ -113,20 +114,9 @@ def _add(reading: Reading, folder: Path, config: Any, devices: Sequence[Device],
         else:
             reading.unknown[model] = f"model {model}: size unknown: it declares no GPU_MEMORY_REQUEST, and {size}"
             return
-        for number in range(instances):
-            registered = ev.Registered(
-                0.0,
-                f"{model}/{version.name}#{number}",
-                request_frames=fitted.request_frames,
-                keep_alive_s=settings.keep_alive_s,
-                ranks=ranks,
-                limit_frames=fitted.limit_frames,
-                priority=settings.priority,
-                pinned=settings.pinned,
-                min_residency_s=settings.min_residency_s,
-                allowed_devices=fitted.allowed,
-            )
-            found.append(Wanted(registered, frames, settings, estimated, note))
+        for number in range(max(1, group.count)):
+            spec = ModelSpec(f"{model}/{version.name}#{number}", str(version), text, settings, group.gpu)
+            found.append(Wanted(registered(spec, fitted), frames, settings, estimated, note))
     reading.wanted += found
 
 
@@ -150,23 +140,11 @@ def _too_small(model: str, settings: ModelSettings, size: Size | str, frame_byte
     )
 
 
-def _instances(model: str, config: Any) -> tuple[int, int | None]:
-    """How many replicas of each version there are, and the one device that they may be on. Raises InvalidModel."""
-    groups = list(config.instance_group)
-    if len(groups) > 1 or any(len(group.gpus) > 1 for group in groups):
-        raise InvalidModel(
-            f"model {model}: several instance groups in {CONFIG}, or one over several GPUs, are not supported yet: "
-            "use one instance_group with a `count`"
-        )
-    if not groups:
-        return 1, None
-    gpus = list(groups[0].gpus) if _kind(config) == "KIND_GPU" else []
-    return max(1, groups[0].count), gpus[0] if gpus else None
-
-
-def _kind(config: Any) -> str:
-    groups = list(config.instance_group)
-    return str(groups[0].Kind.Name(groups[0].kind)) if groups else "KIND_AUTO"
+def _groups(config: Any) -> list[InstanceGroup]:
+    return [
+        InstanceGroup(str(group.Kind.Name(group.kind)), group.count, tuple(group.gpus))
+        for group in config.instance_group
+    ]
 
 
 def _versions(folder: Path, config: Any) -> Iterator[Path]:
