@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from loadtest.server import end_with_parent
 from loadtest.workload import Answer, Outcome, Round, run
+from swap_agent.linux import end_with_parent
 
 
 class BaselineFailed(Exception):

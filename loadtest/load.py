@@ -20,7 +20,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from loadtest import models
-from loadtest.server import Server, ServerFailed, end_with_parent
+from loadtest.server import Server, ServerFailed
+from swap_agent.linux import end_with_parent
 from swap_agent.units import parse_seconds
 
 OUT = models.ROOT / "out" / "locust.json"

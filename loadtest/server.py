@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import signal
@@ -20,6 +19,7 @@ import httpx
 import psutil
 
 from loadtest.models import MODELS_DIR, ROOT
+from swap_agent.linux import end_with_parent
 
 REPOSITORY = ROOT / "model_repository"
 DEVICE = "cpu:1x1280MiB"
@@ -27,7 +27,6 @@ DEVICE = "cpu:1x1280MiB"
 LOGS = ROOT / "out" / "logs"
 """Where the logs of the last server are kept after its end."""
 
-_PR_SET_PDEATHSIG = 1  # prctl(2)
 _START_TIMEOUT_S = 600.0
 _STOP_TIMEOUT_S = 120.0
 
@@ -205,11 +204,6 @@ class Server:
     def set_keep_alive(self, name: str, keep_alive: str) -> None:
         """Write KEEP_ALIVE into the copy's config.pbtxt; the agent applies it within a second."""
         write_keep_alive(self.repository / name / "config.pbtxt", keep_alive)
-
-
-def end_with_parent() -> None:
-    """For a child between fork and exec: the kernel ends it with SIGTERM when its parent is gone, however that died."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def write_keep_alive(config: Path, keep_alive: str) -> None:

@@ -5,11 +5,12 @@ TritonSwapError
 ├── InvalidUsage       a flag, a device, a path or a port cannot work: the user has to change it
 ├── Unavailable        cannot be served now; trying later can succeed
 ├── Unsupported        this version does not do it
-├── OutOfDeviceMemory        a device has not that many free frames
-├── RolledBack          a swap-in failed and was undone: the model is SWAPPED as before
-├── MirrorMismatch              a mirror is not of what an engine has: its weights come from disk
-├── WeightsCorrupted            weights in memory are not what they were: bad memory, or a bug
-├── AccountingError  frames were lost or counted twice: a bug
+│   ├── OutOfDeviceMemory  a device has not that many free frames
+│   ├── OutOfHostMemory    the machine has not that much memory left
+│   └── RolledBack         a swap-in failed and was undone: the model is SWAPPED as before
+├── MirrorMismatch     a mirror is not of what an engine has: its weights come from disk
+├── WeightsCorrupted   weights in memory are not what they were: bad memory, or a bug
+├── AccountingError    frames were lost or counted twice: a bug
 ├── Refusal            another process of triton-swap said no; carries its code
 ├── PeerGone           the process at the other end of a connection closed it or died
 └── ProtocolError      a peer sent what this conversation does not allow
@@ -56,6 +57,10 @@ class Unsupported(TritonSwapError):
 
 class OutOfDeviceMemory(Unavailable):
     """A device has not that many free frames."""
+
+
+class OutOfHostMemory(Unavailable):
+    """The machine has not that much memory left for a mirror, a staging or a preserved KV cache."""
 
 
 class RolledBack(Unavailable):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import signal
 import subprocess
 import time
@@ -13,8 +12,7 @@ from pathlib import Path
 import httpx
 
 from swap_agent.errors import Unavailable
-
-_PR_SET_PDEATHSIG = 1  # prctl(2)
+from swap_agent.linux import end_with_parent
 
 
 class Child:
@@ -34,7 +32,7 @@ class Child:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent,
             )
 
     @property
@@ -85,7 +83,3 @@ class Child:
     def _tail(self, lines: int) -> str:
         text = self._log.read_text(encoding="utf-8", errors="replace")
         return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])
-
-
-def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

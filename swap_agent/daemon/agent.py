@@ -22,18 +22,21 @@ from swap_agent.daemon.config import AgentConfig
 from swap_agent.daemon.control_socket import ControlSocket
 from swap_agent.daemon.engines import kv_resize
 from swap_agent.daemon.engines import rank_group as together
-from swap_agent.daemon.engines.engine import Engine, ModelSpec
+from swap_agent.daemon.engines.engine import Engine
 from swap_agent.daemon.engines.frame_credit import FrameCredit
 from swap_agent.daemon.engines.mirror_access import void
-from swap_agent.daemon.engines.process import end_leftovers, private_bytes, start_engine, subreaper
+from swap_agent.daemon.engines.process import end_leftovers, start_engine
 from swap_agent.daemon.live_settings import LiveSettings
 from swap_agent.daemon.memory.frame_pool import FramePool
 from swap_agent.daemon.memory.mirror_store import Mirror, MirrorStore
 from swap_agent.daemon.rank_socket import RankSocket
 from swap_agent.daemon.residue.meter import UsageWatch
+from swap_agent.daemon.residue.proc_memory import private_bytes
 from swap_agent.device.open import open_devices
 from swap_agent.device.simulated import INSTANT, SLOW
 from swap_agent.errors import AccountingError, InvalidUsage, RolledBack, TritonSwapError, Unavailable, WeightsCorrupted
+from swap_agent.linux import subreaper
+from swap_agent.models.spec import ModelSpec
 from swap_agent.policy import actions as act
 from swap_agent.policy import events as ev
 from swap_agent.policy.coordinator import Coordinator

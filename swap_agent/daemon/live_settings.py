@@ -14,11 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from swap_agent.daemon.engines.engine import ModelSpec
 from swap_agent.errors import InvalidModel
 from swap_agent.models.fit import Fit, fit
 from swap_agent.models.repository import CONFIG, SETTLE_S, ModelFile, Repository
-from swap_agent.models.settings import ModelSettings, read_ranks, read_settings
+from swap_agent.models.settings import ModelSettings, read_settings
+from swap_agent.models.spec import ModelSpec, registered
 from swap_agent.policy import events as ev
 from swap_agent.policy.placement import blocked_by_pins
 from swap_agent.policy.states import State
@@ -187,8 +187,7 @@ class LiveSettings:
         return next(iter(self._agent.pools.values())).device.frame_bytes
 
     def _fit(self, spec: ModelSpec) -> Fit:
-        ranks = read_ranks(spec.model, spec.model_json)
-        return fit(spec.model, spec.settings, spec.gpu, ranks, self._sizes(), self._frame_bytes)
+        return fit(spec.model, spec.settings, spec.gpu, spec.ranks, self._sizes(), self._frame_bytes)
 
     def _check_engine_keeps_to(self, spec: ModelSpec) -> None:
         """Raises InvalidModel for a limit below what the model's engine holds when it is resident."""
@@ -215,19 +214,7 @@ class LiveSettings:
 
     def _register(self, spec: ModelSpec) -> None:
         """Tell the policy and the engine host what they do not know yet."""
-        fitted, settings = self._fit(spec), spec.settings
-        event = ev.Registered(
-            0.0,
-            spec.replica,
-            request_frames=fitted.request_frames,
-            keep_alive_s=settings.keep_alive_s,
-            ranks=read_ranks(spec.model, spec.model_json),
-            limit_frames=fitted.limit_frames,
-            priority=settings.priority,
-            pinned=self.pinned(spec),
-            min_residency_s=settings.min_residency_s,
-            allowed_devices=fitted.allowed,
-        )
+        event, settings = registered(spec, self._fit(spec), pinned=self.pinned(spec)), spec.settings
         if event != self._registered.get(spec.replica):
             self._registered[spec.replica] = event
             self._agent.post(replace(event, now_s=time.monotonic()))

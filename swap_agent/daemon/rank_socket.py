@@ -19,10 +19,10 @@ from typing import TypeVar
 from swap_agent.daemon.config import AgentConfig
 from swap_agent.daemon.engines.engine import Engine
 from swap_agent.daemon.engines.mirror_access import RankMirrors
-from swap_agent.daemon.engines.process import private_bytes
 from swap_agent.daemon.engines.rank_link import RankLink, start_serving
 from swap_agent.daemon.memory.mirror_store import MirrorStore
 from swap_agent.daemon.memory.rank_space import RankSpace
+from swap_agent.daemon.residue.proc_memory import private_bytes
 from swap_agent.errors import PeerGone, ProtocolError, Unavailable
 from swap_agent.policy import events as ev
 from swap_agent.wire import memory

@@ -92,7 +92,7 @@ class DeviceMemory(Protocol):
         """
 
     def host_buffer(self, name: str, size_bytes: int) -> HostBuffer:
-        """Zeroed host memory from which copies are fast. Raises OutOfDeviceMemory."""
+        """Zeroed host memory from which copies are fast. Raises OutOfHostMemory."""
 
     def checksum(self, frame: Frame, size_bytes: int) -> int:
         """CRC-32 of the first bytes of the frame, as `zlib.crc32` computes it. No copy is counted."""

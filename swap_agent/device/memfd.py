@@ -6,7 +6,7 @@ import os
 
 from swap_agent.device import mmap
 from swap_agent.device.api import Bytes
-from swap_agent.errors import OutOfDeviceMemory
+from swap_agent.errors import OutOfHostMemory
 
 
 class HostMemory:
@@ -14,7 +14,7 @@ class HostMemory:
 
     On `numa_node` where that is given and has room.
 
-    Raises OutOfDeviceMemory when the machine has no memory left.
+    Raises OutOfHostMemory when the machine has no memory left.
     """
 
     def __init__(self, name: str, size_bytes: int, numa_node: int | None = None) -> None:
@@ -32,9 +32,7 @@ class HostMemory:
             if self.address:
                 mmap.unmap(self.address, size_bytes)  # or what was populated so far would stay
             os.close(self.fd)
-            raise OutOfDeviceMemory(
-                f"the machine has no {size_bytes} bytes left for {name}: {error.strerror}"
-            ) from error
+            raise OutOfHostMemory(f"the machine has no {size_bytes} bytes left for {name}: {error.strerror}") from error
         self.bytes: Bytes = mmap.bytes_at(self.address, size_bytes)
         self.resident_bytes = os.fstat(self.fd).st_blocks * 512
         """Memory behind the file, which stays until `close` (`st_blocks` is in units of 512)."""

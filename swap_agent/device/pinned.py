@@ -86,7 +86,7 @@ class Registrar:
 
 
 class PinnedMemory(HostMemory):
-    """Host memory that is registered in the background. Raises OutOfDeviceMemory."""
+    """Host memory that is registered in the background. Raises OutOfHostMemory."""
 
     def __init__(self, name: str, size_bytes: int, registrar: Registrar, numa_node: int | None) -> None:
         super().__init__(name, size_bytes, numa_node)

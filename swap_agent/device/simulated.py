@@ -18,7 +18,7 @@ import numpy as np
 from swap_agent.device.api import IN_BACKGROUND, Bytes, Copied, During, Frame
 from swap_agent.device.copy_priority import Pace
 from swap_agent.device.memfd import HostMemory
-from swap_agent.errors import OutOfDeviceMemory
+from swap_agent.errors import OutOfDeviceMemory, OutOfHostMemory
 from swap_agent.wire.regions import Region
 
 FRAME_BYTES = 2 << 20
@@ -81,7 +81,7 @@ class SimulatedDevice:
     def create(self) -> SimulatedFrame:
         """A new memfd, zeroed and populated.
 
-        Raises OutOfDeviceMemory when those that exist or are busy fill the device.
+        Raises OutOfDeviceMemory when those that exist or are busy fill the device, or the machine has no memory left.
         """
         time.sleep(self.latencies.create_s)
         with self._creating:
@@ -90,7 +90,10 @@ class SimulatedDevice:
             if len(self._frames) + len(self._busy_until_s) >= self.total_frames:
                 busy = len(self._busy_until_s)
                 raise OutOfDeviceMemory(f"{self.name} has no memory left: {len(self._frames)} frames, {busy} are busy")
-            frame = SimulatedFrame()
+            try:
+                frame = SimulatedFrame()
+            except OutOfHostMemory as error:
+                raise OutOfDeviceMemory(str(error)) from error
             self._frames.add(frame)
         return frame
 

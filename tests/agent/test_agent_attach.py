@@ -14,8 +14,8 @@ from support.agent_client import Stub, config, until
 from support.devices import FRAME_BYTES, NAME
 
 from swap_agent.daemon.agent import Agent
-from swap_agent.daemon.engines.process import group_exists
 from swap_agent.errors import InvalidUsage
+from swap_agent.linux import group_exists
 from swap_agent.policy import events as ev
 from swap_agent.policy.states import State
 from swap_agent.units import format_bytes

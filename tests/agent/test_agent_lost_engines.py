@@ -12,9 +12,9 @@ from support.agent_client import Stub, short, until
 from support.devices import killed_stay_busy
 
 from swap_agent.daemon.agent import Agent
-from swap_agent.daemon.engines.process import group_exists
 from swap_agent.daemon.memory.rank_space import RankSpace
 from swap_agent.errors import OutOfDeviceMemory, Unavailable
+from swap_agent.linux import group_exists
 from swap_agent.wire import control
 
 pytestmark = pytest.mark.usefixtures("stubs")

@@ -20,10 +20,10 @@ from support.agent_client import Stub, config, short, until
 from support.devices import FRAME_BYTES, NAME, break_nth, spec
 
 from swap_agent.daemon.agent import Agent
-from swap_agent.daemon.engines.process import group_exists
 from swap_agent.daemon.memory.frame_pool import FramePool
 from swap_agent.daemon.timeouts import Timeouts
 from swap_agent.errors import Unavailable
+from swap_agent.linux import group_exists
 from swap_agent.units import format_bytes
 from swap_agent.wire import control
 

@@ -9,8 +9,8 @@ from pathlib import PosixPath
 
 import pytest
 
-from swap_agent.daemon.engines import process
-from swap_agent.daemon.engines.process import private_bytes, private_bytes_by_process
+from swap_agent.daemon.residue import proc_memory
+from swap_agent.daemon.residue.proc_memory import private_bytes, private_bytes_by_process
 
 MIB = 1 << 20
 
@@ -62,7 +62,7 @@ def test_without_shares_every_process_counts_all_that_it_maps(
                 raise FileNotFoundError(self)
             return super().read_text(*args)
 
-    monkeypatch.setattr(process, "Path", OldKernel)
+    monkeypatch.setattr(proc_memory, "Path", OldKernel)
     assert private_bytes(forked.pid) > 400 * MIB
     assert forked.stdin and forked.stdout
     forked.stdin.write("go\n")

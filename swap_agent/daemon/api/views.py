@@ -10,8 +10,8 @@ from typing import Any
 
 from swap_agent.daemon.agent import Agent
 from swap_agent.daemon.engines.engine import Engine
-from swap_agent.daemon.engines.process import private_bytes
 from swap_agent.daemon.residue.meter import key_of, measure, residue_bytes
+from swap_agent.daemon.residue.proc_memory import private_bytes
 from swap_agent.models.settings import ModelSettings
 from swap_agent.policy.replica import Replica
 

@@ -16,32 +16,11 @@ from swap_agent.daemon.memory.frame_pool import FramePool
 from swap_agent.daemon.memory.rank_space import SwapIn
 from swap_agent.daemon.timeouts import Timeouts
 from swap_agent.errors import Unavailable
-from swap_agent.models.settings import ModelSettings
+from swap_agent.models.spec import ModelSpec
 from swap_agent.wire import control
 from swap_agent.wire.framing import AsyncChannel, Message
 
 M = TypeVar("M", bound=Message)
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """What a Triton instance asks for, and what its model declares."""
-
-    replica: str
-    version_dir: str
-    model_json: str
-    settings: ModelSettings
-    gpu: int | None = None
-    """The one device of an instance with KIND_GPU."""
-
-    @property
-    def model(self) -> str:
-        """Its name in the model repository."""
-        return self.replica.rpartition("/")[0]
-
-    def needs_other_engine(self, other: ModelSpec) -> bool:
-        """Whether a running engine of `other` cannot serve this. Settings are applied live."""
-        return (self.version_dir, self.model_json) != (other.version_dir, other.model_json)
 
 
 @dataclass

@@ -4,34 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import logging
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from swap_agent.daemon.config import RuntimeDir
+from swap_agent.linux import group_exists, is_running, start_time
 
 log = logging.getLogger(__name__)
 
-_PR_SET_CHILD_SUBREAPER = 36
 _POLL_S = 0.02
-
-
-@contextlib.contextmanager
-def subreaper() -> Iterator[None]:
-    """Orphaned grandchildren (vLLM's workers) become children of this process (prctl(2)), so that it can reap them."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
-    try:
-        yield
-    finally:
-        libc.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -45,8 +32,7 @@ class EngineProcess:
 
     def host_lives(self) -> bool:
         """Whether the host has not exited yet; `ended` may take a moment to tell."""
-        fields = _stat(self.pid)
-        return fields is not None and fields[0] not in ("Z", "X")
+        return is_running(self.pid)
 
     async def ended(self) -> None:
         """Return when the host has exited, for whatever reason."""
@@ -95,7 +81,7 @@ def start_engine(
     )
     record_path = runtime.engines / f"{pid}.json"
     try:
-        record_path.write_text(json.dumps({"pid": pid, "start_time": _start_time(pid), "replica": replica}))
+        record_path.write_text(json.dumps({"pid": pid, "start_time": start_time(pid), "replica": replica}))
         return EngineProcess(pid, log_path, record_path, os.pidfd_open(pid))
     except OSError:
         with contextlib.suppress(ProcessLookupError):
@@ -115,11 +101,11 @@ def end_leftovers(runtime: RuntimeDir, patience_s: float) -> None:
     for record_path in sorted(runtime.engines.glob("*.json")):
         try:
             record = json.loads(record_path.read_text())
-            pid, start_time = int(record["pid"]), int(record["start_time"])
+            pid, started = int(record["pid"]), int(record["start_time"])
         except (OSError, ValueError, KeyError) as error:
             log.error("%s is no record of an engine (%s); ignored", record_path, error)
             continue
-        if _start_time(pid) not in (start_time, None):
+        if start_time(pid) not in (started, None):
             record_path.unlink()
             continue
         log.warning("engine %s (pid %d) outlived its agent; waiting for its end", record.get("replica"), pid)
@@ -130,84 +116,9 @@ def end_leftovers(runtime: RuntimeDir, patience_s: float) -> None:
         record_path.unlink()
 
 
-_SHARED_S = 5.0
-"""How long it is believed what a process shares: to find out, the kernel walks all of its pages, frames too."""
-_shared: dict[tuple[int, int], tuple[float, int]] = {}
-"""By process id and start time: when it was found out, and bytes of RssAnon that are other processes' share."""
-
-
-def private_bytes(group: int) -> int:
-    """Memory outside any frame that the processes of a group hold: their anonymous resident memory (proc(5)).
-
-    Pages that processes share since a fork(2) count once, in equal parts (Pss_Anon of smaps_rollup, at most every 5 s;
-    where the kernel has none, they count for each). What was taken since then counts at once.
-    """
-    return sum(private_bytes_by_process(group).values())
-
-
-def private_bytes_by_process(group: int) -> dict[int, int]:
-    """The same for each process, by its id."""
-    found = {}
-    for pid in _members(group):
-        try:
-            status = Path(f"/proc/{pid}/status").read_text()
-        except OSError:
-            continue
-        for line in status.splitlines():
-            if line.startswith("RssAnon:"):
-                resident = int(line.split()[1]) * 1024
-                found[pid] = resident - min(resident, _shared_bytes(pid, resident))
-    return found
-
-
-def _shared_bytes(pid: int, resident: int) -> int:
-    """What of its anonymous memory counts for others that map the same pages. Blocks for some 20 ms per mapped GiB."""
-    now_s, key = time.monotonic(), (pid, _start_time(pid) or 0)
-    known = _shared.get(key)
-    if known is None or now_s - known[0] >= _SHARED_S:
-        try:
-            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        except OSError:  # it is gone, or the kernel was built without
-            lines = []
-        own = [int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss_Anon:")]
-        known = _shared[key] = (now_s, max(0, resident - own[0]) if own else 0)
-        for other, (at_s, _) in list(_shared.items()):
-            if now_s - at_s > 12 * _SHARED_S:  # nobody asks any more
-                _shared.pop(other, None)
-    return known[1]
-
-
-def _members(group: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            fields = _stat(int(entry.name))
-            if fields and int(fields[2]) == group and fields[0] != "Z":
-                found.append(int(entry.name))
-    return found
-
-
-def group_exists(group: int) -> bool:
-    """Whether a process of the group lives; a zombie does not: it maps nothing."""
-    return bool(_members(group))
-
-
 def _reap(group: int) -> bool:
     """Collect one exited child of the group; True when there was one."""
     try:
         return os.waitpid(-group, os.WNOHANG)[0] != 0
     except ChildProcessError:
         return False
-
-
-def _start_time(pid: int) -> int | None:
-    fields = _stat(pid)
-    return int(fields[19]) if fields else None
-
-
-def _stat(pid: int) -> list[str] | None:
-    """Fields of /proc/<pid>/stat from the third (state) on; None when there is no such process."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None

@@ -13,7 +13,7 @@ Part = tuple[int, int, int]
 
 
 class PreservedKV:
-    """Host memory of a fixed size, and which parts of region `kv` are to be in it. Raises OutOfDeviceMemory."""
+    """Host memory of a fixed size, and which parts of region `kv` are to be in it. Raises OutOfHostMemory."""
 
     def __init__(self, device: DeviceMemory, size_bytes: int) -> None:
         self.size_bytes = size_bytes

@@ -124,7 +124,7 @@ def same_layout(theirs: list[Extent], ours: list[Extent]) -> bool:
 
 
 def rearranged(device: DeviceMemory, image: Image, theirs: list[Extent], ours: list[Extent]) -> Image:
-    """A copy of `image` in which each extent lies where `ours` has it. Raises OutOfDeviceMemory, WeightsCorrupted."""
+    """A copy of `image` in which each extent lies where `ours` has it. Raises OutOfHostMemory, WeightsCorrupted."""
     image.check()
     copy = Image(device, "triton-swap-mirror", image.region, end(ours))
     offsets = {extent.name: extent.offset for extent in theirs}

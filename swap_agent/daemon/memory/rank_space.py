@@ -85,7 +85,7 @@ class RankSpace:
         return frames
 
     def preserve(self, size_bytes: int) -> None:
-        """Start-up: host memory for what of region `kv` is to outlive swaps. Raises OutOfDeviceMemory."""
+        """Start-up: host memory for what of region `kv` is to outlive swaps. Raises OutOfHostMemory."""
         self.preserved = PreservedKV(self.pool.device, size_bytes)
 
     def choose_kv(self, parts: Sequence[Part]) -> None:
@@ -95,7 +95,7 @@ class RankSpace:
         self.preserved.choose(parts)
 
     def make_images(self, weights_bytes: int, state_bytes: int) -> None:
-        """After load: copy the weights to the mirror, once, and prepare the staging. Raises OutOfDeviceMemory."""
+        """After load: copy the weights to the mirror, once, and prepare the staging. Raises OutOfHostMemory."""
         device = self.pool.device
         self.mirror = Image(device, "triton-swap-mirror", "weights", weights_bytes)
         self.mirror.save(self.frames["weights"], "mirror")
@@ -106,9 +106,8 @@ class RankSpace:
     def keep(self, hand_over: Callable[[Image, Image], Mirror | None]) -> None:
         """Have the store take the mirror, with the state as it is now, right after load.
 
-        Raises OutOfDeviceMemory, OSError.
-
-        `hand_over` is given both images and returns None when the store does not want them.
+        `hand_over` is given both images and returns None when the store does not want them. Raises OutOfHostMemory,
+        OSError.
         """
         assert self.mirror is not None and self.staging is not None
         state = Image(self.pool.device, "triton-swap-state", "state", self.staging.size_bytes)
@@ -125,7 +124,7 @@ class RankSpace:
         """Instead of load and `make_images`: fill weights and state, by name, from a mirror of the store.
 
         An engine of the same layout uses that mirror from now on, any other has one of its own. Raises
-        MirrorMismatch, WeightsCorrupted, OutOfDeviceMemory.
+        MirrorMismatch, WeightsCorrupted, OutOfHostMemory.
         """
         device = self.pool.device
         same = {region: same_layout(stored.manifest[region], extents) for region, extents in manifest.items()}
@@ -239,9 +238,7 @@ class RankSpace:
     def extend(self, region: Region, frames: int) -> None:
         """While the engine runs: as many frames in all for a region, the new ones zeroed.
 
-        Raises OutOfDeviceMemory, OSError;
-
-        then nothing has changed. `undo` takes them back.
+        Raises OutOfDeviceMemory, OSError; then nothing has changed. `undo` takes them back.
         """
         new, dirty = self.pool.grant(self.holder, max(0, frames - len(self.frames[region])))
         try:

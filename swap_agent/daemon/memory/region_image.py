@@ -10,7 +10,7 @@ from swap_agent.wire.regions import Region
 
 
 class Image:
-    """Host memory that holds the first `size_bytes` of a region's frames, in order. Raises OutOfDeviceMemory."""
+    """Host memory that holds the first `size_bytes` of a region's frames, in order. Raises OutOfHostMemory."""
 
     def __init__(self, device: DeviceMemory, name: str, region: Region, size_bytes: int) -> None:
         self.region = region

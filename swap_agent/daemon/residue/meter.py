@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping
 
 from swap_agent.daemon.config import AgentConfig
 from swap_agent.daemon.engines.engine import Engine
-from swap_agent.daemon.engines.process import private_bytes_by_process
 from swap_agent.daemon.memory.frame_pool import FramePool
 from swap_agent.daemon.residue.limits import DeviceExceeded, EngineKey, Exceeded, Reading, Stop, Usage, Watch
+from swap_agent.daemon.residue.proc_memory import private_bytes_by_process
 from swap_agent.device.api import DeviceMemory
 from swap_agent.device.nvml import used_by_process
 from swap_agent.policy import events as ev
