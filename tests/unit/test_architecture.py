@@ -1,8 +1,10 @@
-"""What import contracts (pyproject.toml, `make check`) cannot say of the layout."""
+"""The import contracts (pyproject.toml, `make check`) find what they are for; what they cannot say of the layout."""
 
 from __future__ import annotations
 
 import ast
+import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -10,6 +12,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 STDLIB = sys.stdlib_module_names
+VIOLATIONS = {
+    "layers": ("swap_agent.policy", "swap_agent.models.settings"),
+    "policy": ("swap_agent.policy", "swap_agent.wire.regions"),
+    "device": ("swap_agent.device", "swap_agent.wire.control"),
+    "stub": ("backend.triton_backend", "swap_agent.units"),
+    "triton": ("swap_agent.cli", "triton_python_backend_utils"),
+    "processes": ("swap_agent.daemon", "vllm_engine.host.gate"),
+    "engine": ("backend.vllm_engine.host", "vllm_engine.adapter.versions"),
+    "vllm": ("swap_agent.daemon", "vllm"),
+    "torch": ("backend.vllm_engine.host", "torch"),
+}
+"""Of each contract: a package, and a module that the package must not import."""
 
 
 def sources(folder: str) -> list[Path]:
@@ -34,6 +48,29 @@ def test_the_policy_needs_nothing_but_python() -> None:
     script = "import sys, swap_agent.policy.coordinator as c; print(*{m.split('.')[0] for m in sys.modules})"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert not {"torch", "vllm", "cuda", "numpy", "msgspec"} & set(loaded.split())
+
+
+def test_every_contract_finds_a_violation(tmp_path: Path) -> None:
+    """A contract of modules that moved, or that names none, would be kept for ever."""
+    settings = (ROOT / "pyproject.toml").read_text("utf-8")
+    contracts = tomllib.loads(settings)["tool"]["importlinter"]["contracts"]
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for package in ("swap_agent", "backend/triton_backend", "backend/vllm_engine"):
+        for path in sources(package):
+            target = tmp_path / path.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(path)
+    for contract in contracts:
+        package, module = VIOLATIONS[contract["id"]]
+        path = tmp_path.joinpath(*package.split("."), "__init__.py")
+        text = path.read_text("utf-8")
+        path.unlink()
+        path.write_text(f"{text}\nimport {module}\n", "utf-8")
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache", "--no-logo"]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{tmp_path / 'backend'}", "COLUMNS": "200"}
+    linted = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    for contract in contracts:
+        assert f"{contract['name']} BROKEN" in linted.stdout, linted.stdout[-3000:] + linted.stderr
 
 
 def test_every_package_is_in_the_wheel() -> None:
