@@ -8,6 +8,7 @@ import os
 import time
 from typing import TYPE_CHECKING
 
+from swap_agent.daemon.engines import kv_resize
 from swap_agent.daemon.engines.engine import Engine
 from swap_agent.errors import PeerGone, ProtocolError, TritonSwapError, Unavailable
 from swap_agent.policy import events as ev
@@ -111,7 +112,7 @@ class ControlSocket:
                 case control.KvWanted():
                     engine.kv_wanted_frames = message.frames
                     if engine.kv:
-                        more = message.frames - engine.kv.frames
+                        more = kv_resize.beyond_least(engine.kv, message.frames)
                         self._agent.post(ev.KvWanted(now_s, replica, more, engine.kv.ranges))
                 case control.KvGrown() | control.KvShrunk():
                     engine.kv_blocks = message.blocks

@@ -20,6 +20,7 @@ from swap_agent.daemon.config import AgentConfig
 from swap_agent.daemon.engines.engine import Engine
 from swap_agent.daemon.engines.mirror_access import RankMirrors
 from swap_agent.daemon.engines.rank_link import RankLink, start_serving
+from swap_agent.daemon.engines.rank_startup import RankStartup
 from swap_agent.daemon.memory.mirror_store import MirrorStore
 from swap_agent.daemon.memory.rank_space import RankSpace
 from swap_agent.daemon.residue.proc_memory import private_bytes
@@ -124,15 +125,17 @@ class RankSocket:
         pool = engine.pools[number]
         device = pool.device
         capacity_bytes = device.total_frames * device.frame_bytes
-        link = engine.connected[number] = RankLink(
+        space = RankSpace(hello.replica, pool, verify=self._config.verify)
+        startup = RankStartup(
             channel,
-            RankSpace(hello.replica, pool, verify=self._config.verify),
+            space,
             want_frames=lambda frames, region: self._want_frames(engine, number, frames, region),
             want_host_memory=lambda size: self._want_host_memory(engine, size),
             on_failure=lambda reason: engine.fail(f"model {hello.replica}: {reason}"),
-            on_gone=lambda: self._gone(engine, number),
             mirrors=RankMirrors(self._mirrors, engine, number, lambda call: self._on_loop(engine, call), self._post),
-            timeouts=self._config.timeouts,
+        )
+        link = engine.connected[number] = RankLink(
+            channel, space, startup, on_gone=lambda: self._gone(engine, number), timeouts=self._config.timeouts
         )
         settings = engine.spec.settings
         welcome = memory.RankWelcome(

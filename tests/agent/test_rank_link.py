@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from support.devices import FRAME_BYTES, contents, make_device, put
 
-from swap_agent.daemon.engines import rank_group as together
+from swap_agent.daemon.engines import rank_group
 from swap_agent.daemon.engines.frame_credit import FrameCredit
 from swap_agent.daemon.engines.rank_link import RankLink, start_serving
+from swap_agent.daemon.engines.rank_startup import RankStartup
 from swap_agent.daemon.memory.frame_pool import FramePool
 from swap_agent.daemon.memory.rank_space import RankSpace
 from swap_agent.daemon.timeouts import Timeouts
@@ -36,15 +37,9 @@ class Rank:
         self.space = RankSpace("m/1#0", self.pool)
         self.failures: list[str] = []
         self.gone = threading.Event()
-        self.link = RankLink(
-            Channel(ours, memory.FromRank),
-            self.space,
-            lambda _: None,
-            lambda _: None,
-            self.failures.append,
-            self.gone.set,
-            timeouts=Timeouts(ack_s=ack_s),
-        )
+        channel: Channel[memory.FromRank] = Channel(ours, memory.FromRank)
+        startup = RankStartup(channel, self.space, lambda *_: None, lambda _: None, self.failures.append)
+        self.link = RankLink(channel, self.space, startup, self.gone.set, Timeouts(ack_s=ack_s))
         self.peer: Channel[memory.ToRank] = Channel(theirs, memory.ToRank)
         for region, count in (("weights", 2), ("state", 1), ("kv", 1)):
             for frame in self.space.reserve(region, count):  # type: ignore[arg-type]
@@ -147,7 +142,7 @@ def test_no_rank_is_told_before_every_rank_is_filled_and_mapped(both: tuple[Rank
 
 
 async def _both_or_none(first: Rank, second: Rank) -> None:
-    swapping = asyncio.create_task(together.swap_in([first.link, second.link], 2, FrameCredit(2, 4, 90)))
+    swapping = asyncio.create_task(rank_group.swap_in([first.link, second.link], 2, FrameCredit(2, 4, 90)))
     first.peer.send(memory.Mapped(2))
     with pytest.raises(TimeoutError):
         await asyncio.to_thread(first.receive_grants, 0.5)
@@ -163,7 +158,7 @@ def test_one_rank_that_cannot_takes_all_back(both: tuple[Rank, Rank]) -> None:
 
 async def _all_back(first: Rank, second: Rank) -> None:
     both = first, second
-    swapping = asyncio.create_task(together.swap_in([first.link, second.link], 2, FrameCredit(2, 4, 90)))
+    swapping = asyncio.create_task(rank_group.swap_in([first.link, second.link], 2, FrameCredit(2, 4, 90)))
     first.peer.send(memory.Mapped(2))
     second.peer.send(memory.MapFailed(2, "no addresses"))
     for each in both:
@@ -182,7 +177,7 @@ def running() -> Iterator[tuple[Rank, Rank]]:
     """Two ranks of a running engine, whose KV cache may grow from one frame to three."""
     ranks = Rank(), Rank()
     for each in ranks:
-        each.link.most_kv_frames = 3
+        each.link.startup.most_kv_frames = 3
         each.space.pool.return_frames("m/1#0", each.space.pool.grant("m/1#0", 2)[0])  # what others left there
     yield ranks
     for each in ranks:
@@ -196,10 +191,15 @@ def test_a_kv_cache_grows_by_zeroed_frames_shrinks_and_comes_back_as_it_was_at_f
     asyncio.run(_grow_and_shrink(*running))
 
 
+async def _shrink(links: list[RankLink], epoch: int, frames: int) -> None:
+    await rank_group.unmapped(links, epoch, 5)
+    await rank_group.truncate_kv(links, frames)
+
+
 async def _grow_and_shrink(first: Rank, second: Rank) -> None:
     links = [first.link, second.link]
     announced: list[int] = []
-    growing = asyncio.create_task(together.grow_kv(links, 2, 5, lambda: announced.append(2)))
+    growing = asyncio.create_task(rank_group.grow_kv(links, 2, 5, lambda: announced.append(2)))
     message, fds = await asyncio.to_thread(first.peer.receive, 5)
     assert (message, announced) == (memory.Grant(2, "kv", 1, 2), [2]), "as many as it may have, and not before the host"
     assert not any(os.pread(fd, FRAME_BYTES, 0).strip(b"\0") for fd in fds), "a new frame of KV cache is zero"
@@ -212,7 +212,7 @@ async def _grow_and_shrink(first: Rank, second: Rank) -> None:
     await asyncio.wait_for(growing, 5)
     assert first.peer.receive(5)[0] == memory.Filled(2) and second.receive_grants() == 2
     assert [each.space.held["kv"] for each in (first, second)] == [3, 3]
-    shrinking = asyncio.create_task(together.shrink_kv(links, 3, 2))
+    shrinking = asyncio.create_task(_shrink(links, 3, 2))
     first.peer.send(memory.Unmapped(3))
     await asyncio.sleep(0.1)
     assert first.space.held["kv"] == 3, "no frame goes before every rank's ack"
@@ -238,10 +238,10 @@ async def _no_growth(first: Rank, second: Rank) -> None:
     links = [first.link, second.link]
     taken = second.pool.grant("another", 1)[0]
     with pytest.raises(RolledBack, match=r"m/1#0 was given no more KV cache: .* has 1 free frames, m/1#0 needs 2"):
-        await together.grow_kv(links, 2, 3, lambda: pytest.fail("nothing was at hand"))
+        await rank_group.grow_kv(links, 2, 3, lambda: pytest.fail("nothing was at hand"))
     assert [each.space.held["kv"] for each in (first, second)] == [1, 1] and first.pool.free_frames == 2
     second.pool.return_frames("another", taken)
-    growing = asyncio.create_task(together.grow_kv(links, 3, 3, lambda: None))
+    growing = asyncio.create_task(rank_group.grow_kv(links, 3, 3, lambda: None))
     first.peer.send(memory.Mapped(3))
     second.peer.send(memory.MapFailed(3, "no addresses"))
     for each in (first, second):

@@ -1,16 +1,30 @@
-"""Orders to a resident engine whose KV cache grows: more frames, or fewer. One order at a time to an engine."""
+"""Orders to a resident engine whose KV cache grows: more frames, or fewer. One order at a time to an engine.
+
+The policy counts what an engine has beyond the frames that it starts with; the wire counts all frames of region `kv`.
+Both conversions are here.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 
-from swap_agent.daemon.engines import rank_group as together
+from swap_agent.daemon.engines import rank_group
 from swap_agent.daemon.engines.engine import Engine
 from swap_agent.errors import RolledBack
 from swap_agent.wire import control
 
 log = logging.getLogger(__name__)
+
+
+def beyond_least(kv: control.KvCache, frames: int) -> int:
+    """Of `frames` frames in all, those beyond the ones with which the engine starts."""
+    return frames - kv.frames
+
+
+def in_all(kv: control.KvCache, extra: int) -> int:
+    """Frames in all of a KV cache that has `extra` frames beyond those with which the engine starts."""
+    return kv.frames + extra
 
 
 async def resize(engine: Engine, epoch: int, extra: int, within_s: float | None) -> int:
@@ -20,16 +34,16 @@ async def resize(engine: Engine, epoch: int, extra: int, within_s: float | None)
     """
     if engine.kv is None:  # the books were repaired: it has no more than it takes
         return 0
-    least = engine.kv.frames
+    wanted = in_all(engine.kv, extra)
     held = max(len(rank.space.frames["kv"]) for rank in engine.ranks)
-    if least + extra > held:
+    if wanted > held:
         try:
-            await grow(engine, epoch, least + extra)
+            await grow(engine, epoch, wanted)
         except RolledBack as error:
             log.warning("%s", error)
-            return held - least
-    elif least + extra < held:
-        return await shrink(engine, epoch, least + extra, within_s) - least
+            return beyond_least(engine.kv, held)
+    elif wanted < held:
+        return beyond_least(engine.kv, await shrink(engine, epoch, wanted, within_s))
     return extra
 
 
@@ -51,7 +65,7 @@ async def grow(engine: Engine, epoch: int, frames: int) -> None:
         engine.host.send(control.GrowKv(epoch, frames))
 
     try:
-        await together.grow_kv(engine.ranks, epoch, frames, announce)
+        await rank_group.grow_kv(engine.ranks, epoch, frames, announce)
         await asyncio.wait_for(acked, engine.timeouts.between_steps_s)
     except RolledBack:
         if announced:
@@ -72,6 +86,7 @@ async def shrink(engine: Engine, epoch: int, frames: int, deadline_s: float | No
     acked = engine.expect(epoch, control.KvShrunk)
     engine.host.send(control.ShrinkKv(epoch, frames, deadline_s))
     within_s = (deadline_s or 0.0) + engine.timeouts.between_steps_s
-    kept = (await asyncio.wait_for(acked, within_s)).frames
-    await together.shrink_kv(engine.ranks, epoch, kept)
+    await rank_group.unmapped(engine.ranks, epoch, within_s)
+    kept = (await asyncio.wait_for(acked, engine.timeouts.between_steps_s)).frames
+    await rank_group.truncate_kv(engine.ranks, kept)
     return kept

@@ -1,4 +1,22 @@
-"""All ranks of an engine swap together or not at all: no rank runs before every rank is mapped and filled."""
+"""All ranks of an engine swap together or not at all: no rank runs before every rank is mapped and filled.
+
+An order goes to the engine host on the control socket; frames and what ranks did with them cross the rank socket. The
+two conversations interleave in one way, and the agent awaits them in this order:
+
+| order    | 1. to the host        | 2. to every rank  | 3. from every rank     | 4. to every rank | 5. from the host |
+|----------|-----------------------|-------------------|------------------------|------------------|------------------|
+| swap out | `SwapOut`             |                   | `Unmapped`, every step |                  | `SwappedOut`     |
+| swap in  | `SwapIn`              | `Grant` …         | `Mapped`               | `Filled`         | `SwappedIn`      |
+| grow     | `GrowKv`              | `Grant` …         | `Mapped`               | `Filled`         | `KvGrown`        |
+| shrink   | `ShrinkKv`            |                   | `Unmapped`             |                  | `KvShrunk`       |
+
+* Swap out: a rank sends `KvPreserved` before its first `Unmapped`; frames are taken back after each step, before 5.
+* Shrink: frames are taken back after 5, which says how many stay.
+* Grow: frames are taken before 1, so that the engine is told of nothing that the device cannot give.
+* A swap in or a growth that a rank cannot complete is rolled back: instead of 4 every rank is sent `Refused` and
+  answers `Unmapped`; then 5 is `SwapInFailed` or `KvGrowFailed`.
+* `OrderFailed` instead of 5, or no answer in time: the state of the engine is unknown, and the agent ends it.
+"""
 
 from __future__ import annotations
 
@@ -114,12 +132,13 @@ async def grow_kv(ranks: Sequence[RankLink], epoch: int, frames: int, announce: 
         rank.commit(epoch)
 
 
-async def shrink_kv(ranks: Sequence[RankLink], epoch: int, frames: int) -> None:
-    """Once every rank has unmapped all but `frames` of its region `kv`, take the others back.
+async def unmapped(ranks: Sequence[RankLink], epoch: int, within_s: float) -> None:
+    """Return when every rank has unmapped what goes. Raises Unavailable, PeerGone: the engine's state is unknown."""
+    _raise_first(await _together([partial(rank.unmapped, epoch, within_s) for rank in ranks]))
 
-    Raises Unavailable, PeerGone: the engine is in an unknown state.
-    """
-    _raise_first(await _together([partial(rank.unmapped, epoch, rank.timeouts.between_steps_s) for rank in ranks]))
+
+async def truncate_kv(ranks: Sequence[RankLink], frames: int) -> None:
+    """After `unmapped`: take back all frames of region `kv` but `frames` on each rank."""
     _raise_first(await _together([partial(rank.space.cut, "kv", frames) for rank in ranks]))
 
 
