@@ -16,15 +16,28 @@ class Event:
 
 
 @dataclass(frozen=True)
+class ReplicaEvent(Event):
+    """Something happened to the replica `name`, or concerns it."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Answer(ReplicaEvent):
+    """An engine has carried out the order of this epoch, or a part of it, or cannot."""
+
+    epoch: int
+
+
+@dataclass(frozen=True)
 class Tick(Event):
     """Time passed."""
 
 
 @dataclass(frozen=True)
-class Registered(Event):
+class Registered(ReplicaEvent):
     """A replica exists, or its settings changed."""
 
-    name: str
     request_frames: int | None
     """GPU_MEMORY_REQUEST; None: not declared, the engine takes what it needs while it starts."""
     keep_alive_s: float | None
@@ -44,14 +57,12 @@ class Registered(Event):
 
 
 @dataclass(frozen=True)
-class ActivateRequested(Event):
+class ActivateRequested(ReplicaEvent):
     """Triton or an operator wants the replica RESIDENT."""
-
-    name: str
 
 
 @dataclass(frozen=True)
-class RequestsHeld(Event):
+class RequestsHeld(ReplicaEvent):
     """An engine host asks for its replica: requests wait at its gate, or stand still inside, since it is not RESIDENT.
 
     `epoch` is that of the last order that the host has taken. An older one than the replica's is stale: the order that
@@ -59,32 +70,28 @@ class RequestsHeld(Event):
     when no such requests are left.
     """
 
-    name: str
     epoch: int
 
 
 @dataclass(frozen=True)
-class ParkRequested(Event):
+class ParkRequested(ReplicaEvent):
     """Triton or an operator wants the replica parked; with `purge` its engine ends as well."""
 
-    name: str
     purge: bool
 
 
 @dataclass(frozen=True)
-class TrafficReported(Event):
+class TrafficReported(ReplicaEvent):
     """The engine host's own count of requests in the engine and at the gate. It asks for nothing."""
 
-    name: str
     in_flight: int
     waiting: int
 
 
 @dataclass(frozen=True)
-class FramesWanted(Event):
+class FramesWanted(ReplicaEvent):
     """A rank of a starting engine wants frames for one more region."""
 
-    name: str
     frames: int
     rank: int = 0
     discardable: bool = False
@@ -92,86 +99,76 @@ class FramesWanted(Event):
 
 
 @dataclass(frozen=True)
-class KvWanted(Event):
+class KvWanted(ReplicaEvent):
     """A resident replica would use `frames` more of each device than its engine takes at least, from now on."""
 
-    name: str
     frames: int
     step: int = 1
     """Fewer at a time are of no use to it."""
 
 
 @dataclass(frozen=True)
-class Resized(Event):
+class Resized(Answer):
     """After Resize: the engine has `frames` more of each device than it takes at least; what it had beyond is back.
 
     Fewer than ordered when it could not grow, more when it keeps what it uses.
     """
 
-    name: str
-    epoch: int
     frames: int
 
 
 @dataclass(frozen=True)
-class HostMemoryWanted(Event):
+class HostMemoryWanted(ReplicaEvent):
     """A rank of a starting engine is about to have its mirror made.
 
     With it and those asked for before, mirrors and processes of the engine will take `total_bytes` of host memory.
     """
 
-    name: str
     total_bytes: int
 
 
 @dataclass(frozen=True)
-class HostMemoryMeasured(Event):
+class HostMemoryMeasured(ReplicaEvent):
     """Mirrors and processes of a running engine take `total_bytes` of host memory."""
 
-    name: str
     total_bytes: int
 
 
 @dataclass(frozen=True)
-class OutsideExceeded(Event):
+class OutsideExceeded(ReplicaEvent):
     """A running engine has taken more outside of frames than it may, for too long. `reason`: a line for a person."""
 
-    name: str
     reason: str
 
 
 @dataclass(frozen=True)
-class ResidueMeasured(Event):
+class ResidueMeasured(ReplicaEvent):
     """What a running engine takes outside of frames, in bytes on each device where anybody can tell."""
 
-    name: str
     residue_bytes: Mapping[str, int]
 
 
 @dataclass(frozen=True)
-class MirrorWanted(Event):
+class MirrorWanted(ReplicaEvent):
     """A rank of a starting engine is to be restored from `mirror`; empty: there is none that fits it."""
 
-    name: str
     mirror: str
     rank: int = 0
 
 
 @dataclass(frozen=True)
-class MirrorKept(Event):
+class MirrorKept(ReplicaEvent):
     """The mirror of a starting engine's rank, `bytes` of what was granted to it, may serve later engines as well."""
 
-    name: str
     mirror: str
     bytes: int
     rank: int = 0
 
 
 @dataclass(frozen=True)
-class MirrorVoided(Event):
+class MirrorVoided(ReplicaEvent):
     """No engine may be restored from `mirror` any more; those that run on it go on. The engine `name` found out."""
 
-    name: str
     mirror: str
 
 
@@ -183,65 +180,46 @@ class MirrorDropped(Event):
 
 
 @dataclass(frozen=True)
-class EngineReady(Event):
+class EngineReady(ReplicaEvent):
     """The engine runs and its mirrors are complete."""
 
-    name: str
-
 
 @dataclass(frozen=True)
-class Drained(Event):
+class Drained(Answer):
     """The gate is closed and nothing is in flight."""
 
-    name: str
-    epoch: int
-
 
 @dataclass(frozen=True)
-class DrainRefused(Event):
+class DrainRefused(Answer):
     """The gate is open: something is in flight."""
 
-    name: str
-    epoch: int
-
 
 @dataclass(frozen=True)
-class FramesReturned(Event):
+class FramesReturned(Answer):
     """Of a swap-out under way a part is done: the replica holds `frames` of each of its devices still."""
 
-    name: str
-    epoch: int
     frames: int
 
 
 @dataclass(frozen=True)
-class SwappedOut(Event):
+class SwappedOut(Answer):
     """Every rank unmapped what it was told to, and those frames are back."""
 
-    name: str
-    epoch: int
-
 
 @dataclass(frozen=True)
-class SwappedIn(Event):
+class SwappedIn(Answer):
     """Every frame is filled and mapped, and the engine runs."""
 
-    name: str
-    epoch: int
-
 
 @dataclass(frozen=True)
-class SwapInFailed(Event):
+class SwapInFailed(Answer):
     """The swap-in was undone: the replica holds what it held before. `reason` is one line for a person."""
 
-    name: str
-    epoch: int
     reason: str
 
 
 @dataclass(frozen=True)
-class EngineExited(Event):
+class EngineExited(ReplicaEvent):
     """Every process of the engine is gone and its frames are free again. `reason` is one line for a person."""
 
-    name: str
     reason: str

@@ -13,7 +13,7 @@ from swap_agent.daemon.agent import Agent
 from swap_agent.daemon.engines import kv_resize
 from swap_agent.daemon.engines.engine import Engine
 from swap_agent.errors import RolledBack
-from swap_agent.policy import coordinator
+from swap_agent.policy import kv_loans
 from swap_agent.wire import control
 
 
@@ -120,7 +120,7 @@ async def test_a_loan_is_called_back_for_a_model_that_starts(agent: Agent) -> No
 async def test_what_is_in_use_stays_until_it_is_not_or_somebody_waits_for_it(
     agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coordinator, "RETURN_AGAIN_S", 0.2)
+    monkeypatch.setattr(kv_loans, "RETURN_AGAIN_S", 0.2)
     (pool,) = agent.pools.values()
     stub = await Stub.connect(agent, "a")
     wants = [[0.0, 13], [0.6, 3]]

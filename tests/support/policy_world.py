@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from support.policy_waits import Waits
 from swap_agent.policy import actions as act
 from swap_agent.policy import events as ev
-from swap_agent.policy.coordinator import RETURN_AGAIN_S, Coordinator
+from swap_agent.policy.coordinator import Coordinator
 from swap_agent.policy.eviction import LEAST_IDLE_S, coming_frames, returning_frames
+from swap_agent.policy.kv_loans import RETURN_AGAIN_S
 from swap_agent.policy.ledger import Device
 from swap_agent.policy.replica import Replica
 from swap_agent.policy.states import MOVES, State
@@ -617,10 +618,10 @@ class World:
     def _check_that_nothing_was_missed(self, event: ev.Event) -> None:
         """The policy looks at what an event touches; had it looked at everything, it would have ordered no more."""
         everything = pickle.loads(pickle.dumps(self.policy))  # four times as fast as copy.deepcopy
-        everything._actions = []
-        everything._serve_queue(set(self.devices), self.now_s)
+        everything._transitions.actions = []
+        everything._serve_devices(set(self.devices), self.now_s)
         # Who is refused because of what this very event decided hears it at the next one, which is on its way.
-        missed = [action for action in everything._actions if not isinstance(action, act.Refuse)]
+        missed = [action for action in everything._transitions.actions if not isinstance(action, act.Refuse)]
         assert missed == [], f"{event} was to bring about {missed}"
 
     def _check_replica(self, name: str, replica: Replica) -> None:

@@ -7,8 +7,9 @@ from support.policy_machinery import Machinery, kinds, machinery
 
 from swap_agent.policy import actions as act
 from swap_agent.policy import events as ev
-from swap_agent.policy.coordinator import CALL_BACK_S, RETURN_AGAIN_S
 from swap_agent.policy.eviction import LEAST_IDLE_S
+from swap_agent.policy.kv_loans import RETURN_AGAIN_S
+from swap_agent.policy.room import RECALL_S
 from swap_agent.policy.states import State
 
 
@@ -80,7 +81,7 @@ def test_what_is_on_loan_is_called_back_first_and_only_as_much_as_is_needed() ->
     assert held(machine) == {"a": 90, "b": 10, "c": 0}
     machine.now_s += LEAST_IDLE_S
     epoch = machine.replica("a").epoch + 1
-    assert machine.post(ev.ActivateRequested, "c") == [act.Resize("a", epoch, 40, "recall", "c", CALL_BACK_S)]
+    assert machine.post(ev.ActivateRequested, "c") == [act.Resize("a", epoch, 40, "recall", "c", RECALL_S)]
     assert want(machine, "a", 60) == [], "nobody is lent anything while somebody waits"
     assert kinds(machine.post(ev.Resized, "a", epoch, 40)) == [("StartEngine", "c")]
     assert held(machine) == {"a": 70, "b": 10, "c": 20}
@@ -129,7 +130,7 @@ def test_what_a_model_uses_is_called_back_when_somebody_comes_to_wait_for_it() -
         else:
             assert machine.post(ev.Resized, "a", order.epoch, 50) == []
             called_back = machine.post(ev.ActivateRequested, "c")
-        assert called_back == [act.Resize("a", order.epoch + 1, 20, "recall", "c", CALL_BACK_S)], moment
+        assert called_back == [act.Resize("a", order.epoch + 1, 20, "recall", "c", RECALL_S)], moment
         assert kinds(machine.post(ev.Resized, "a", order.epoch + 1, 20)) == [("StartEngine", "c")]
         assert held(machine) == {"a": 50, "b": 10, "c": 40}
 
@@ -179,7 +180,7 @@ def test_a_lower_limit_is_followed_at_once() -> None:
     want(machine, "a", 60)
     machine.settle()
     (order,) = declare(machine, "a", 30, 50)
-    assert order == act.Resize("a", machine.replica("a").epoch, 20, "limit", within_s=CALL_BACK_S), (
+    assert order == act.Resize("a", machine.replica("a").epoch, 20, "limit", within_s=RECALL_S), (
         "whatever it is used for"
     )
     machine.settle()
@@ -260,7 +261,7 @@ def test_growth_is_tried_again_although_the_device_was_to_be_looked_at_before() 
     want(machine, "a", 60)
     machine.open.clear()
     machine.report("b", in_flight=1)
-    machine.policy._look_again("cpu:0", machine.now_s + 0.5)  # as for somebody who waited for b
+    machine.policy._device_alarms.set("cpu:0", machine.now_s + 0.5)  # as for somebody who waited for b
     machine.post(ev.Resized, "a", machine.replica("a").epoch, 0)
     assert machine.tick(0.5) == []
     assert kinds(machine.tick(0.5)) == [("Resize", "a")]

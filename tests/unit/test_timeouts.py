@@ -5,7 +5,7 @@ from __future__ import annotations
 from swap_agent.cli import supervisor
 from swap_agent.daemon.config import AgentConfig
 from swap_agent.daemon.timeouts import Timeouts
-from swap_agent.policy.coordinator import CALL_BACK_S
+from swap_agent.policy.room import RECALL_S
 from vllm_engine.rank import agent_link
 
 
@@ -17,7 +17,7 @@ def test_an_inner_wait_ends_before_the_one_that_contains_it() -> None:
     )
     assert t.frames_s < agent_link.SWAP_TIMEOUT_S < agent_link.START_TIMEOUT_S, "the agent says why no frames come"
     assert t.ack_s < t.between_steps_s, "an engine that serves obeys later than one that is paused"
-    assert t.between_steps_s > CALL_BACK_S
+    assert t.between_steps_s > RECALL_S
 
 
 def test_an_engine_has_ended_before_serve_kills_its_agent() -> None:
