@@ -18,7 +18,7 @@ from swap_agent.linux import end_with_parent
 class Child:
     """A running process, in a session of its own so that Ctrl-C in the terminal does not reach it.
 
-    Its output goes to a new file `log`. The kernel ends it with SIGTERM if this process dies.
+    The output goes to a new file `log`. The kernel ends the process with SIGTERM if this one dies.
     """
 
     def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
@@ -37,16 +37,16 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """Process id."""
         return self._process.pid
 
     @property
     def alive(self) -> bool:
-        """Whether it runs."""
+        """Whether the process runs."""
         return self._process.poll() is None
 
     def exit_report(self, lines: int) -> str:
-        """How it ended, with the last lines of its log."""
+        """How the process ended, with the last lines of its log."""
         code = self._process.returncode
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return f"{self.name} died ({how}); the end of {self._log}:\n{self._tail(lines)}"
@@ -64,13 +64,16 @@ class Child:
         raise Unavailable(f"{self.name} did not answer within {timeout_s:.0f} s, see {self._log}")
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether it ended within that time."""
+        """Whether the process ended within that time."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout_s)
         return not self.alive
 
     def stop(self, timeout_s: float) -> None:
-        """SIGTERM, and SIGKILL when that takes longer; returns when it has ended. An exception meanwhile kills it."""
+        """End the process by SIGTERM, after `timeout_s` by SIGKILL, and return when it has ended.
+
+        An exception while this waits kills the process.
+        """
         if not self.alive:
             return
         self._process.terminate()

@@ -92,9 +92,9 @@ async def _run_agent(config: AgentConfig) -> None:
 
 
 def _ps(options: argparse.Namespace) -> int:
-    from swap_agent.cli import remote
+    from swap_agent.cli import ps
 
-    show = remote.ps_devices if options.devices else remote.ps
+    show = ps.print_devices if options.devices else ps.print_models
     return show(RuntimeDir(options.runtime_dir), as_json=options.json)
 
 

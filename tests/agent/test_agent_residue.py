@@ -17,7 +17,7 @@ from fakes import nvml
 from support.agent_client import Stub, config, until
 from support.devices import CUDA, FRAME_BYTES, NAME
 
-from swap_agent.cli import remote
+from swap_agent.cli import ps
 from swap_agent.daemon.agent import Agent
 from swap_agent.daemon.api import server, views
 from swap_agent.device.cuda_driver import call
@@ -98,7 +98,7 @@ async def test_who_stays_beyond_the_allowance_is_named_then_stopped_and_its_neig
     hoard.grow(neighbour)
     await until(lambda: bool(a.report["outside_exceeded"] and b.report["outside_exceeded"]))
     hoard.shrink(neighbour)  # in time
-    await asyncio.to_thread(remote.ps, agent.config.runtime, as_json=False)
+    await asyncio.to_thread(ps.print_models, agent.config.runtime, as_json=False)
     shown = r"a/1#0 takes [0-9.]+ MiB \(\+1[0-9.]+ MiB\) outside of frames, beyond --outside-allowance"
     assert re.search(shown, capsys.readouterr().out)
     assert a.report["state"] == b.report["state"] == "RESIDENT"

@@ -13,7 +13,7 @@ from rich.console import Console
 from support.agent_client import Stub, config, until
 from support.devices import FRAME_BYTES, NAME
 
-from swap_agent.cli import remote, terminal
+from swap_agent.cli import ps, terminal
 from swap_agent.daemon.agent import Agent
 from swap_agent.daemon.api import server
 from swap_agent.wire import control
@@ -104,7 +104,7 @@ async def test_idle_memory_is_a_cache_to_the_byte(
         assert all((one["priority"], one["pinned"]) == (0, False) for one in shown["models"])
         for width in (80, 120):
             monkeypatch.setattr(terminal, "console", lambda width=width: Console(width=width, highlight=False))
-            await asyncio.to_thread(remote.ps_devices, agent.config.runtime, as_json=False)
+            await asyncio.to_thread(ps.print_devices, agent.config.runtime, as_json=False)
             lines = capsys.readouterr().out.splitlines()
             assert all(len(line) <= width for line in lines)
             assert lines[0].startswith(f"{NAME}  320 MiB, 160 MiB free")
@@ -113,7 +113,7 @@ async def test_idle_memory_is_a_cache_to_the_byte(
             assert rows[0][:6] == ["█", "a/1#0", "SWAPPED", "(cache)", "40", "MiB"]
             assert rows[1][:4] == ["b/1#0", "SWAPPED", "0", "B"] and rows[2][:3] == ["▒", "c/1#0", "RESIDENT"]
             assert lines[6] == "3 engines need 480 MiB, 1.50 times its size: they take turns"
-            await asyncio.to_thread(remote.ps, agent.config.runtime, as_json=False)
+            await asyncio.to_thread(ps.print_models, agent.config.runtime, as_json=False)
             lines = capsys.readouterr().out.splitlines()
             assert all(len(line) <= width for line in lines)
             assert [line.split()[0] for line in lines[1:4]] == list(states), "one line for each"

@@ -15,7 +15,7 @@ import pytest
 from support.devices import FRAME_BYTES
 from support.triton_process import TritonProcess, add_model, wait_for
 
-from swap_agent.cli import remote
+from swap_agent.cli import ps, remote
 from swap_agent.daemon.config import RuntimeDir
 
 
@@ -48,37 +48,37 @@ def test_triton_s_own_reload_gets_the_running_engine_and_no_request_is_lost(
     poll = ("--model-control-mode=poll", "--repository-poll-secs=1")
     with admin, TritonProcess(tmp_path / "models", runtime.path, *poll) as triton:
 
-        def ps() -> dict[str, Any]:
+        def entry() -> dict[str, Any]:
             (model,) = admin.get("/v1/models").json()["models"]
             return dict(model)
 
         wait_for(lambda: triton.ready("m"), 30)
-        before = ps()
+        before = entry()
         assert (before["keep_alive_s"], before["request_share"], before["footprint_share"]) == (420, None, 0.125)
-        remote.ps(runtime, as_json=False)
+        ps.print_models(runtime, as_json=False)
         shown = capsys.readouterr().out
         assert "REQUEST/LIMIT" in shown and " 0.125* " in shown and "write this share into its config.pbtxt" in shown
 
         answers: list[httpx.Response] = []
         request = threading.Thread(target=lambda: answers.append(triton.generate("m", text_input="5")))
         request.start()
-        wait_for(lambda: ps()["in_flight"] == 1)
+        wait_for(lambda: entry()["in_flight"] == 1)
         edited = parameters(GPU_MEMORY_REQUEST="0.25", GPU_MEMORY_LIMIT="50%", KEEP_ALIVE="9m")
         (tmp_path / "models" / "m" / "config.pbtxt").write_text(f'backend: "vllm"\n{edited}')
-        wait_for(lambda: ps()["keep_alive_s"] == 540, 2)
-        assert (ps()["request_share"], ps()["limit_share"], ps()["in_flight"]) == (0.25, 0.5, 1)
+        wait_for(lambda: entry()["keep_alive_s"] == 540, 2)
+        assert (entry()["request_share"], entry()["limit_share"], entry()["in_flight"]) == (0.25, 0.5, 1)
         wait_for(lambda: triton.log.read_text().count("successfully loaded 'm'") == 2, 20)
         assert triton.generate("m", text_input="0").json()["text_output"] == "00"
         request.join()
         assert answers[0].json()["text_output"] == "55"
         wait_for(lambda: "successfully unloaded 'm'" in triton.log.read_text(), 20)
-        after = ps()
+        after = entry()
         assert (after["state"], after["engine_pid"], after["swaps_out"]) == ("RESIDENT", before["engine_pid"], 0)
 
         assert remote.pin(runtime, "m", True, as_json=False) == 0
         assert "m: pinned until its config.pbtxt changes or the swap agent ends" in capsys.readouterr().out
-        assert ps()["pinned"] is True
-        assert admin.post("/v1/models/m/unpin").is_success and ps()["pinned"] is False
+        assert entry()["pinned"] is True
+        assert admin.post("/v1/models/m/unpin").is_success and entry()["pinned"] is False
         assert admin.post("/v1/models/other/pin").status_code == 404
-        remote.ps(runtime, as_json=False)
+        ps.print_models(runtime, as_json=False)
         assert " 0.25/0.5 " in capsys.readouterr().out
