@@ -1,4 +1,4 @@
-"""The verb `plan`: where everything would go, what fits together, what would have to take turns."""
+"""The verb `plan`: where each model would go, which models fit together, which would take turns."""
 
 from __future__ import annotations
 
@@ -96,16 +96,15 @@ def show(answer: dict[str, Any]) -> None:
     if not found and not answer["errors"] and not answer["unknown"]:
         out.print("there is no model in this repository")
     if together:
-        everything = len(together) == len(found) and not answer["errors"] and not answer["unknown"]
-        who = "all models" if everything else ", ".join(answer["together"])
-        out.print(f"resident together at all times: {who}", style="green", soft_wrap=True)
-    for title, reasons in (("refused", answer["refused"]), ("refused", answer["errors"])):
-        for reason in reasons.values():
-            out.print(f"{title}: {reason}", style="red", soft_wrap=True, markup=False)
+        all_of_them = len(together) == len(found) and not answer["errors"] and not answer["unknown"]
+        names = "all models" if all_of_them else ", ".join(answer["together"])
+        out.print(f"resident together at all times: {names}", style="green", soft_wrap=True)
+    for reason in (*answer["refused"].values(), *answer["errors"].values()):
+        out.print(f"refused: {reason}", style="red", soft_wrap=True, markup=False)
     for reason in (*answer["unknown"].values(), *answer["notes"]):
         out.print(reason, style="yellow", soft_wrap=True, markup=False)
     for name, backend in answer["other_backends"].items():
-        out.print(f"model {name}: of backend {backend}, not planned", style="dim", soft_wrap=True, markup=False)
+        out.print(f"model {name} is not planned: its backend is {backend}", style="dim", soft_wrap=True, markup=False)
     if any(model["estimate"] for model in found.values()):
         out.print(
             "* declares no GPU_MEMORY_REQUEST: estimated from the sizes of its weight files, with a KV cache of "
@@ -149,7 +148,7 @@ def _row(number: int, model: dict[str, Any], turns: dict[str, Any] | None) -> li
 
 
 def _turns(turns: dict[str, Any]) -> list[str]:
-    """Who takes turns on one device, in words."""
+    """The models that take turns on one device, in words."""
     names, most = turns["models"], turns["most_together"]
     if most <= 1:
         return [f"one at a time: {', '.join(names)}"]

@@ -26,7 +26,7 @@ TRITON_STOP_TIMEOUT_S = 45.0
 """tritonserver itself gives requests in flight 30 s (its --exit-timeout-secs), then unloads its models."""
 AGENT_STOP_TIMEOUT_S = 30.0
 AGENT_STARTS = 5
-"""Most times that the agent is started within AGENT_STARTS_WINDOW_S; then `serve` gives up."""
+"""If the agent dies after this many starts within AGENT_STARTS_WINDOW_S, `serve` gives up."""
 AGENT_STARTS_WINDOW_S = 300.0
 POLL_S = 0.2
 LAST_LINES = 20
@@ -96,7 +96,7 @@ class Supervisor:
         self._triton.wait_until_answering(lambda: self._triton_http.get("/v2/health/live"), START_TIMEOUT_S)
 
     def load_models(self) -> None:
-        """Load every model of the repository, one at a time, and say for each how it went. Raises Unavailable."""
+        """Load every model of the repository, one at a time, and print how each load ends. Raises Unavailable."""
         names = sorted({model["name"] for model in self._post("/v2/repository/index").json()})
         if not names:
             self._console.print(f"no model in {self._options.model_repository}")
@@ -113,7 +113,7 @@ class Supervisor:
                 bar.advance(task)
 
     def announce(self) -> None:
-        """Say where everything listens."""
+        """Print where Triton and the agent listen."""
         options = self._options
         for what, where in (
             ("HTTP", f"http://{address(options.host, options.http_port)}"),
@@ -126,7 +126,7 @@ class Supervisor:
         self._console.print("serving; Ctrl-C stops everything")
 
     def watch(self) -> int:
-        """Watch both processes until tritonserver dies, or the agent too often. Returns exit code 1."""
+        """Return exit code 1 when tritonserver has died, or the agent too often; start the agent again until then."""
         assert self._triton is not None
         try:
             while self._triton.alive:
@@ -140,7 +140,8 @@ class Supervisor:
     def stop(self) -> None:
         """End tritonserver, then the agent; returns when both are gone. A further signal kills them.
 
-        While a model loads, tritonserver would wait for its engine: then the agent goes first, and with it the engine.
+        While a model loads, tritonserver would wait for the model's engine. Then the agent ends first, and the engine
+        with it.
         """
         order = [(self._triton, TRITON_STOP_TIMEOUT_S), (self._agent, AGENT_STOP_TIMEOUT_S)]
         for child, timeout_s in reversed(order) if self._loading else order:
@@ -159,7 +160,7 @@ class Supervisor:
             self._agent.wait_until_answering(lambda: admin.get("/health"), START_TIMEOUT_S)
 
     def _restart_agent_if_dead(self) -> None:
-        """Start the agent again if it died. Raises Unavailable when it dies too often or does not start."""
+        """Start the agent again if it has died. Raises Unavailable when it dies too often or does not start."""
         assert self._agent is not None
         if self._agent.alive:
             return
@@ -193,10 +194,10 @@ class Supervisor:
 
 
 def load_failure(error: str) -> str:
-    """Our one line out of the error with which Triton reports that a model did not load.
+    """The backend's own line in the error with which Triton reports that a model did not load.
 
-    Triton wraps what a Python model raised: "load failed for model 'm': version 1 is at UNAVAILABLE state: Internal:
-    TritonModelException: <text>", then a traceback below "At:".
+    Triton wraps the exception of a Python model: "load failed for model 'm': version 1 is at UNAVAILABLE state:
+    Internal: TritonModelException: <text>", then a traceback below "At:".
     """
     raised = re.search(r"TritonModelException: (.*?)(?:\n\nAt:|$)", error, re.DOTALL)
     return " ".join((raised[1] if raised else error).split())

@@ -28,8 +28,8 @@ def print_table(
 ) -> None:
     """Print `rows` under the names of `columns`, each `left` or `right`.
 
-    Cells are not broken over lines if that can be: columns of `spare` are left out, the first one first, until the
-    rest fits, and a line says which. One without any text is left out, too.
+    Columns of `spare` are left out, the first one first, until no cell is broken over lines, and a line names the
+    columns that are missing. A column without any text is left out, too.
     """
     names, left_out = list(columns), list[str]()
     empty = [name for name in names if rows and not any(str(row[names.index(name)]) for row in rows)]
@@ -58,9 +58,9 @@ def swatch(number: int) -> Text:
 
 
 def bar(out: Console, parts: Sequence[int], size: int) -> Text:
-    """`parts` one after the other, then what is free of `size`; where they are more, `|` is where it ends.
+    """`parts` one after the other, then what is free of `size`. If the parts are more, `|` is where `size` ends.
 
-    A part that is not empty is seen: it takes at least one character, if there are as many.
+    A part that is not empty takes at least one character, if the bar has as many.
     """
     width = min(_BAR_WIDTH, out.width - 2)
     total = max(size, sum(parts))

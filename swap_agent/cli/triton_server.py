@@ -29,8 +29,8 @@ SHIM = "from triton_backend.model import TritonPythonModel  # noqa: D100, F401\n
 """Content of `vllm/model.py`; the same as `backend/vllm/model.py` of the source tree."""
 
 SHM_BYTES = 16 << 20
-"""Memory that tritonserver shares with each stub, for what goes to and fro at any one time. It can grow, but that is
-suspected of unloads that hang (docs/triton-contract.md). Triton's default: 1 MiB.
+"""Memory that tritonserver shares with each stub, for the messages under way. Triton lets the memory grow, but growth
+is suspected of unloads that hang (docs/triton-contract.md). Triton's default is 1 MiB.
 """
 
 _STUB = "triton_python_backend_stub"
@@ -52,11 +52,11 @@ class TritonServer:
     ) -> list[str]:
         """Command line of a server in EXPLICIT mode, with no model loaded.
 
-        `shm_prefix` begins the names of the files in /dev/shm that it shares with its stubs; no two servers on one
-        machine may have the same.
+        `shm_prefix` begins the names of the files in /dev/shm that the server shares with its stubs. Every server of
+        a machine needs its own.
         """
-        # An HTTP thread of Triton's silently loses responses when it falls some 280 of them behind, because nobody
-        # looks whether the socket that wakes it is full (seen in 2.51). With 32 threads, not 8, each has less to do.
+        # An HTTP thread of Triton's silently loses responses when it falls some 280 of them behind: Triton does not
+        # check whether the socket that wakes the thread is full (seen in 2.51). 32 threads, not 8, fall behind less.
         return [
             str(self.binary),
             "--http-thread-count=32",
@@ -89,7 +89,7 @@ class TritonServer:
 def find(explicit: Path | None = None) -> TritonServer:
     """The server to use: `explicit` (a flag), else $TRITONSERVER, else the embedded one, else the one on PATH.
 
-    Raises InvalidUsage when there is none or it cannot work with this interpreter.
+    Raises InvalidUsage when there is no server, or when the server cannot work with this interpreter.
     """
     chosen = explicit or (Path(os.environ["TRITONSERVER"]) if os.environ.get("TRITONSERVER") else None)
     if chosen is not None:
@@ -113,7 +113,7 @@ def backend_directory(explicit: Path | None = None) -> Path:
 
 
 def cache_directory() -> Path:
-    """Where assembled trees are kept: in this Python environment, or in the user's cache if that is read-only."""
+    """Where assembled trees are kept: in this Python environment or, if that is read-only, in the user's cache."""
     prefix = Path(sys.prefix)
     if os.access(prefix, os.W_OK):
         return prefix / "triton-swap"
@@ -122,7 +122,7 @@ def cache_directory() -> Path:
 
 
 def assemble(site_packages: Path, version: str, cache: Path) -> TritonServer:
-    """Lay out the wheel's server under `cache`, keyed by its version and Python's; does nothing when that exists.
+    """Lay out the wheel's server under `cache`, named after its version and Python's, unless the tree exists.
 
     Files are hard links where the file system allows, else copies. Raises InvalidUsage.
     """
@@ -153,7 +153,7 @@ def assemble(site_packages: Path, version: str, cache: Path) -> TritonServer:
 
 
 def _foreign(binary: Path) -> TritonServer:
-    """A server of the user's own; its `python` backend is taken from where Triton's packages put it."""
+    """A server of the user's own, with the `python` backend that Triton's packages put beside the server."""
     resolved = shutil.which(str(binary))
     if resolved is None:
         raise InvalidUsage(f"{binary} is no executable tritonserver")
@@ -180,7 +180,7 @@ def _foreign(binary: Path) -> TritonServer:
 
 
 def _create_once(tree: Path, populate: Callable[[Path], None]) -> Path:
-    """`tree`, made by `populate` beside its place and then renamed into it, so that it is there whole or not at all."""
+    """`tree`, made by `populate` in another place and then renamed, so that the tree exists whole or not at all."""
     if tree.exists():
         return tree
     try:
