@@ -83,7 +83,7 @@ async def _run_agent(config: AgentConfig) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     agent = Agent(config)
-    async with agent.started():
+    async with agent.running():
         runner = await server.start(agent)
         try:
             await stop.wait()

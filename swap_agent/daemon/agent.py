@@ -24,13 +24,13 @@ from swap_agent.daemon.engines import kv_resize
 from swap_agent.daemon.engines import rank_group as together
 from swap_agent.daemon.engines.engine import Engine
 from swap_agent.daemon.engines.frame_credit import FrameCredit
-from swap_agent.daemon.engines.mirror_access import void
+from swap_agent.daemon.engines.mirror_access import invalidate
 from swap_agent.daemon.engines.process import end_leftovers, start_engine
 from swap_agent.daemon.live_settings import LiveSettings
 from swap_agent.daemon.memory.frame_pool import FramePool
-from swap_agent.daemon.memory.mirror_store import Mirror, MirrorStore
+from swap_agent.daemon.memory.mirror_store import MirrorStore, StoredMirror
 from swap_agent.daemon.rank_socket import RankSocket
-from swap_agent.daemon.residue.meter import UsageWatch
+from swap_agent.daemon.residue.meter import ResidueMeter
 from swap_agent.daemon.residue.proc_memory import private_bytes
 from swap_agent.device.open import open_devices
 from swap_agent.device.simulated import INSTANT, SLOW
@@ -58,7 +58,7 @@ class Agent:
     def __init__(self, config: AgentConfig) -> None:
         self.config = config
         self.pools: dict[str, FramePool] = {}
-        """By device; from `started` on."""
+        """By device; from `running` on."""
         self.coordinator = Coordinator([])
         self.mirrors = MirrorStore()
         self.engines: dict[str, Engine] = {}
@@ -66,8 +66,8 @@ class Agent:
         self.live_settings = LiveSettings(self)
         self._control_plane = ControlSocket(self)
         self._memory_plane = RankSocket(self.config, self.engines, self.mirrors, self.post, self._rank_gone)
-        self.usage_watch: UsageWatch
-        """From `started` on."""
+        self.residue_meter: ResidueMeter
+        """From `running` on."""
         self._activation: dict[str, asyncio.Future[None]] = {}
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -82,7 +82,7 @@ class Agent:
     # --- life ---------------------------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def started(self) -> AsyncIterator[None]:
+    async def running(self) -> AsyncIterator[None]:
         """Serve inside the `with` block, then end every engine.
 
         Raises InvalidUsage when another agent runs here, InvalidUsage and Unsupported for devices that this machine
@@ -96,7 +96,7 @@ class Agent:
             await self._open_devices()
             self._memory_plane.open()
             await self._control_plane.open()
-            watching = [asyncio.create_task(self._keep_books()), asyncio.create_task(self.usage_watch.run())]
+            watching = [asyncio.create_task(self._keep_books()), asyncio.create_task(self.residue_meter.run())]
             if self.config.model_repositories:
                 watching.append(asyncio.create_task(self.live_settings.watch()))
             if self.config.host_memory_bytes is not None:
@@ -127,7 +127,7 @@ class Agent:
             preempt=self.config.preempt,
             residue_budget_bytes=self.config.residue_budget_bytes,
         )
-        self.usage_watch = UsageWatch(self.config, self.pools, self.engines, self.post)
+        self.residue_meter = ResidueMeter(self.config, self.pools, self.engines, self.post)
         self._raise_file_limit()
 
     def _raise_file_limit(self) -> None:
@@ -164,7 +164,7 @@ class Agent:
             self.accounting_errors += 1
         for replica in self.coordinator.ledger.replicas.values():
             engine = self.engines.get(replica.name)
-            if engine and engine.clearing:
+            if engine and engine.releasing:
                 continue
             held = [self.pools[name].held_by(replica.name) for name in replica.devices or self.pools]
             if wrong := self.coordinator.ledger.audit(replica, held):
@@ -226,7 +226,7 @@ class Agent:
                 if action.reason:
                     log.info("%s", action.reason)
                 self._spawn(self._drop_mirror(self.mirrors.take(action.name)))
-            case _ if engine is None or engine.clearing:
+            case _ if engine is None or engine.releasing:
                 pass  # it died meanwhile: its end is on the way as an event
             case act.StopEngine():
                 log.info("%s", action.reason)
@@ -244,12 +244,12 @@ class Agent:
             case act.SwapOut():
                 engine.order = self._spawn(self._swap_out(engine, action.epoch, action.keep_frames))
             case act.SwapIn():
-                engine.allowance = FrameCredit(action.epoch, action.frames, engine.timeouts.frames_s)
-                engine.order = self._spawn(self._swap_in(engine, action.epoch, engine.allowance))
+                engine.credit = FrameCredit(action.epoch, action.frames, engine.timeouts.frames_s)
+                engine.order = self._spawn(self._swap_in(engine, action.epoch, engine.credit))
             case act.Resize():
                 engine.order = self._spawn(self._resize(engine, action))
-            case act.MoreFrames() if engine.allowance:
-                engine.allowance.raise_to(action.epoch, action.frames)
+            case act.MoreFrames() if engine.credit:
+                engine.credit.raise_to(action.epoch, action.frames)
 
     def _activation_of(self, replica: str) -> asyncio.Future[None]:
         """The future that the next Activated or Refuse of this replica resolves."""
@@ -277,13 +277,13 @@ class Agent:
 
         await self._or_kill(engine, order(), "swap-out")
 
-    async def _swap_in(self, engine: Engine, epoch: int, allowance: FrameCredit) -> None:
+    async def _swap_in(self, engine: Engine, epoch: int, credit: FrameCredit) -> None:
         async def order() -> None:
             acked = engine.expect(epoch, control.SwappedIn)
             undone = engine.expect(epoch, control.SwapInFailed)
             self._send(engine, control.SwapIn(epoch))
             try:
-                engine.last_swap_in = await together.swap_in(engine.ranks, epoch, allowance)
+                engine.last_swap_in = await together.swap_in(engine.ranks, epoch, credit)
             except RolledBack as error:
                 engine.forget(epoch, control.SwappedIn)
                 log.error("%s", error)
@@ -306,7 +306,7 @@ class Agent:
 
     async def _or_kill(self, engine: Engine, order: Coroutine[Any, Any, None], what: str) -> None:
         """An order that fails leaves an undefined engine: end it; its frames return when its processes are gone."""
-        if engine.clearing:  # nobody would answer; its end is on the way as an event
+        if engine.releasing:  # nobody would answer; its end is on the way as an event
             order.close()
             return
         try:
@@ -316,7 +316,7 @@ class Agent:
                 log.exception("%s: %s", engine.spec.replica, what)
             if isinstance(error, WeightsCorrupted):  # of which rank is not told
                 for mirror in [rank.space.stored for rank in engine.ranks if rank.space.stored]:
-                    void(self.mirrors, self.post, engine.spec.replica, mirror, unfit=False)
+                    invalidate(self.mirrors, self.post, engine.spec.replica, mirror, mismatch=False)
             engine.fail(f"{engine.spec.replica}: {what} failed: {error or 'no answer from its engine in time'}")
             self.kill(engine)
 
@@ -345,7 +345,7 @@ class Agent:
         else:
             await engine.process.ended()
             await engine.process.kill()
-            engine.clearing = True
+            engine.releasing = True
             if not engine.ready:
                 engine.fail(f"{replica}: its engine ended while starting; see {engine.process.log_path}")
             engine.fail(f"{replica}: its engine died; see {engine.process.log_path}")
@@ -356,7 +356,7 @@ class Agent:
         if engine.order:
             await asyncio.wait([engine.order])  # it may be copying; nothing that it uses may go away
         for outcome in await asyncio.gather(
-            *(asyncio.to_thread(rank.lost) for rank in engine.ranks), return_exceptions=True
+            *(asyncio.to_thread(rank.release_all) for rank in engine.ranks), return_exceptions=True
         ):
             if isinstance(outcome, BaseException):
                 log.error("%s: its memory was not all released: %r", replica, outcome)
@@ -382,20 +382,20 @@ class Agent:
 
     def kill(self, engine: Engine) -> None:
         """End all its processes now; what follows comes from `_watch`."""
-        if engine.process and not engine.clearing:
+        if engine.process and not engine.releasing:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(engine.process.pid, signal.SIGKILL)
 
     def _rank_gone(self, engine: Engine, number: int) -> None:
         """A rank closed its connection: its engine cannot swap any more. It ends by itself, or is ended."""
-        if self.engines.get(engine.spec.replica) is engine and not engine.stopping and not engine.clearing:
+        if self.engines.get(engine.spec.replica) is engine and not engine.stopping and not engine.releasing:
             log.warning("%s: rank %d is gone", engine.spec.replica, number)
             self._spawn(self._kill_later(engine, engine.timeouts.lost_rank_s))
 
     def _mirrors_are_leaving(self) -> bool:
         return any(mirror.dropping for mirror in self.coordinator.ledger.mirrors.values())
 
-    async def _drop_mirror(self, mirror: Mirror) -> None:
+    async def _drop_mirror(self, mirror: StoredMirror) -> None:
         try:
             await asyncio.to_thread(mirror.close)
         finally:

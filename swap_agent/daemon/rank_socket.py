@@ -183,7 +183,7 @@ class RankSocket:
 
         def run() -> None:
             try:
-                if self._engines.get(engine.spec.replica) is not engine or engine.clearing:
+                if self._engines.get(engine.spec.replica) is not engine or engine.releasing:
                     raise Unavailable("the engine was stopped")
                 answer.set_result(call())
             except Exception as error:

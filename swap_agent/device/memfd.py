@@ -9,7 +9,7 @@ from swap_agent.device.api import Bytes
 from swap_agent.errors import OutOfHostMemory
 
 
-class HostMemory:
+class MemfdBuffer:
     """A zeroed memfd of fixed size, mapped and populated: a copy to or from it takes no page fault.
 
     On `numa_node` where that is given and has room.

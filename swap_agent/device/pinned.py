@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from swap_agent.device.copy_priority import Pace
 from swap_agent.device.cuda_driver import Context, call
-from swap_agent.device.memfd import HostMemory
+from swap_agent.device.memfd import MemfdBuffer
 from swap_agent.errors import OutOfDeviceMemory
 
 PIECE_BYTES = 512 << 20
@@ -85,7 +85,7 @@ class Registrar:
         memory.registered.clear()
 
 
-class PinnedMemory(HostMemory):
+class PinnedMemory(MemfdBuffer):
     """Host memory that is registered in the background. Raises OutOfHostMemory."""
 
     def __init__(self, name: str, size_bytes: int, registrar: Registrar, numa_node: int | None) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from swap_agent.device.api import IN_BACKGROUND, Bytes, Copied, During, Frame
 from swap_agent.device.copy_priority import Pace
-from swap_agent.device.memfd import HostMemory
+from swap_agent.device.memfd import MemfdBuffer
 from swap_agent.errors import OutOfDeviceMemory, OutOfHostMemory
 from swap_agent.wire.regions import Region
 
@@ -51,7 +51,7 @@ class SimulatedFrame:
     """A frame: one memfd, mapped in the agent while the agent owns it."""
 
     def __init__(self) -> None:
-        self.memory = HostMemory("triton-swap-frame", FRAME_BYTES)
+        self.memory = MemfdBuffer("triton-swap-frame", FRAME_BYTES)
 
     def export(self) -> int:
         """A new descriptor of the memfd."""
@@ -118,9 +118,9 @@ class SimulatedDevice:
                 transfer.finish()
             transfer.check()
 
-    def host_buffer(self, name: str, size_bytes: int) -> HostMemory:
+    def host_buffer(self, name: str, size_bytes: int) -> MemfdBuffer:
         """Plain host memory."""
-        return HostMemory(name, size_bytes)
+        return MemfdBuffer(name, size_bytes)
 
     def checksum(self, frame: Frame, size_bytes: int) -> int:
         """CRC-32 of the first bytes."""

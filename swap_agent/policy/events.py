@@ -166,7 +166,7 @@ class MirrorKept(ReplicaEvent):
 
 
 @dataclass(frozen=True)
-class MirrorVoided(ReplicaEvent):
+class MirrorInvalidated(ReplicaEvent):
     """No engine may be restored from `mirror` any more; those that run on it go on. The engine `name` found out."""
 
     mirror: str

@@ -25,7 +25,7 @@ def timeouts() -> Timeouts:
 @pytest.fixture
 async def agent(tmp_path: Path, timeouts: Timeouts) -> AsyncIterator[Agent]:
     agent = Agent(config(tmp_path, timeouts=timeouts))
-    async with agent.started():
+    async with agent.running():
         yield agent
         agent._audit()
         assert agent.accounting_errors == 0

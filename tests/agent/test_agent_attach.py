@@ -127,7 +127,7 @@ async def test_malformed_messages_close_only_their_own_connection(agent: Agent) 
 
 async def test_one_agent_per_runtime_directory(agent: Agent) -> None:
     with pytest.raises(InvalidUsage, match="another swap agent runs"):
-        async with Agent(agent.config).started():
+        async with Agent(agent.config).running():
             pass
 
 
@@ -139,7 +139,7 @@ async def test_an_agent_ends_what_a_dead_one_left_behind(tmp_path: Path) -> None
         "from support.agent_client import Stub, config\n"
         "async def main():\n"
         "    agent = Agent(config(Path(sys.argv[1])))\n"
-        "    async with agent.started():\n"
+        "    async with agent.running():\n"
         "        stub = await Stub.connect(agent, 'a')\n"
         "        print((await stub.attach()).engine_pid, flush=True)\n"
         "        await asyncio.sleep(60)\n"
@@ -154,7 +154,7 @@ async def test_an_agent_ends_what_a_dead_one_left_behind(tmp_path: Path) -> None
     await old.wait()
     assert list((tmp_path / "engines").glob("*.json"))
     new = Agent(config(tmp_path))
-    async with new.started():
+    async with new.running():
         assert not group_exists(engine_pid)
         assert not list((tmp_path / "engines").glob("*.json"))
         stub = await Stub.connect(new, "a")

@@ -70,7 +70,7 @@ async def test_a_start_that_fails_in_the_agent_is_refused_in_words_and_can_be_tr
 @pytest.mark.parametrize("where", ["host memory", "device"])
 async def test_verify_finds_damaged_weights_and_the_next_load_reads_them_anew(tmp_path: Path, where: str) -> None:
     agent = Agent(config(tmp_path, verify=True))
-    async with agent.started():
+    async with agent.running():
         stub = await Stub.connect(agent, "a")
         attached = await stub.attach(frames=14)
         for _ in range(2):

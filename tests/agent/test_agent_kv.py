@@ -20,7 +20,7 @@ from swap_agent.wire import control
 @pytest.fixture
 async def agent(tmp_path: Path) -> AsyncIterator[Agent]:
     agent = Agent(config(tmp_path))
-    async with agent.started():
+    async with agent.running():
         yield agent
         while Stub.open:
             await Stub.open.pop().channel.closed()

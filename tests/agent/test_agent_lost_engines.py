@@ -59,8 +59,10 @@ async def test_who_attaches_while_a_dead_engine_is_being_cleared_away_gets_the_n
     stub = await Stub.connect(agent, "a")
     attached = await stub.attach()
     assert isinstance(attached, control.Attached)
-    lost = RankSpace.lost
-    monkeypatch.setattr(RankSpace, "lost", lambda space: (time.sleep(0.5), lost(space)))  # many frames to release
+    lost = RankSpace.release_all
+    monkeypatch.setattr(
+        RankSpace, "release_all", lambda space: (time.sleep(0.5), lost(space))
+    )  # many frames to release
     os.kill(attached.engine_pid, signal.SIGKILL)
     await until(lambda: not group_exists(attached.engine_pid))
     assert stub.report["state"] == "RESIDENT", "the policy has not heard yet"

@@ -67,7 +67,7 @@ class Model(Stub):
 async def test_an_engine_that_was_killed_is_restored_by_name(tmp_path: Path, reverse: bool) -> None:
     """Also into another layout, whose tensors lie at other offsets and cross frames elsewhere."""
     agent = Agent(config(tmp_path))
-    async with agent.started():
+    async with agent.running():
         model = await Model.of(agent, "a")
         assert await model.start() == "nothing to recall\n"
         (device,) = (pool.device for pool in agent.pools.values())
@@ -96,7 +96,7 @@ async def test_an_engine_that_was_killed_is_restored_by_name(tmp_path: Path, rev
 
 async def test_replicas_share_one_mirror_for_as_long_as_one_wants_it(tmp_path: Path) -> None:
     agent = Agent(config(tmp_path, frames=24))
-    async with agent.started():
+    async with agent.running():
         first, second = await Model.of(agent, "a"), await Model.of(agent, "a")
         await first.start(frames=9)
         alone = agent.mirrors.resident_bytes()
@@ -120,7 +120,7 @@ async def test_replicas_share_one_mirror_for_as_long_as_one_wants_it(tmp_path: P
 
 async def test_other_weights_never_reuse_a_mirror(tmp_path: Path) -> None:
     agent = Agent(config(tmp_path))
-    async with agent.started():
+    async with agent.running():
         model = await Model.of(agent, "a")
         await model.start()
         await model.kill()
@@ -142,7 +142,7 @@ async def test_other_weights_never_reuse_a_mirror(tmp_path: Path) -> None:
 @pytest.mark.parametrize("when", ["parked", "in use"])
 async def test_a_damaged_mirror_is_dropped_and_never_reused(tmp_path: Path, when: str) -> None:
     agent = Agent(config(tmp_path, verify=True))
-    async with agent.started():
+    async with agent.running():
         model = await Model.of(agent, "a")
         await model.start()
         await model.kill()
@@ -174,7 +174,7 @@ async def test_mirrors_without_an_engine_go_first_when_host_memory_is_short(
     caplog.set_level(logging.INFO)
     bound = 420 * MIB
     agent = Agent(config(tmp_path, frames=160, host_memory_bytes=bound))
-    async with agent.started():
+    async with agent.running():
         a, b, c, d = [await Model.of(agent, name) for name in "abcd"]
         most = 0
         for model in (a, b, c):

@@ -34,7 +34,7 @@ FRAMES = (16, 14)
 @pytest.fixture
 async def agent(tmp_path: Path, timeouts: Timeouts) -> AsyncIterator[Agent]:
     agent = Agent(replace(config(tmp_path, timeouts=timeouts), device=spec(*FRAMES)))
-    async with agent.started():
+    async with agent.running():
         yield agent
         agent._audit()
         assert agent.accounting_errors == 0

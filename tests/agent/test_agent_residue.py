@@ -67,7 +67,7 @@ def hoard() -> Hoard:
 @pytest.fixture
 async def agent(tmp_path: Path) -> AsyncIterator[Agent]:
     agent = Agent(config(tmp_path, outside_allowance_bytes=ALLOWANCE, outside_grace_s=GRACE_S, port=0))
-    async with agent.started():
+    async with agent.running():
         runner = await server.start(agent)
         yield agent
         await runner.cleanup()
@@ -151,7 +151,7 @@ async def test_beyond_the_residue_budget_the_engine_parked_for_longest_ends_and_
     caplog.set_level("INFO")
     budget = (750 if CUDA else 200) * MIB  # two engines, one of which has grown
     agent = Agent(config(tmp_path, outside_grace_s=GRACE_S, residue_budget_bytes=budget))
-    async with agent.started():
+    async with agent.running():
         a, first = await start(agent, "a", hoard, fingerprint="f")
         b, second = await start(agent, "b", hoard)
         for stub in (a, b):

@@ -55,7 +55,7 @@ async def test_idle_memory_is_a_cache_to_the_byte(
     `ps --devices` shows it.
     """
     agent = Agent(config(tmp_path, frames=160, port=0))
-    async with agent.started():
+    async with agent.running():
         (pool,) = agent.pools.values()
         device = pool.device
         sizes = {"a": 100, "b": 80, "c": 60}
@@ -123,7 +123,7 @@ async def test_idle_memory_is_a_cache_to_the_byte(
 async def test_host_memory_bounds_mirrors_and_engines_together(tmp_path: Path) -> None:
     """Each model takes some 170 MiB (mirror of 138 MiB, one small process): two fit, a third costs the oldest."""
     agent = Agent(config(tmp_path, frames=80, host_memory_bytes=400 << 20))
-    async with agent.started():
+    async with agent.running():
         stubs = {name: await Stub.connect(agent, name) for name in ("a", "b", "c", "huge")}
         first = {}
         for name in ("a", "b"):
@@ -140,7 +140,7 @@ async def test_host_memory_bounds_mirrors_and_engines_together(tmp_path: Path) -
         assert isinstance(again, control.Attached) and again != first["a"], "a COLD model starts anew when it is wanted"
         assert stubs["b"].report["state"] == "COLD"
     agent = Agent(config(tmp_path, frames=80, host_memory_bytes=100 << 20))
-    async with agent.started():
+    async with agent.running():
         refused = await (await Stub.connect(agent, "huge")).attach(frames=70, kv_frames=0)
         assert isinstance(refused, control.Refused)
         words = r"model huge/1#0: it needs 1[0-9.]+ MiB of host memory .*; --host-memory is 100 MiB: raise it"
@@ -149,7 +149,7 @@ async def test_host_memory_bounds_mirrors_and_engines_together(tmp_path: Path) -
 
 async def test_books_that_differ_are_noticed_and_repaired(tmp_path: Path) -> None:
     agent = Agent(config(tmp_path))
-    async with agent.started():
+    async with agent.running():
         stub = await Stub.connect(agent, "a")
         await stub.attach()
         await agent.unload(stub.replica, purge=False)

@@ -53,7 +53,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
     models = tmp_path / "models"
     models.mkdir()
     agent = Agent(config(tmp_path / "run", model_repositories=(models,), poll_interval_s=POLL_S))
-    async with agent.started():
+    async with agent.running():
         yield World(agent, models)
         agent._audit()
         assert agent.accounting_errors == 0
@@ -230,7 +230,7 @@ async def test_an_engine_never_moves_and_says_where_its_next_one_will_be(tmp_pat
     agent = Agent(settings)
     world = World(agent, tmp_path / "models")
     world.write("a", GPU_MEMORY_REQUEST=frames(8))
-    async with agent.started():
+    async with agent.running():
         stub, attached = await world.stub("a")
         (here,) = stub.report["devices"]  # type: ignore[misc]
         other = next(number for number, name in enumerate(agent.pools) if name != here)
@@ -324,7 +324,7 @@ async def test_what_is_measured_can_be_copied_into_the_file(world: World) -> Non
 
 async def test_without_a_repository_what_triton_says_is_applied_live(tmp_path: Path) -> None:
     agent = Agent(config(tmp_path))
-    async with agent.started():
+    async with agent.running():
         stub = await Stub.connect(agent, "a")
         attached = await stub.attach(keep_alive="7m")
         newer = await Stub.connect(agent, "a")

@@ -70,7 +70,7 @@ def rank() -> Iterator[Rank]:
     yield rank
     rank.peer.close()
     assert rank.gone.wait(5)
-    rank.link.lost()
+    rank.link.release_all()
     assert rank.link.reader is not None and not rank.link.reader.is_alive()
     assert rank.pool.free_frames == FRAMES
 
@@ -91,7 +91,7 @@ def test_frames_are_filled_and_mapped_before_the_rank_is_told(rank: Rank) -> Non
         rank.link.prepare(2, FrameCredit(2, 4, 90))
     rank.peer.send(memory.Unmapped(2))
     rank.link.refuse(2, "it did not answer")
-    rank.link.undo()
+    rank.link.rollback()
     assert rank.receive_grants() == 4
     rank.peer.send(memory.Mapped(3))
     rank.link.prepare(3, FrameCredit(3, 4, 90))
@@ -103,11 +103,11 @@ def test_frames_are_filled_and_mapped_before_the_rank_is_told(rank: Rank) -> Non
 
 def test_waiting_for_frames_is_told_apart_from_the_swap_in_itself(rank: Rank) -> None:
     rank.swap_out(1)
-    allowance = FrameCredit(2, 2, 90)
-    threading.Timer(0.3, allowance.raise_to, (2, 4)).start()
+    credit = FrameCredit(2, 2, 90)
+    threading.Timer(0.3, credit.raise_to, (2, 4)).start()
     threading.Timer(0.6, rank.peer.send, (memory.Mapped(2),)).start()
     begin_s = time.monotonic()
-    figures = rank.link.prepare(2, allowance)
+    figures = rank.link.prepare(2, credit)
     assert 0.2 < figures.wait_seconds < 0.5
     assert figures.seconds + figures.wait_seconds == pytest.approx(time.monotonic() - begin_s, abs=0.05)
     assert figures.copy_seconds < 0.2 < figures.seconds, "it ends when the rank has mapped"
@@ -121,7 +121,7 @@ def test_a_rank_that_cannot_map_says_why_and_is_taken_back(rank: Rank) -> None:
     assert rank.pool.free_frames == FRAMES - 4, "the rank may map them still"
     rank.peer.send(memory.Unmapped(2))
     rank.link.refuse(2, "no addresses")
-    rank.link.undo()
+    rank.link.rollback()
     assert rank.pool.free_frames == FRAMES
 
 
@@ -134,7 +134,7 @@ def both() -> Iterator[tuple[Rank, Rank]]:
     yield ranks
     for each in ranks:
         each.peer.close()
-        each.link.lost()
+        each.link.release_all()
 
 
 def test_no_rank_is_told_before_every_rank_is_filled_and_mapped(both: tuple[Rank, Rank]) -> None:
@@ -182,7 +182,7 @@ def running() -> Iterator[tuple[Rank, Rank]]:
     yield ranks
     for each in ranks:
         each.peer.close()
-        each.link.lost()
+        each.link.release_all()
 
 
 def test_a_kv_cache_grows_by_zeroed_frames_shrinks_and_comes_back_as_it_was_at_first(
@@ -281,7 +281,7 @@ def test_many_cycles_leak_no_descriptor_and_no_frame(cycles: int) -> None:
     assert pool.granted_frames == pool.held_by("m/1#0") == 3 and pool.device.resident_bytes() == 3 * FRAME_BYTES
     copied = pool.device.host_to_device
     assert copied["weights", "swap_in"] == cycles * 4096 and copied["state", "swap_in"] == cycles // 2 * 64
-    space.lost()
+    space.release_all()
     assert pool.free_frames == 3
 
 

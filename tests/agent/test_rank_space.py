@@ -17,7 +17,7 @@ from support.devices import (
 
 from swap_agent.daemon.memory.frame_pool import FramePool
 from swap_agent.daemon.memory.rank_space import RankSpace
-from swap_agent.daemon.memory.region_image import Image
+from swap_agent.daemon.memory.region_image import RegionImage
 from swap_agent.errors import ProtocolError
 
 
@@ -41,7 +41,7 @@ def test_spaces_come_back_right_while_free_frames_are_zeroed() -> None:
         assert not any(contents(frame).any() for frame in space.frames["kv"])
         space.take_back({})
     for space in spaces:
-        space.lost()
+        space.release_all()
     assert pool.trim() == 6 and pool.device.resident_bytes() == 0
     pool.close()
 
@@ -54,7 +54,7 @@ def test_an_image_is_memory_of_its_own_and_restores_every_byte(pool: FramePool) 
     content = rng.integers(0, 256, 3 * device.frame_bytes, dtype=np.uint8)
     for index, frame in enumerate(frames):
         put(frame, content[index * device.frame_bytes : (index + 1) * device.frame_bytes])
-    image = Image(device, "test", "weights", size)
+    image = RegionImage(device, "test", "weights", size)
     image.save(frames, "mirror")
     assert image.resident_bytes() >= size
     put(frames[0], 0)
@@ -91,7 +91,7 @@ def test_a_space_comes_back_as_it_went_with_zeroed_kv(pool: FramePool) -> None:
         assert (contents(regions["state"][0])[:100] == 5).all()
         for frame in regions["kv"]:
             assert not contents(frame).any()
-    space.lost()
+    space.release_all()
     assert pool.free_frames == FRAMES and space.mirror_bytes == 0
 
 
@@ -135,7 +135,7 @@ def test_a_space_keeps_what_nobody_needs_and_gets_back_only_what_went(pool: Fram
         elif weights == 2:
             space.take_back({"state": 1})
     assert sum(pool.device.host_to_device.values()) == copied
-    space.lost()
+    space.release_all()
     assert pool.free_frames == FRAMES
 
 
@@ -152,7 +152,7 @@ def test_state_of_several_frames_goes_and_comes_in_parts(pool: FramePool) -> Non
     space.grant(space.missing_frames)
     space.fill(held)
     assert [int(contents(frame)[-1]) for frame in space.frames["state"]] == [1, 2, 3]
-    space.lost()
+    space.release_all()
 
 
 def test_parts_of_a_kv_cache_outlive_a_swap(pool: FramePool) -> None:
@@ -190,7 +190,7 @@ def test_parts_of_a_kv_cache_outlive_a_swap(pool: FramePool) -> None:
         other, _ = pool.grant("b", FRAMES)
         pool.return_frames("b", other)
         for kept, missing in ({}, FRAME_BYTES + 250), ({"kv": 1}, FRAME_BYTES + 222):
-            space.undo(kept)  # the second time: taken back, and tried again
+            space.rollback(kept)  # the second time: taken back, and tried again
             copied = 0
             for most in (3, 2):
                 held = space.held
@@ -206,5 +206,5 @@ def test_parts_of_a_kv_cache_outlive_a_swap(pool: FramePool) -> None:
     space.grant(space.missing_frames)
     space.fill(held)
     assert not any(contents(frame).any() for frame in space.frames["kv"])
-    space.lost()
+    space.release_all()
     assert pool.free_frames == FRAMES and space.mirror_bytes == 0

@@ -91,7 +91,7 @@ async def test_a_killed_engine_comes_back_without_reading_its_weights(
     (weights,) = folder.glob("*.safetensors")
     device = DeviceSpec("cpu", (256 << 20,))
     agent = Agent(AgentConfig(RuntimeDir(tmp_path), device, drain_timeout_s=1, poison=True, verify=True))
-    async with agent.started():
+    async with agent.running():
         model = Model(agent, folder)
         drop_from_cache(weights)
         cold_s = seconds(await model.start(), "loaded from disk")

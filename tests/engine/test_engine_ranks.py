@@ -136,7 +136,7 @@ async def test_two_ranks_and_one_share_two_devices(tmp_path: Path) -> None:
     agent = Agent(AgentConfig(RuntimeDir(tmp_path / "run"), device, poison=True))
     pair, single = Model(agent, "pair"), Model(agent, "single")
     with no_names_left():
-        async with agent.started():
+        async with agent.running():
             declared = {"GPU_MEMORY_REQUEST": "48MiB", "GPU_MEMORY_LIMIT": "60MiB", "PRESERVE_KV": "4MiB"}
             await pair.attach(declared, model=str(weights), tensor_parallel_size=2, kv_cache_memory_bytes=None)
             engine = agent.engines[pair.replica]

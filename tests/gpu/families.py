@@ -65,7 +65,7 @@ def make(folder: Path, name: str) -> dict[str, Any]:
 async def answers_stay(arguments: dict[str, Any], device: str, folder: Path) -> bool:
     """Whether one model answers the same after each of some swaps. Raises what goes wrong."""
     agent = Agent(AgentConfig(RuntimeDir(folder / "run"), parse_device(device), poison=True, verify=True))
-    async with agent.started():
+    async with agent.running():
         model = Model(agent, "model", arguments)
         await model.start()
         try:

@@ -11,7 +11,7 @@ from first_gpu import FRAME, GIB, MIB, NON_BLOCKING, create_frames, export, open
 from first_request import Request
 
 from swap_agent.device.cuda_driver import Context, call
-from swap_agent.device.memfd import HostMemory
+from swap_agent.device.memfd import MemfdBuffer
 
 PIECE = 512 * MIB
 WAITED_SHARE = 0.7
@@ -81,7 +81,7 @@ def _beside(copy: _Copy, name: str, action: Callable[[], Any], alone_s: float) -
 def _actions(context: Context) -> dict[str, Callable[[], Any]]:
     """What the agent or an engine may do while a copy runs. They are done in this order, each once."""
     small = registered_memory(2 * MIB)
-    pageable = HostMemory("u", 64 * MIB)
+    pageable = MemfdBuffer("u", 64 * MIB)
     base = context.reserve(64 * FRAME)
     fifth = base + 4 * FRAME
     frames = create_frames(context, 8)

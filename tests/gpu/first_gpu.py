@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from swap_agent.device.cuda_driver import Context, call
-from swap_agent.device.memfd import HostMemory
+from swap_agent.device.memfd import MemfdBuffer
 
 MIB, GIB = 1 << 20, 1 << 30
 FRAME = 32 * MIB
@@ -61,9 +61,9 @@ def export(context: Context, handle: Any) -> int:
     return int(call("cuMemExportToShareableHandle", handle, context.handle_type, 0))
 
 
-def registered_memory(size: int) -> HostMemory:
+def registered_memory(size: int) -> MemfdBuffer:
     """Host memory that the driver knows, registered in pieces of 512 MiB."""
-    memory = HostMemory("first", size)
+    memory = MemfdBuffer("first", size)
     for offset in range(0, size, 512 * MIB):
         call("cuMemHostRegister", memory.address + offset, min(512 * MIB, size - offset), PORTABLE)
     return memory

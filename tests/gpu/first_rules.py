@@ -17,7 +17,7 @@ from first_gpu import MIB, NON_BLOCKING, PORTABLE, create_frames, export, open_g
 from first_request import Request
 
 from swap_agent.device.cuda_driver import call, driver
-from swap_agent.device.memfd import HostMemory
+from swap_agent.device.memfd import MemfdBuffer
 
 SIZE = 2 * MIB
 QUESTION_LIMIT_S = 15.0
@@ -94,7 +94,7 @@ class Question:
         return code("cuMemsetD8", address, 1, SIZE)
 
     def copy_across_registrations(self) -> list[str]:
-        memory = HostMemory("t", 2 * SIZE)
+        memory = MemfdBuffer("t", 2 * SIZE)
         device = int(call("cuMemAlloc", 2 * SIZE))
         return [
             code("cuMemHostRegister", memory.address, SIZE, PORTABLE),
@@ -105,7 +105,7 @@ class Question:
         ]
 
     def register_unaligned_neighbours(self) -> list[str]:
-        memory = HostMemory("t", SIZE)
+        memory = MemfdBuffer("t", SIZE)
         return [
             code("cuMemHostRegister", memory.address, 5000, PORTABLE),
             code("cuMemHostRegister", memory.address + 5000, 5000, PORTABLE),
@@ -120,7 +120,7 @@ class Question:
 
     def unmap_while_copying(self) -> list[str]:
         size = 256 * MIB if self._gib >= 1 else 8 * MIB
-        memory = HostMemory("t", size)
+        memory = MemfdBuffer("t", size)
         call("cuMemHostRegister", memory.address, size, PORTABLE)
         address = self._context.reserve(size)
         (frame,) = create_frames(self._context, 1, size)

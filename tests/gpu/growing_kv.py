@@ -69,7 +69,7 @@ async def measure(folder: Path) -> dict[str, Any]:
     """`folder` holds the weights and takes the agent's files."""
     model = {"model": str(folder / "weights"), "max_model_len": 512, "block_size": 32, "enforce_eager": True, "seed": 0}
     agent = Agent(AgentConfig(RuntimeDir(folder / "run"), parse_device("cuda:512MiB"), poison=True, verify=True))
-    async with agent.started():
+    async with agent.running():
         stub: AsyncChannel[control.ToStub] = await AsyncChannel.connect(
             str(agent.config.runtime.agent_socket), control.ToStub
         )

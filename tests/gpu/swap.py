@@ -29,7 +29,7 @@ from swap_agent.daemon.agent import Agent  # noqa: E402
 from swap_agent.daemon.config import AgentConfig, RuntimeDir  # noqa: E402
 from swap_agent.device.cuda import CudaDevice  # noqa: E402
 from swap_agent.device.cuda_driver import call  # noqa: E402
-from swap_agent.device.memfd import HostMemory  # noqa: E402
+from swap_agent.device.memfd import MemfdBuffer  # noqa: E402
 from swap_agent.units import parse_device  # noqa: E402
 from swap_agent.wire import control, requests  # noqa: E402
 from swap_agent.wire.framing import AsyncChannel  # noqa: E402
@@ -83,7 +83,7 @@ def make_model(folder: Path, family: str, size: str) -> dict[str, Any]:
 
 def plain_copy_gb_per_s(size_bytes: int) -> float:
     """Median speed of one host→device copy from memory that is registered with the driver."""
-    host, device = HostMemory("plain-copy", size_bytes), call("cuMemAlloc", size_bytes)
+    host, device = MemfdBuffer("plain-copy", size_bytes), call("cuMemAlloc", size_bytes)
     call("cuMemHostRegister", host.address, size_bytes, 0)
     times_s = []
     for _ in range(5):
@@ -140,7 +140,7 @@ async def measure(model_size: str, device: str, folder: Path) -> dict[str, Any]:
     careful = model_size == "tiny"  # slower
     agent = Agent(AgentConfig(RuntimeDir(folder / "run"), spec, poison=careful, verify=careful))
     result: dict[str, Any] = {"model": model_size, "device": device, "models": {}}
-    async with agent.started():
+    async with agent.running():
         (pool, *_) = agent.pools.values()
         memory = pool.device
         gpu = memory if isinstance(memory, CudaDevice) else None

@@ -26,7 +26,7 @@ async def main() -> None:
     agent = Agent(
         AgentConfig(runtime, device, port=0, model_repositories=repositories, engine_command=ENGINE, drain_timeout_s=1)
     )
-    async with agent.started():
+    async with agent.running():
         await server.start(agent)
         print("ready", flush=True)
         await asyncio.Event().wait()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from swap_agent.daemon.memory.mirror_store import MirrorStore, rearranged, same_layout
-from swap_agent.daemon.memory.region_image import Image
+from swap_agent.daemon.memory.region_image import RegionImage
 from swap_agent.device.simulated import FRAME_BYTES, SimulatedDevice
 from swap_agent.errors import MirrorMismatch, WeightsCorrupted
 from swap_agent.wire.regions import Extent, Region
@@ -27,8 +27,8 @@ def content(name: str) -> np.ndarray:
     return np.random.default_rng(ord(name)).integers(0, 256, SIZES[name], dtype=np.uint8)
 
 
-def image(layout: list[Extent]) -> Image:
-    made = Image(SimulatedDevice("cpu:0", 0), "test", "weights", layout[-1].offset + layout[-1].bytes)
+def image(layout: list[Extent]) -> RegionImage:
+    made = RegionImage(SimulatedDevice("cpu:0", 0), "test", "weights", layout[-1].offset + layout[-1].bytes)
     for extent in layout:
         made.bytes[extent.offset : extent.offset + extent.bytes] = content(extent.name)
     return made
@@ -72,7 +72,7 @@ def test_the_store_finds_the_newest_mirror_of_a_fingerprint_and_no_void_one() ->
     manifest: dict[Region, list[Extent]] = {"weights": extents("a"), "state": []}
 
     def add(fingerprint: str) -> object:
-        return store.add(fingerprint, image(extents("a")), Image(device, "s", "state", 0), manifest, "")
+        return store.add(fingerprint, image(extents("a")), RegionImage(device, "s", "state", 0), manifest, "")
 
     device = SimulatedDevice("cpu:0", 0)
     old, other = add("x"), add("y")
@@ -82,10 +82,10 @@ def test_the_store_finds_the_newest_mirror_of_a_fingerprint_and_no_void_one() ->
     one = store.resident_bytes() // 3
     store.take(old.name).close()  # type: ignore[attr-defined]
     assert store.find("x") is new, "taking out an older one does not hide the newer"
-    store.void(new, unfit=False)  # type: ignore[arg-type]
+    store.invalidate(new, mismatch=False)  # type: ignore[arg-type]
     assert store.find("x") is None and store.resident_bytes() == 2 * one, "engines may still use it"
     assert add("x") is not None
-    store.void(other, unfit=True)  # type: ignore[arg-type]
+    store.invalidate(other, mismatch=True)  # type: ignore[arg-type]
     assert add("y") is None, "a model that cannot be restored is not tried again"
     store.close()
     assert store.resident_bytes() == 0

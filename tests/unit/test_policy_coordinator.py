@@ -634,7 +634,7 @@ def test_a_mirror_of_what_the_model_was_is_dropped() -> None:
     kill(machine, "a")
     keep_mirror(machine, "a", "new", 30)
     assert mirrors(machine) == {"new"}
-    machine.post(ev.MirrorVoided, "a", "new")
+    machine.post(ev.MirrorInvalidated, "a", "new")
     assert mirrors(machine) == {"new"}, "its engine runs on it"
     kill(machine, "a")
     assert mirrors(machine) == set()

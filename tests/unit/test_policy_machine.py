@@ -205,7 +205,7 @@ class Policy(RuleBasedStateMachine):
     @rule(data=st.data())
     def void(self, data: st.DataObject) -> None:
         mirror = data.draw(st.sampled_from(list(self.world.mirrors)))
-        self.world.post(ev.MirrorVoided(self.world.now_s, NAMES[0], mirror))
+        self.world.post(ev.MirrorInvalidated(self.world.now_s, NAMES[0], mirror))
 
     @precondition(lambda self: any(self.world.mirrors.values()))
     @rule(data=st.data())

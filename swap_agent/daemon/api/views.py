@@ -45,7 +45,7 @@ def _model(agent: Agent, replica: Replica) -> dict[str, Any]:
     process = engine.process if engine else None
     ranks = engine.ranks if engine else []
     spec = agent.specs.get(replica.name)
-    watch, key = agent.usage_watch.watch, key_of(engine) if engine else None
+    growth, key = agent.residue_meter.limits, key_of(engine) if engine else None
     settings = spec.settings if spec else ModelSettings()
     frame_bytes = next(iter(agent.pools.values())).device.frame_bytes
     limits = agent.live_settings.queue_limits(settings)
@@ -58,9 +58,9 @@ def _model(agent: Agent, replica: Replica) -> dict[str, Any]:
         "mirror_bytes": _mirror_bytes(agent, replica.name) + (engine.mirror_bytes if engine else 0),
         "private_bytes": private_bytes(process.pid) if process else 0,
         "residue_bytes": residue_bytes(measure(engine)) if engine else 0,
-        "residue_at_ready_bytes": watch.baseline_bytes(key) if key else None,
-        "residue_growth_bytes": watch.growth_bytes(key) if key else None,
-        "outside_exceeded": watch.exceeded(key) if key else False,
+        "residue_at_ready_bytes": growth.baseline_bytes(key) if key else None,
+        "residue_growth_bytes": growth.growth_bytes(key) if key else None,
+        "outside_exceeded": growth.exceeded(key) if key else False,
         "in_flight": replica.activity.in_flight,
         "waiting": replica.activity.waiting,
         "idle_s": round(time.monotonic() - replica.activity.idle_since_s, 3) if replica.idle and process else 0.0,
@@ -142,8 +142,8 @@ def _device(agent: Agent, name: str) -> dict[str, Any]:
         ],
         "resident_bytes": device.resident_bytes(),
         "outside_bytes": device.outside_bytes(),
-        "outside_allowance_bytes": agent.usage_watch.watch.allowance_bytes[name],
-        "outside_exceeded": agent.usage_watch.watch.device_exceeded(name),
+        "outside_allowance_bytes": agent.residue_meter.limits.allowance_bytes[name],
+        "outside_exceeded": agent.residue_meter.limits.device_exceeded(name),
         "copied_bytes": {
             "host_to_device": {"weights": arrived["weights", "swap_in"], "state": arrived["state", "swap_in"]},
             "device_to_host": {

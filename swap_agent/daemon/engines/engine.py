@@ -13,7 +13,7 @@ from swap_agent.daemon.engines.frame_credit import FrameCredit
 from swap_agent.daemon.engines.process import EngineProcess
 from swap_agent.daemon.engines.rank_link import RankLink
 from swap_agent.daemon.memory.frame_pool import FramePool
-from swap_agent.daemon.memory.rank_space import SwapIn
+from swap_agent.daemon.memory.rank_space import SwapInFigures
 from swap_agent.daemon.timeouts import Timeouts
 from swap_agent.errors import Unavailable
 from swap_agent.models.spec import ModelSpec
@@ -41,19 +41,19 @@ class Engine:
     """Ranks that said hello; all of them once the engine is ready."""
     mirrors_wanted_bytes: int = 0
     """Host memory that ranks asked for while it started."""
-    allowance: FrameCredit | None = None
+    credit: FrameCredit | None = None
     """Of the last swap-in."""
     order: asyncio.Task[None] | None = None
     """The last swap, under way or done."""
     ready: bool = False
     stopping: bool = False
-    clearing: bool = False
+    releasing: bool = False
     """Its processes have ended, and its frames are being released."""
     failure: str = ""
     """Why it failed, in its own words; the first reason wins."""
     swaps_in: int = 0
     swaps_out: int = 0
-    last_swap_in: SwapIn | None = None
+    last_swap_in: SwapInFigures | None = None
     kv: control.KvCache | None = None
     """What its KV cache can be; None: it keeps its size."""
     kv_wanted_frames: int = 0
@@ -104,8 +104,8 @@ class Engine:
 
     def abort_pending(self) -> None:
         """It has ended: no answer will come, and no frames."""
-        if self.allowance:
-            self.allowance.close()
+        if self.credit:
+            self.credit.close()
         for future in self._acks.values():
             if not future.done():
                 future.set_exception(Unavailable(self.failure))

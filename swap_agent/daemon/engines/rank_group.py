@@ -28,7 +28,7 @@ from typing import TypeVar
 
 from swap_agent.daemon.engines.frame_credit import FrameCredit
 from swap_agent.daemon.engines.rank_link import RankLink
-from swap_agent.daemon.memory.rank_space import SwapIn
+from swap_agent.daemon.memory.rank_space import SwapInFigures
 from swap_agent.errors import RolledBack
 from swap_agent.wire.regions import Region
 
@@ -84,24 +84,24 @@ async def swap_out(
             returned(max(sum(rank.space.held.values()) for rank in ranks))
 
 
-async def swap_in(ranks: Sequence[RankLink], epoch: int, allowance: FrameCredit) -> SwapIn:
+async def swap_in(ranks: Sequence[RankLink], epoch: int, credit: FrameCredit) -> SwapInFigures:
     """Grant and fill every rank at once; FILLED to all when the last one is done, or all is taken back.
 
     Raises RolledBack: every rank holds what it held before. Raises Unavailable, PeerGone, WeightsCorrupted: the
     engine is in an unknown state.
     """
-    outcomes = await _together([partial(rank.prepare, epoch, allowance) for rank in ranks])
+    outcomes = await _together([partial(rank.prepare, epoch, credit) for rank in ranks])
     refusals = [outcome for outcome in outcomes if isinstance(outcome, RolledBack)]
     _raise_first([outcome for outcome in outcomes if not isinstance(outcome, RolledBack)])
     if refusals:
         reason = str(refusals[0])
         _raise_first(await _together([partial(rank.refuse, epoch, reason) for rank in ranks]))
-        _raise_first(await _together([rank.undo for rank in ranks]))
+        _raise_first(await _together([rank.rollback for rank in ranks]))
         raise refusals[0]
-    figures = [outcome for outcome in outcomes if isinstance(outcome, SwapIn)]
+    figures = [outcome for outcome in outcomes if isinstance(outcome, SwapInFigures)]
     for rank in ranks:
         rank.commit(epoch)
-    return SwapIn(
+    return SwapInFigures(
         seconds=max(each.seconds for each in figures),
         wait_seconds=max(each.wait_seconds for each in figures),
         copy_seconds=max(each.copy_seconds for each in figures),
@@ -126,7 +126,7 @@ async def grow_kv(ranks: Sequence[RankLink], epoch: int, frames: int, announce: 
         if refusals:
             _raise_first(await _together([partial(rank.refuse, epoch, str(refusals[0])) for rank in ranks]))
     if refusals:
-        _raise_first(await _together([rank.undo for rank in ranks]))
+        _raise_first(await _together([rank.rollback for rank in ranks]))
         raise refusals[0]
     for rank in ranks:
         rank.commit(epoch)
@@ -139,7 +139,7 @@ async def unmapped(ranks: Sequence[RankLink], epoch: int, within_s: float) -> No
 
 async def truncate_kv(ranks: Sequence[RankLink], frames: int) -> None:
     """After `unmapped`: take back all frames of region `kv` but `frames` on each rank."""
-    _raise_first(await _together([partial(rank.space.cut, "kv", frames) for rank in ranks]))
+    _raise_first(await _together([partial(rank.space.truncate, "kv", frames) for rank in ranks]))
 
 
 async def _together(calls: Sequence[Callable[[], T]]) -> list[T | BaseException]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from swap_agent.daemon.engines.frame_credit import FrameCredit
 from swap_agent.daemon.engines.rank_startup import RankStartup, send_grants
-from swap_agent.daemon.memory.rank_space import RankSpace, SwapIn
+from swap_agent.daemon.memory.rank_space import RankSpace, SwapInFigures
 from swap_agent.daemon.timeouts import Timeouts
 from swap_agent.errors import (
     OutOfDeviceMemory,
@@ -80,21 +80,21 @@ class RankLink:
             self.channel.close()
             self._on_gone()
 
-    def lost(self) -> None:
+    def release_all(self) -> None:
         """The rank's process is gone: wait for its reader, which may be at work, then let go of all that it had."""
         self.channel.close()
         if self.reader:
             self.reader.join()
-        self.space.lost()
+        self.space.release_all()
 
     def unmapped(self, epoch: int, within_s: float | None = None) -> None:
         """Return when the rank has unmapped what goes in one step. Raises Unavailable (no answer), PeerGone."""
         self._await(epoch, memory.Unmapped, within_s=within_s)
 
-    def prepare(self, epoch: int, allowance: FrameCredit) -> SwapIn:
+    def prepare(self, epoch: int, credit: FrameCredit) -> SwapInFigures:
         """First half of a swap-in: take missing frames, send them, fill them while the rank maps, wait until it has.
 
-        As many at a time as `allowance` lets it hold. Raises RolledBack when that is impossible: `refuse` and `undo`
+        As many at a time as `credit` lets it hold. Raises RolledBack when that is impossible: `refuse` and `rollback`
         have to follow. Raises PeerGone, Unavailable (no answer: the rank is in an unknown state).
         """
         started_s = time.monotonic()
@@ -104,7 +104,7 @@ class RankLink:
             while self.space.missing_frames:
                 held = self.space.held
                 asked_s = time.monotonic()
-                more = allowance.beyond(sum(held.values()))
+                more = credit.beyond(sum(held.values()))
                 wait_s += time.monotonic() - asked_s
                 self.space.grant(more)
                 for region, first in held.items():
@@ -118,7 +118,7 @@ class RankLink:
         if isinstance(ack, memory.MapFailed):
             message = f"its engine could not map the frames: {ack.message}"
             raise RolledBack(f"{self.space.holder} was not swapped in: {message}")
-        return SwapIn(time.monotonic() - started_s - wait_s, wait_s, copy_s, copied)
+        return SwapInFigures(time.monotonic() - started_s - wait_s, wait_s, copy_s, copied)
 
     def commit(self, epoch: int) -> None:
         """Second half of a swap-in, once every rank is prepared: the rank may run. Raises PeerGone."""
@@ -134,14 +134,14 @@ class RankLink:
         self.channel.send(memory.Refused("UNAVAILABLE", reason))
         self._await(epoch, memory.Unmapped)
 
-    def undo(self) -> None:
+    def rollback(self) -> None:
         """After `refuse`: return the frames that `prepare` took."""
-        self.space.undo(self._held)
+        self.space.rollback(self._held)
 
     def take_kv(self, frames: int) -> None:
         """Before a growth: have zeroed frames at hand, so that region `kv` has `frames` in all, and tell nobody.
 
-        Raises RolledBack; then nothing has changed. `undo` gives them back.
+        Raises RolledBack; then nothing has changed. `rollback` gives them back.
         """
         self._held = self.space.held
         try:
@@ -154,7 +154,7 @@ class RankLink:
     def grow_kv(self, epoch: int) -> None:
         """After `take_kv`: send the frames, and return when the rank has mapped them. `commit` has to follow.
 
-        Raises RolledBack: `refuse` and `undo` have to follow. Raises PeerGone, Unavailable (no answer).
+        Raises RolledBack: `refuse` and `rollback` have to follow. Raises PeerGone, Unavailable (no answer).
         """
         try:
             send_grants(self.channel, epoch, "kv", self.space.frames["kv"], self._held["kv"])

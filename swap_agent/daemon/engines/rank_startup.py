@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 
-from swap_agent.daemon.memory.mirror_store import Desk, Mirror, end, same_layout
+from swap_agent.daemon.memory.mirror_store import MirrorAccess, StoredMirror, end, same_layout
 from swap_agent.daemon.memory.rank_space import RankSpace
 from swap_agent.device.api import Frame
 from swap_agent.errors import (
@@ -41,7 +41,7 @@ class RankStartup:
         want_frames: Callable[[int, Region], None],
         want_host_memory: Callable[[int], None],
         on_failure: Callable[[str], None],
-        mirrors: Desk | None = None,
+        mirrors: MirrorAccess | None = None,
     ) -> None:
         self._channel = channel
         self._space = space
@@ -49,7 +49,7 @@ class RankStartup:
         self._want_host_memory = want_host_memory
         self._on_failure = on_failure
         self._mirrors = mirrors
-        self._recalled: Mirror | None = None
+        self._recalled: StoredMirror | None = None
         self.weights_bytes = 0
         self.state_bytes = 0
         self.most_kv_frames = 0
@@ -117,7 +117,7 @@ class RankStartup:
         except (TritonSwapError, OSError) as error:
             log.warning("%s is not restored from its mirror: %s", self._space.holder, error)
             if isinstance(error, WeightsCorrupted | MirrorMismatch):
-                self._mirrors.void(mirror, unfit=isinstance(error, MirrorMismatch))
+                self._mirrors.invalidate(mirror, mismatch=isinstance(error, MirrorMismatch))
             self._recalled = None
             self._want_host_memory(-asked)  # what follows asks anew
             self._channel.send(memory.Refused("UNAVAILABLE", str(error)))
@@ -129,7 +129,7 @@ class RankStartup:
         mirrors = self._mirrors
         copies_of_state = 2 if message.fingerprint and mirrors else 1
         if self._recalled and mirrors:  # the rank found that it cannot use what was recalled
-            mirrors.void(self._recalled, unfit=True)
+            mirrors.invalidate(self._recalled, mismatch=True)
         try:
             self._want_host_memory(self.weights_bytes + self.state_bytes * copies_of_state)
             self._space.make_images(self.weights_bytes, self.state_bytes)

@@ -8,22 +8,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from swap_agent.daemon.memory.region_image import Image
+from swap_agent.daemon.memory.region_image import RegionImage
 from swap_agent.device.api import DeviceMemory
 from swap_agent.errors import MirrorMismatch
 from swap_agent.wire.regions import Extent, Region
 
 
 @dataclass(eq=False)
-class Mirror:
+class StoredMirror:
     """The weights of one rank as an engine loaded them, and its state as it was right after that."""
 
     name: str
     """Unique in this agent's life."""
     fingerprint: str
     """Of all that decides about the bytes; who comes to the same one may be restored from this mirror."""
-    weights: Image
-    state: Image
+    weights: RegionImage
+    state: RegionImage
     manifest: dict[Region, list[Extent]]
     model_digest: str
     """Digest of what the model keeps outside of its extents."""
@@ -38,60 +38,70 @@ class Mirror:
         self.state.close()
 
 
-class Desk(Protocol):
+class MirrorAccess(Protocol):
     """Where one engine asks for mirrors. Called on its rank's thread."""
 
-    def recall(self, fingerprint: str) -> Mirror | None:
+    def recall(self, fingerprint: str) -> StoredMirror | None:
         """The mirror with this fingerprint, which then stays for as long as the engine lives."""
 
     def keep(
-        self, fingerprint: str, weights: Image, state: Image, manifest: dict[Region, list[Extent]], model_digest: str
-    ) -> Mirror | None:
+        self,
+        fingerprint: str,
+        weights: RegionImage,
+        state: RegionImage,
+        manifest: dict[Region, list[Extent]],
+        model_digest: str,
+    ) -> StoredMirror | None:
         """Hand images over to the store, for later engines. None: the store does not want them."""
 
-    def void(self, mirror: Mirror, *, unfit: bool) -> None:
-        """No later engine is to be restored from this mirror; `unfit`: nor from any of its fingerprint."""
+    def invalidate(self, mirror: StoredMirror, *, mismatch: bool) -> None:
+        """No later engine is to be restored from this mirror; `mismatch`: nor from any of its fingerprint."""
 
 
 class MirrorStore:
     """All mirrors that an engine could be restored from. One thread only: the agent's loop."""
 
     def __init__(self) -> None:
-        self._mirrors: dict[str, Mirror] = {}
+        self._mirrors: dict[str, StoredMirror] = {}
         self._current: dict[str, str] = {}
         """By fingerprint, the name of the mirror to restore from."""
-        self._unfit: set[str] = set()
+        self._mismatched: set[str] = set()
         """Fingerprints of models that cannot be restored."""
         self._made = 0
 
-    def find(self, fingerprint: str) -> Mirror | None:
+    def find(self, fingerprint: str) -> StoredMirror | None:
         """The mirror to restore from."""
         name = self._current.get(fingerprint)
         return self._mirrors[name] if name else None
 
     def add(
-        self, fingerprint: str, weights: Image, state: Image, manifest: dict[Region, list[Extent]], model_digest: str
-    ) -> Mirror | None:
-        """Take images over; they replace what was there under this fingerprint. None when it is known to be unfit."""
-        if fingerprint in self._unfit:
+        self,
+        fingerprint: str,
+        weights: RegionImage,
+        state: RegionImage,
+        manifest: dict[Region, list[Extent]],
+        model_digest: str,
+    ) -> StoredMirror | None:
+        """Take images over, in the place of earlier ones of this fingerprint. None: no model of it can be restored."""
+        if fingerprint in self._mismatched:
             return None
         self._made += 1
-        mirror = Mirror(f"mirror-{self._made}", fingerprint, weights, state, manifest, model_digest)
+        mirror = StoredMirror(f"mirror-{self._made}", fingerprint, weights, state, manifest, model_digest)
         self._mirrors[mirror.name] = mirror
         self._current[fingerprint] = mirror.name
         return mirror
 
-    def void(self, mirror: Mirror, *, unfit: bool) -> None:
+    def invalidate(self, mirror: StoredMirror, *, mismatch: bool) -> None:
         """Find this mirror no more; its memory stays until `drop`: engines may use it."""
         if self._current.get(mirror.fingerprint) == mirror.name:
             del self._current[mirror.fingerprint]
-        if unfit:
-            self._unfit.add(mirror.fingerprint)
+        if mismatch:
+            self._mismatched.add(mirror.fingerprint)
 
-    def take(self, name: str) -> Mirror:
+    def take(self, name: str) -> StoredMirror:
         """Take a mirror out of the store, to be closed."""
         mirror = self._mirrors.pop(name)
-        self.void(mirror, unfit=False)
+        self.invalidate(mirror, mismatch=False)
         return mirror
 
     def resident_bytes(self) -> int:
@@ -123,10 +133,10 @@ def same_layout(theirs: list[Extent], ours: list[Extent]) -> bool:
     return all(known[extent.name].offset == extent.offset for extent in ours)
 
 
-def rearranged(device: DeviceMemory, image: Image, theirs: list[Extent], ours: list[Extent]) -> Image:
+def rearranged(device: DeviceMemory, image: RegionImage, theirs: list[Extent], ours: list[Extent]) -> RegionImage:
     """A copy of `image` in which each extent lies where `ours` has it. Raises OutOfHostMemory, WeightsCorrupted."""
     image.check()
-    copy = Image(device, "triton-swap-mirror", image.region, end(ours))
+    copy = RegionImage(device, "triton-swap-mirror", image.region, end(ours))
     offsets = {extent.name: extent.offset for extent in theirs}
     for extent in ours:
         start = offsets[extent.name]

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from swap_agent.daemon.memory.frame_pool import FramePool
 from swap_agent.daemon.memory.kv_backup import Part, PreservedKV
-from swap_agent.daemon.memory.mirror_store import Mirror, rearranged, same_layout
-from swap_agent.daemon.memory.region_image import Image
+from swap_agent.daemon.memory.mirror_store import StoredMirror, rearranged, same_layout
+from swap_agent.daemon.memory.region_image import RegionImage
 from swap_agent.device.api import Frame
 from swap_agent.errors import ProtocolError
 from swap_agent.wire.regions import Extent, Region
@@ -22,7 +22,7 @@ _DROPPED: tuple[Region, ...] = ("scratch", "kv")
 
 
 @dataclass(frozen=True)
-class SwapIn:
+class SwapInFigures:
     """Figures of one swap-in."""
 
     seconds: float
@@ -44,9 +44,9 @@ class RankSpace:
     frames: dict[Region, list[Frame]] = field(default_factory=dict)
     sizes_frames: dict[Region, int] = field(default_factory=dict)
     """Frames of each region at the start and after a swap-in; `extend` gives one more."""
-    mirror: Image | None = None
-    staging: Image | None = None
-    stored: Mirror | None = None
+    mirror: RegionImage | None = None
+    staging: RegionImage | None = None
+    stored: StoredMirror | None = None
     """Whose weights are `mirror`, when that is the store's: it outlives this rank."""
     preserved: PreservedKV | None = None
     """What of region `kv` outlives a swap; None: nothing."""
@@ -71,7 +71,7 @@ class RankSpace:
         return sum(image.resident_bytes() for image in self._own_images if image) + preserved
 
     @property
-    def _own_images(self) -> tuple[Image | None, ...]:
+    def _own_images(self) -> tuple[RegionImage | None, ...]:
         return (self.staging,) if self.stored else (self.staging, self.mirror)
 
     def reserve(self, region: Region, count: int) -> list[Frame]:
@@ -97,20 +97,20 @@ class RankSpace:
     def make_images(self, weights_bytes: int, state_bytes: int) -> None:
         """After load: copy the weights to the mirror, once, and prepare the staging. Raises OutOfHostMemory."""
         device = self.pool.device
-        self.mirror = Image(device, "triton-swap-mirror", "weights", weights_bytes)
+        self.mirror = RegionImage(device, "triton-swap-mirror", "weights", weights_bytes)
         self.mirror.save(self.frames["weights"], "mirror")
         if self.verify:
             self.mirror.seal()
-        self.staging = Image(device, "triton-swap-staging", "state", state_bytes)
+        self.staging = RegionImage(device, "triton-swap-staging", "state", state_bytes)
 
-    def keep(self, hand_over: Callable[[Image, Image], Mirror | None]) -> None:
+    def keep(self, hand_over: Callable[[RegionImage, RegionImage], StoredMirror | None]) -> None:
         """Have the store take the mirror, with the state as it is now, right after load.
 
         `hand_over` is given both images and returns None when the store does not want them. Raises OutOfHostMemory,
         OSError.
         """
         assert self.mirror is not None and self.staging is not None
-        state = Image(self.pool.device, "triton-swap-state", "state", self.staging.size_bytes)
+        state = RegionImage(self.pool.device, "triton-swap-state", "state", self.staging.size_bytes)
         try:
             state.save(self.frames["state"], "mirror")
             if self.verify:
@@ -120,7 +120,7 @@ class RankSpace:
             if self.stored is None:
                 state.close()
 
-    def restore(self, stored: Mirror, manifest: Mapping[Region, list[Extent]]) -> None:
+    def restore(self, stored: StoredMirror, manifest: Mapping[Region, list[Extent]]) -> None:
         """Instead of load and `make_images`: fill weights and state, by name, from a mirror of the store.
 
         An engine of the same layout uses that mirror from now on, any other has one of its own. Raises
@@ -129,7 +129,7 @@ class RankSpace:
         device = self.pool.device
         same = {region: same_layout(stored.manifest[region], extents) for region, extents in manifest.items()}
         weights, state = stored.weights, stored.state
-        own: list[Image] = []
+        own: list[RegionImage] = []
         try:
             if not same["weights"]:
                 weights = rearranged(device, weights, stored.manifest["weights"], manifest["weights"])
@@ -140,7 +140,7 @@ class RankSpace:
             with device.transfer("start") as transfer:
                 for image in (weights, state):
                     image.restore(transfer, self.frames[image.region])
-            staging = Image(device, "triton-swap-staging", "state", state.size_bytes)
+            staging = RegionImage(device, "triton-swap-staging", "state", state.size_bytes)
         except BaseException:
             for image in own:
                 image.close()
@@ -176,9 +176,9 @@ class RankSpace:
         if self.preserved and "kv" in self.frames:
             with self.pool.device.transfer("swap_out") as transfer:
                 self.preserved.save(transfer, self.frames["kv"], keep.get("kv", 0))
-        self.undo(keep)
+        self.rollback(keep)
 
-    def undo(self, keep: Mapping[Region, int]) -> None:
+    def rollback(self, keep: Mapping[Region, int]) -> None:
         """After the rank unmapped all but `keep`: return the frames that go; their content is of no use."""
         for region, frames in self.frames.items():
             kept = keep.get(region, 0)
@@ -238,7 +238,7 @@ class RankSpace:
     def extend(self, region: Region, frames: int) -> None:
         """While the engine runs: as many frames in all for a region, the new ones zeroed.
 
-        Raises OutOfDeviceMemory, OSError; then nothing has changed. `undo` takes them back.
+        Raises OutOfDeviceMemory, OSError; then nothing has changed. `rollback` takes them back.
         """
         new, dirty = self.pool.grant(self.holder, max(0, frames - len(self.frames[region])))
         try:
@@ -250,11 +250,11 @@ class RankSpace:
             raise
         self.frames[region].extend(new)
 
-    def cut(self, region: Region, frames: int) -> None:
+    def truncate(self, region: Region, frames: int) -> None:
         """After the rank unmapped all frames of a region but so many: return the others."""
-        self.undo({**self.held, region: frames})
+        self.rollback({**self.held, region: frames})
 
-    def lost(self) -> None:
+    def release_all(self) -> None:
         """The rank's process is gone: release its frames, mirror and staging. Its frames are not recycled."""
         frames = [frame for region in self.frames.values() for frame in region]
         try:

@@ -9,7 +9,7 @@ from swap_agent.errors import WeightsCorrupted
 from swap_agent.wire.regions import Region
 
 
-class Image:
+class RegionImage:
     """Host memory that holds the first `size_bytes` of a region's frames, in order. Raises OutOfHostMemory."""
 
     def __init__(self, device: DeviceMemory, name: str, region: Region, size_bytes: int) -> None:

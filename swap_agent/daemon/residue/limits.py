@@ -38,7 +38,7 @@ class EngineKey:
 
 
 @dataclass(frozen=True)
-class Reading:
+class Measurement:
     """All devices and all engines that are ready, measured together."""
 
     engines: Mapping[EngineKey, Mapping[str, Usage | None]]
@@ -48,7 +48,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Exceeded:
+class EngineExceeded:
     """An engine has grown beyond its allowance. Said once, until it is back within."""
 
     engine: EngineKey
@@ -71,7 +71,7 @@ class DeviceExceeded:
     words: str
 
 
-Finding = Exceeded | Stop | DeviceExceeded
+Finding = EngineExceeded | Stop | DeviceExceeded
 
 
 @dataclass
@@ -98,7 +98,7 @@ class _DeviceAccount:
 
 
 @dataclass
-class Watch:
+class GrowthLimits:
     """The allowances of all engines. `note` belongs to one thread; the rest may be asked from any."""
 
     allowance_bytes: Mapping[str, int]
@@ -107,7 +107,7 @@ class Watch:
     _accounts: dict[tuple[EngineKey, str], _Account] = field(default_factory=dict)
     _devices: dict[str, _DeviceAccount] = field(default_factory=dict)
 
-    def note(self, now_s: float, reading: Reading) -> list[Finding]:
+    def note(self, now_s: float, reading: Measurement) -> list[Finding]:
         """What a new reading shows.
 
         1. Engines that are gone are forgotten; the first reading of an engine is its baseline.
@@ -146,7 +146,7 @@ class Watch:
         findings: list[Finding] = []
         if account.since_s is None:
             account.since_s = now_s
-            findings.append(Exceeded(engine, words))
+            findings.append(EngineExceeded(engine, words))
         if now_s - account.since_s >= self.grace_s and not account.stopped:
             account.stopped = True
             findings.append(Stop(engine, f"{words}, for {now_s - account.since_s:.0f} s: it was stopped"))

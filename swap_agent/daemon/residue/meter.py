@@ -14,7 +14,15 @@ from collections.abc import Callable, Mapping
 from swap_agent.daemon.config import AgentConfig
 from swap_agent.daemon.engines.engine import Engine
 from swap_agent.daemon.memory.frame_pool import FramePool
-from swap_agent.daemon.residue.limits import DeviceExceeded, EngineKey, Exceeded, Reading, Stop, Usage, Watch
+from swap_agent.daemon.residue.limits import (
+    DeviceExceeded,
+    EngineExceeded,
+    EngineKey,
+    GrowthLimits,
+    Measurement,
+    Stop,
+    Usage,
+)
 from swap_agent.daemon.residue.proc_memory import private_bytes_by_process
 from swap_agent.device.api import DeviceMemory
 from swap_agent.device.nvml import used_by_process
@@ -55,11 +63,11 @@ def residue_bytes(usages: Mapping[str, Usage | None]) -> int | None:
 
 
 def key_of(engine: Engine) -> EngineKey | None:
-    """What the watch knows it by, once it has a process."""
+    """By what its limits are kept, once it has a process."""
     return EngineKey(engine.spec.replica, engine.process.pid) if engine.process else None
 
 
-class UsageWatch:
+class ResidueMeter:
     """Measures now and then, says who has grown beyond the allowance, tells the policy who stays there."""
 
     def __init__(
@@ -79,7 +87,7 @@ class UsageWatch:
             else config.outside_allowance_bytes
             for name, device in self._devices.items()
         }
-        self.watch = Watch(allowances, config.outside_grace_s)
+        self.limits = GrowthLimits(allowances, config.outside_grace_s)
         self._look_s = config.timeouts.baseline_s
         self._pause_s = min(config.timeouts.residue_s, max(self._look_s, config.outside_grace_s / 3))
 
@@ -92,7 +100,7 @@ class UsageWatch:
             ready = {
                 key: engine
                 for engine in self._engines.values()
-                if engine.ready and not engine.stopping and not engine.clearing and (key := key_of(engine))
+                if engine.ready and not engine.stopping and not engine.releasing and (key := key_of(engine))
             }
             if known == ready.keys() and time.monotonic() < due_s:
                 continue
@@ -108,9 +116,9 @@ class UsageWatch:
             except OSError as error:
                 log.error("what engines take outside of frames cannot be measured: %s", error)
                 continue
-            for finding in self.watch.note(time.monotonic(), reading):
+            for finding in self.limits.note(time.monotonic(), reading):
                 match finding:
-                    case Exceeded() | DeviceExceeded():
+                    case EngineExceeded() | DeviceExceeded():
                         log.warning("%s", finding.words)
                     case Stop():
                         engine = ready[finding.engine]
@@ -122,8 +130,8 @@ class UsageWatch:
                     known_bytes = {name: usage.outside_bytes for name, usage in usages.items() if usage is not None}
                     self._post(ev.ResidueMeasured(time.monotonic(), key.replica, known_bytes))
 
-    def _read(self, ready: Mapping[EngineKey, Engine], unsettled: set[str]) -> Reading:
-        return Reading(
+    def _read(self, ready: Mapping[EngineKey, Engine], unsettled: set[str]) -> Measurement:
+        return Measurement(
             {key: measure(engine) for key, engine in ready.items()},
             {name: None if name in unsettled else device.outside_bytes() for name, device in self._devices.items()},
         )
