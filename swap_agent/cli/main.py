@@ -76,7 +76,6 @@ def _warn_about_device(given: str | None) -> None:
 
 async def _run_agent(config: AgentConfig) -> None:
     from swap_agent.daemon.agent import Agent
-    from swap_agent.daemon.api import server
 
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -84,7 +83,7 @@ async def _run_agent(config: AgentConfig) -> None:
         loop.add_signal_handler(number, stop.set)
     agent = Agent(config)
     async with agent.running():
-        runner = await server.start(agent)
+        runner = await agent.admin_api.serve(config)
         try:
             await stop.wait()
         finally:

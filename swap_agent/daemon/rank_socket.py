@@ -24,6 +24,7 @@ from swap_agent.daemon.engines.rank_startup import RankStartup
 from swap_agent.daemon.memory.mirror_store import MirrorStore
 from swap_agent.daemon.memory.rank_space import RankSpace
 from swap_agent.daemon.residue.proc_memory import private_bytes
+from swap_agent.daemon.start_requests import Answer, StartRequests
 from swap_agent.errors import PeerGone, ProtocolError, Unavailable
 from swap_agent.policy import events as ev
 from swap_agent.wire import memory
@@ -32,7 +33,6 @@ from swap_agent.wire.regions import Region
 
 log = logging.getLogger(__name__)
 
-Answer = concurrent.futures.Future[None]
 T = TypeVar("T")
 
 
@@ -44,6 +44,7 @@ class RankSocket:
         config: AgentConfig,
         engines: Mapping[str, Engine],
         mirrors: MirrorStore,
+        requests: StartRequests,
         post: Callable[[ev.Event], None],
         on_rank_gone: Callable[[Engine, int], None],
     ) -> None:
@@ -51,12 +52,9 @@ class RankSocket:
         self._config = config
         self._engines = engines
         self._mirrors = mirrors
+        self._requests = requests
         self._post = post
         self._on_rank_gone = on_rank_gone
-        self._frames_asked: dict[tuple[str, int], Answer] = {}
-        """Ranks that start and wait for frames."""
-        self._host_memory_asked: dict[str, list[Answer]] = {}
-        """Ranks of a replica that start and wait for host memory."""
         self._loop: asyncio.AbstractEventLoop
         self._listener: socket.socket
 
@@ -70,24 +68,6 @@ class RankSocket:
         """Accept no more ranks."""
         self._listener.close()
         self._config.runtime.ranks_socket.unlink(missing_ok=True)
-
-    # --- answers ------------------------------------------------------------------------------------------------------
-
-    def answer_frames(self, replica: str, rank: int, refusal: str = "") -> None:
-        """What this rank asked for is granted, or refused with a reason."""
-        _answer(self._frames_asked.pop((replica, rank)), refusal)
-
-    def answer_host_memory(self, replica: str, refusal: str = "") -> None:
-        """What the ranks of this replica asked for up to now is granted, or refused with a reason."""
-        for asked in self._host_memory_asked.pop(replica):
-            _answer(asked, refusal)
-
-    def engine_ended(self, replica: str, reason: str) -> None:
-        """Whoever waits for something of its engine gets the reason of its end."""
-        for key in [key for key in self._frames_asked if key[0] == replica]:
-            self.answer_frames(*key, reason)
-        if replica in self._host_memory_asked:
-            self.answer_host_memory(replica, reason)
 
     # --- ranks --------------------------------------------------------------------------------------------------------
 
@@ -155,7 +135,7 @@ class RankSocket:
         """Wait until the policy grants. Raises Unavailable."""
 
         def ask(answer: Answer) -> ev.Event:
-            self._frames_asked[engine.spec.replica, rank] = answer
+            self._requests.wait_for_frames(engine.spec.replica, rank, answer)
             return ev.FramesWanted(time.monotonic(), engine.spec.replica, frames, rank, region == "kv")
 
         self._ask(engine, ask)
@@ -165,7 +145,7 @@ class RankSocket:
         private = private_bytes(engine.process.pid) if engine.process else 0
 
         def ask(answer: Answer) -> ev.Event:
-            self._host_memory_asked.setdefault(engine.spec.replica, []).append(answer)
+            self._requests.wait_for_host_memory(engine.spec.replica, answer)
             engine.mirrors_wanted_bytes += mirror_bytes
             total = private + engine.mirrors_wanted_bytes
             return ev.HostMemoryWanted(time.monotonic(), engine.spec.replica, total)
@@ -191,10 +171,3 @@ class RankSocket:
 
         self._loop.call_soon_threadsafe(run)
         return answer.result()
-
-
-def _answer(asked: Answer, refusal: str) -> None:
-    if refusal:
-        asked.set_exception(Unavailable(refusal))
-    else:
-        asked.set_result(None)

@@ -27,7 +27,7 @@ async def agent(tmp_path: Path, timeouts: Timeouts) -> AsyncIterator[Agent]:
     agent = Agent(config(tmp_path, timeouts=timeouts))
     async with agent.running():
         yield agent
-        agent._audit()
+        agent.audit.check()
         assert agent.accounting_errors == 0
         settled = (State.RESIDENT, State.SWAPPED)
         assert not [e for n, e in agent.engines.items() if e.answers_expected and agent.replica(n).state in settled]

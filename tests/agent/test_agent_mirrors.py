@@ -10,10 +10,9 @@ import signal
 from pathlib import Path
 
 import pytest
-from support.agent_client import Stub, config, until
+from support.agent_client import Stub, config, host_bytes, until
 
 from swap_agent.daemon.agent import Agent
-from swap_agent.daemon.api import views
 from swap_agent.device.simulated import FRAME_BYTES
 from swap_agent.wire import control
 from swap_agent.wire.framing import AsyncChannel
@@ -75,7 +74,7 @@ async def test_an_engine_that_was_killed_is_restored_by_name(tmp_path: Path, rev
         await model.swap()  # the state is another than right after load
         await model.kill()
         assert model.mirror_bytes >= 11 * FRAME_BYTES - 100 and model.report["device_bytes"] == 0
-        assert views.host(agent)["used_bytes"] == model.mirror_bytes, "counted once, without any engine"
+        assert host_bytes(agent) == model.mirror_bytes, "counted once, without any engine"
         assert await model.start(reversed=reverse) == "recalled\nrestored\n"
         assert device.device_to_host["weights", "mirror"] == copied, "no mirror is made of what came from one"
         (rank,) = agent.engines[model.replica].ranks
@@ -87,7 +86,7 @@ async def test_an_engine_that_was_killed_is_restored_by_name(tmp_path: Path, rev
         await model.swap()
         await agent.unload(model.replica, purge=True)
         await until(lambda: agent.mirrors.resident_bytes() == 0)
-        assert views.host(agent)["used_bytes"] == model.mirror_bytes == 0
+        assert host_bytes(agent) == model.mirror_bytes == 0
         assert await model.start() == "nothing to recall\n", "purged"
         await model.kill()
         await agent.unload(model.replica, purge=True)
@@ -106,7 +105,7 @@ async def test_replicas_share_one_mirror_for_as_long_as_one_wants_it(tmp_path: P
         assert spaces[0].mirror is spaces[1].mirror
         residues = sum(int(str(model.report["private_bytes"])) for model in (first, second))
         staging = sum(space.mirror_bytes for space in spaces)
-        used = views.host(agent)["used_bytes"]
+        used = host_bytes(agent)
         assert alone + staging <= used < alone + staging + residues + 8 * MIB
         await first.kill()
         await second.swap()
@@ -179,14 +178,14 @@ async def test_mirrors_without_an_engine_go_first_when_host_memory_is_short(
         most = 0
         for model in (a, b, c):
             await model.start(frames=72, fingerprint=model.model)
-            most = max(most, views.host(agent)["used_bytes"])
+            most = max(most, host_bytes(agent))
             if model is not c:
                 await model.kill()
         assert a.mirror_bytes == 0 and b.mirror_bytes > 138 * MIB, "the least recently used goes, and only as many"
         assert "the mirror of a/1#0 is dropped: --host-memory is short, and it was idle for longest" in caplog.text
         assert await b.start(frames=72, fingerprint="b") == "recalled\nrestored\n"
-        most = max(most, views.host(agent)["used_bytes"])
+        most = max(most, host_bytes(agent))
         assert await d.start(frames=5, fingerprint="d") == "nothing to recall\n"
-        most = max(most, views.host(agent)["used_bytes"])
+        most = max(most, host_bytes(agent))
         assert most <= bound
         assert {model.report["state"] for model in (b, c, d)} <= {"RESIDENT", "SWAPPED"}, "none in use is dropped"

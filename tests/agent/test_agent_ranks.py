@@ -36,7 +36,7 @@ async def agent(tmp_path: Path, timeouts: Timeouts) -> AsyncIterator[Agent]:
     agent = Agent(replace(config(tmp_path, timeouts=timeouts), device=spec(*FRAMES)))
     async with agent.running():
         yield agent
-        agent._audit()
+        agent.audit.check()
         assert agent.accounting_errors == 0
         while Stub.open:
             await Stub.open.pop().channel.closed()

@@ -19,8 +19,8 @@ from support.devices import CUDA, FRAME_BYTES, NAME
 
 from swap_agent.cli import ps
 from swap_agent.daemon.agent import Agent
-from swap_agent.daemon.api import server, views
 from swap_agent.device.cuda_driver import call
+from swap_agent.observe.decisions import Kind
 from swap_agent.wire import control
 
 pytestmark = [
@@ -68,7 +68,7 @@ def hoard() -> Hoard:
 async def agent(tmp_path: Path) -> AsyncIterator[Agent]:
     agent = Agent(config(tmp_path, outside_allowance_bytes=ALLOWANCE, outside_grace_s=GRACE_S, port=0))
     async with agent.running():
-        runner = await server.start(agent)
+        runner = await agent.admin_api.serve(agent.config)
         yield agent
         await runner.cleanup()
     assert agent.accounting_errors == 0
@@ -164,11 +164,11 @@ async def test_beyond_the_residue_budget_the_engine_parked_for_longest_ends_and_
         await until(lambda: a.report["state"] == "COLD")
         assert a.report["engine_pid"] is None and a.report["failure"] == "" and int(str(a.report["mirror_bytes"])) > 0
         assert (b.report["state"], b.report["engine_pid"]) == ("SWAPPED", second)
-        (line,) = [line for line in caplog.messages if "becomes COLD" in line]
+        (stop,) = [decision for decision in agent.decisions.records if decision.kind is Kind.STOP]
         size = "750" if CUDA else "200"
         words = rf"a/1#0 becomes COLD, its mirror stays: outside of frames the engines on {NAME} take [0-9.]+ MiB, "
         words += rf"--residue-budget is {size} MiB, and of those parked it is the least valuable \(priority 0, idle .*"
-        assert re.fullmatch(words, line)
+        assert re.fullmatch(words, stop.reason) and stop.line() in caplog.messages
 
         _, third = await start(agent, "a", hoard, fingerprint="f")
         assert "restored" in agent.config.runtime.log(a.replica).read_text()
@@ -186,7 +186,7 @@ async def test_growth_of_a_gpu_that_no_engine_is_proven_of_is_reported_and_stops
     await asyncio.sleep(2 * GRACE_S / 3)  # what is in use with it is known
 
     def device() -> dict[str, object]:
-        return views.devices(agent)[0]
+        return agent.views.devices()[0]
 
     before = int(str(device()["outside_bytes"]))
     (pool,) = agent.pools.values()

@@ -15,7 +15,6 @@ from support.devices import FRAME_BYTES, NAME
 
 from swap_agent.cli import ps, terminal
 from swap_agent.daemon.agent import Agent
-from swap_agent.daemon.api import server
 from swap_agent.wire import control
 
 pytestmark = pytest.mark.usefixtures("stubs")
@@ -91,7 +90,7 @@ async def test_idle_memory_is_a_cache_to_the_byte(
             assert pool.granted_frames == sum(after.values()) and device.resident_bytes() <= 160 * FRAME_BYTES
 
         await agent.unload(stubs["b"].replica, purge=False)
-        runner = await server.start(agent)
+        runner = await agent.admin_api.serve(agent.config)
         command = [sys.executable, "-m", "swap_agent", "ps", "--devices", "--json", "--runtime-dir", str(tmp_path)]
         asked = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
         (shown,) = json.loads((await asked.communicate())[0])["devices"]

@@ -55,7 +55,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
     agent = Agent(config(tmp_path / "run", model_repositories=(models,), poll_interval_s=POLL_S))
     async with agent.running():
         yield World(agent, models)
-        agent._audit()
+        agent.audit.check()
         assert agent.accounting_errors == 0
 
 

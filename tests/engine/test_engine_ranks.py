@@ -18,7 +18,7 @@ from support.engine_agent import Stub
 from support.tiny_llama import make_tiny_llama, prompt
 
 from swap_agent.daemon.agent import Agent
-from swap_agent.daemon.api import views
+from swap_agent.daemon.api.views import measure_engines
 from swap_agent.daemon.config import AgentConfig, RuntimeDir
 from swap_agent.daemon.engines import kv_resize
 from swap_agent.device.simulated import FRAME_BYTES
@@ -66,7 +66,11 @@ class Model:
 
     @property
     def report(self) -> dict[str, Any]:
-        (entry,) = [entry for entry in views.models(self.agent) if entry["name"] == self.replica]
+        (entry,) = [
+            entry
+            for entry in self.agent.views.models(measure_engines(self.agent.engines))
+            if entry["name"] == self.replica
+        ]
         return entry
 
     async def close(self) -> None:

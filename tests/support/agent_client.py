@@ -13,7 +13,7 @@ import pytest
 
 from support.devices import FRAME_BYTES, spec
 from swap_agent.daemon.agent import Agent
-from swap_agent.daemon.api import views
+from swap_agent.daemon.api.views import measure_engines
 from swap_agent.daemon.config import AgentConfig, RuntimeDir
 from swap_agent.daemon.timeouts import Timeouts
 from swap_agent.wire import control
@@ -74,8 +74,18 @@ class Stub:
 
     @property
     def report(self) -> dict[str, object]:
-        (entry,) = [entry for entry in views.models(self.agent) if entry["name"] == self.replica]
+        (entry,) = [
+            entry
+            for entry in self.agent.views.models(measure_engines(self.agent.engines))
+            if entry["name"] == self.replica
+        ]
         return entry
+
+
+def host_bytes(agent: Agent) -> int:
+    """Host memory that mirrors and engine processes take."""
+    used: int = agent.views.host(measure_engines(agent.engines))["used_bytes"]
+    return used
 
 
 async def until(condition, timeout_s: float = 10) -> None:

@@ -13,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from support.devices import spec
 from swap_agent.daemon.agent import Agent
-from swap_agent.daemon.api import server
 from swap_agent.daemon.config import AgentConfig, RuntimeDir
 
 ENGINE = (sys.executable, str(Path(__file__).with_name("scripted_engine.py")))
@@ -27,7 +26,7 @@ async def main() -> None:
         AgentConfig(runtime, device, port=0, model_repositories=repositories, engine_command=ENGINE, drain_timeout_s=1)
     )
     async with agent.running():
-        await server.start(agent)
+        await agent.admin_api.serve(agent.config)
         print("ready", flush=True)
         await asyncio.Event().wait()
 

@@ -49,6 +49,8 @@ class Engine:
     stopping: bool = False
     releasing: bool = False
     """Its processes have ended, and its frames are being released."""
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
+    """Nothing of it is left."""
     failure: str = ""
     """Why it failed, in its own words; the first reason wins."""
     swaps_in: int = 0
@@ -85,6 +87,11 @@ class Engine:
     def fail(self, reason: str) -> None:
         """Remember why it ends."""
         self.failure = self.failure or reason
+
+    def begin_kv(self) -> None:
+        """Its KV cache is what the engine starts with."""
+        if self.kv:
+            self.kv_wanted_frames, self.kv_blocks = self.kv.frames, self.kv.blocks
 
     def expect(self, epoch: int, kind: type[M]) -> asyncio.Future[M]:
         """Resolved with this answer of the host to an order, or by Unavailable at the engine's end."""
