@@ -9,6 +9,7 @@ import gc
 import random
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from swap_agent.policy import actions as act
 from swap_agent.policy import events as ev
 from swap_agent.policy.coordinator import Coordinator
 from swap_agent.policy.ledger import Device
+from swap_agent.policy.obedient_node import Engine, ObedientNode, Region
 from swap_agent.policy.states import State
 
 MODELS = 1_000
@@ -49,14 +51,13 @@ class Decisions:
         return asdict(self) | {"models": MODELS, "devices": DEVICES}
 
 
-class _Node:
-    """A policy, and engines that obey some events later."""
+class _Node(ObedientNode[Coordinator, Engine]):
+    """A policy, and engines that obey some orders late; those of one engine in the order in which they came."""
 
     def __init__(self, seed: int, host_limit_bytes: int | None) -> None:
-        self.rng = random.Random(seed)
         devices = [Device(f"cuda:{index}", FRAMES) for index in range(DEVICES)]
-        self.policy = Coordinator(devices, host_limit_bytes)
-        self.now_s = 0.0
+        super().__init__(Coordinator(devices, host_limit_bytes), devices)
+        self.rng = random.Random(seed)
         self.orders: list[act.Action] = []
         self.times_s: list[float] = []
         self.check_s = 0.0
@@ -65,18 +66,11 @@ class _Node:
         for name in self.names:
             ranks = self.rng.choices([1, 2, 4], [85, 10, 5])[0]
             frames = self.rng.choice([50, 100, 200, 400, 800])
-            self.post(
-                ev.Registered(
-                    0.0,
-                    name,
-                    frames,
-                    self.rng.choice([None, 300.0]),
-                    ranks,
-                    priority=self.rng.choice([0, 0, 0, 1]),
-                )
-            )
+            keep_alive_s, priority = self.rng.choice([None, 300.0]), self.rng.choice([0, 0, 0, 1])
+            self.tell(ev.Registered(0.0, name, frames, keep_alive_s, ranks, priority=priority))
 
-    def post(self, event: ev.Event) -> None:
+    def decide(self, event: ev.Event) -> list[act.Action]:
+        """Ask the policy, and take the time."""
         started_s = time.thread_time()
         actions = self.policy.on_event(event)
         decided_s = time.thread_time()
@@ -84,46 +78,47 @@ class _Node:
         ended_s = time.thread_time()
         self.times_s.append(ended_s - started_s)
         self.check_s += ended_s - decided_s
-        self.orders += actions
+        return actions
+
+    def take(self, order: act.Action) -> None:
+        """What takes an engine no time is obeyed at once."""
+        if isinstance(order, act.Activated | act.Refuse | act.GrantFrames | act.RefuseFrames):
+            self.obey(order)
+        else:
+            self.orders.append(order)
+
+    def new_engine(self, order: act.StartEngine) -> Engine:
+        """It takes all of its request."""
+        ranks = len(order.devices)
+        frames = self.policy.ledger.replicas[order.name].settings.request_frames or 0
+        return Engine(order.name, regions=deque([Region([frames] * ranks)]), host_bytes=1, mirror_bytes=1)
+
+    def report(self, engine: Engine) -> None:
+        """Tell the counts, also those that have not changed: what is cheap to decide is a part of the mixture."""
+        engine.reported = (-1, engine.reported[1])
+        super().report(engine)
 
     def obey_one(self) -> None:
-        """Carry out any of the open orders."""
-        index = self.rng.randrange(len(self.orders))
-        self.orders[index], self.orders[-1] = self.orders[-1], self.orders[index]
-        order = self.orders.pop()
-        name, now_s = order.name, self.now_s
-        replica = self.policy.ledger.replicas[name]
-        match order:
-            case act.StartEngine():
-                for rank in range(len(order.devices)):
-                    self.post(ev.FramesWanted(now_s, name, replica.settings.request_frames or 0, rank))
-                self.post(ev.HostMemoryWanted(now_s, name, 1))
-            case act.GrantHostMemory():
-                for rank in range(replica.settings.ranks):
-                    self.post(ev.MirrorKept(now_s, name, f"mirror of {name}, rank {rank}", 1, rank))
-                self.post(ev.EngineReady(now_s, name))
-            case act.Drain():
-                self.post(ev.TrafficReported(now_s, name, 0, replica.activity.waiting))
-                self.post(ev.Drained(now_s, name, order.epoch))
-            case act.SwapOut():
-                self.post(ev.SwappedOut(now_s, name, order.epoch))
-            case act.SwapIn() if replica.reservation.promised_frames:
-                self.orders.append(order)
-            case act.SwapIn():
-                self.post(ev.SwappedIn(now_s, name, order.epoch))
+        """Carry out an order of any engine that has some."""
+        name = self.rng.choice(self.orders).name
+        order = next(order for order in self.orders if order.name == name)
+        self.orders.remove(order)
+        if isinstance(order, act.Drain) and (engine := self.engines.get(name)):
+            engine.in_flight = 0  # they have been answered
+            self.report(engine)
+        self.obey(order)
 
     def pass_time(self, seconds: float) -> None:
         until_s = self.now_s + seconds
         while self.policy.next_tick_s <= until_s:
-            self.now_s = self.policy.next_tick_s
-            self.post(ev.Tick(self.now_s))
+            self.tick()
         self.now_s = until_s
 
     def start_all(self) -> None:
         """Every model has an engine; most are parked then."""
         for name in self.names:
             self.now_s += 1.0
-            self.post(ev.ActivateRequested(self.now_s, name))
+            self.tell(ev.ActivateRequested(self.now_s, name))
             while self.policy.ledger.replicas[name].wishes.activate:
                 if self.orders:
                     self.obey_one()
@@ -134,25 +129,24 @@ class _Node:
         """Requests come and go, orders are carried out, engines die, time passes."""
         kind = self.rng.random()
         name = self.rng.choice(self.names)
-        replica = self.policy.ledger.replicas[name]
+        engine = self.engines.get(name)
         if kind < 0.15 and self.orders:
             self.obey_one()
         elif kind < 0.2:
             self.pass_time(self.rng.random() * 0.05)
-        elif kind < 0.2005 and replica.devices and replica.state is not State.STARTING:
+        elif kind < 0.2005 and engine and engine.sizes:
             self.orders = [order for order in self.orders if order.name != name]
-            self.post(ev.EngineExited(self.now_s, name, "killed"))
+            self.end(engine, "killed")
         elif kind < 0.21:
-            self.post(ev.ActivateRequested(self.now_s, name))
+            self.tell(ev.ActivateRequested(self.now_s, name))
         elif kind < 0.212:
-            self.post(ev.ParkRequested(self.now_s, name, False))
-        elif replica.state is State.RESIDENT:
-            self.post(ev.TrafficReported(self.now_s, name, self.rng.choice([0, 0, 1, 2, 3]), 0))
-        elif replica.devices and self.rng.random() < 0.3:
-            waiting = self.rng.choice([0, 1, 2])
-            self.post(ev.TrafficReported(self.now_s, name, replica.activity.in_flight, waiting))
-            if waiting:
-                self.post(ev.RequestsHeld(self.now_s, name, replica.epoch))
+            self.tell(ev.ParkRequested(self.now_s, name, False))
+        elif engine and engine.gate_open:
+            engine.in_flight = self.rng.choice([0, 0, 1, 2, 3])
+            self.report(engine)
+        elif engine and self.rng.random() < 0.3:
+            engine.waiting = self.rng.choice([0, 1, 2])
+            self.report(engine)
         self.waited += len(self.policy.waiting)
 
 
@@ -182,7 +176,7 @@ def _report_us(host_limit_bytes: int | None) -> float:
     """The usual event: a resident model tells its counts, and nobody waits."""
     node = _Node(1, host_limit_bytes)
     for name in node.names[:100]:
-        node.post(ev.ActivateRequested(node.now_s, name))
+        node.tell(ev.ActivateRequested(node.now_s, name))
         while node.orders:
             node.obey_one()
     residents = [r.name for r in node.policy.ledger.replicas.values() if r.state is State.RESIDENT]

@@ -35,7 +35,7 @@ def describe(reading: Reading, packing: Packing, frame_bytes: int) -> dict[str, 
     """The plan as plain JSON values; sizes in bytes, of each device."""
     turns = {turn.device: turn for turn in packing.turns()}
     devices = []
-    for device in packing.coordinator.ledger.devices.values():
+    for device in packing.policy.ledger.devices.values():
         replicas = packing.on(device.name)
         turn = turns.get(device.name)
         need_frames = sum(replica.need_frames for replica in replicas)
