@@ -40,14 +40,14 @@ def _run_once(options: argparse.Namespace, cluster: Cluster) -> int:
         },
         "policies": {},
     }
-    tallies = {}
+    metrics_of = {}
     for policy in policies:
-        tally = tallies[policy.name] = policy.run(cluster, requests, span_s)
-        answer["policies"][policy.name] = report.figures(policy, cluster, requests, tally)
+        metrics = metrics_of[policy.name] = policy.run(cluster, requests, span_s)
+        answer["policies"][policy.name] = report.figures(policy, cluster, requests, metrics)
     print(json.dumps(answer, indent=2)) if options.json else report.show(answer)
     if options.out:
         _write(options.out / "simulate.json", answer)
-        _plot(plot.draw_runs, options.out / "simulate.png", requests, span_s, answer, tallies)
+        _plot(plot.draw_runs, options.out / "simulate.png", requests, span_s, answer, metrics_of)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""One model's engine host: its gate, the requests inside, its reports. As vllm_engine's gate.py and host.py have it.
+"""One model's engine: its gate, the requests inside, its reports. As vllm_engine's gate.py and host.py have it.
 
 Inside the engine: up to `max_concurrent` requests run, others wait in order of arrival; prompts are computed one after
 the other; then each request decodes at a rate of its own. So the times of a request are known when it enters.
@@ -10,6 +10,7 @@ import heapq
 from collections import deque
 from dataclasses import dataclass, field
 
+from swap_agent.policy.obedient_node import Engine, Region
 from swap_agent.simulate.cluster import Model
 
 REPORT_INTERVAL_S = 0.05
@@ -17,8 +18,8 @@ REPORT_INTERVAL_S = 0.05
 
 
 @dataclass
-class SwapIn:
-    """One that is under way."""
+class Copying:
+    """The copies of a swap-in that is under way."""
 
     epoch: int
     started_s: float
@@ -28,38 +29,21 @@ class SwapIn:
     """Whose copies are not done."""
 
 
-@dataclass(slots=True, eq=False)
-class Host:
-    """Counts and clocks of one model; the world moves them."""
+@dataclass(eq=False, kw_only=True)
+class ModelEngine(Engine):
+    """Counts and clocks of one model; the world moves them. They stay when its engine ends."""
 
-    name: str
     model: Model
     weights_frames: int
     """Of each rank, as all frames here."""
     kv_frames: int
-    devices: tuple[str, ...] = ()
-    """Where its engine is; none: it has no engine."""
-    held: int = 0
-    """Frames."""
-    ungranted: int = 0
-    """Ranks of a starting engine that wait for frames."""
     resident: bool = False
     """It takes up its devices: from the order to bring it in until it is swapped out."""
-    moving: bool = False
-    """A start or a swap-in is under way."""
-    swap_in: SwapIn | None = None
-    open: bool = False
-    """Its gate."""
-    drain_epoch: int | None = None
-    """Of a drain that waits for what is in flight."""
-    waiting: deque[int] = field(default_factory=deque)
-    """Requests at the gate."""
-    in_flight: int = 0
+    copying: Copying | None = None
+    held_back: deque[int] = field(default_factory=deque)
+    """Requests at the gate, as many as `waiting`."""
     served: int = 0
-    epoch: int = 0
-    """Of the last order that opens or closes the gate."""
-    reported: tuple[int, int, int] = (0, 0, 0)
-    """In flight, waiting, served, as last told."""
+    served_reported: int = 0
     report_s: float = 0.0
     """When the next report is due; 0: none is."""
     timeout_s: float = 0.0
@@ -73,9 +57,17 @@ class Host:
         """Frames of each rank when it is resident."""
         return self.weights_frames + self.kv_frames
 
+    def start(self, devices: tuple[str, ...]) -> None:
+        """An engine of it starts: it will want its weights, then its KV cache."""
+        ranks = len(devices)
+        self.devices, self.resident = devices, True
+        self.regions.append(Region([self.weights_frames] * ranks))
+        if self.kv_frames:
+            self.regions.append(Region([self.kv_frames] * ranks, discardable=True))
+
     def missing_bytes(self, frame_bytes: int) -> int:
         """What a swap-in copies to each rank. Weights stay longest, so the frames held are theirs first."""
-        return max(0, self.model.weights - self.held * frame_bytes)
+        return max(0, self.model.weights - self.held[0] * frame_bytes)
 
     def run(self, now_s: float, prompt_tokens: int, output_tokens: int) -> tuple[float, float]:
         """Take a request in: the times of its first and of its last token."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass
-class Tally:
+class Metrics:
     """Each request of the trace gets a time to first token or is refused, once."""
 
     ttft_s: array[float]
@@ -43,7 +43,7 @@ class Tally:
     """Real seconds of the whole replay."""
 
     @classmethod
-    def of(cls, requests: int) -> Tally:
+    def of(cls, requests: int) -> Metrics:
         """Nothing has happened yet."""
         return cls(array("d", [math.nan]) * requests, bytearray(requests))
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from swap_agent.errors import InvalidUsage, Unavailable
-from swap_agent.simulate.metrics import Tally
+from swap_agent.simulate.metrics import Metrics
 from swap_agent.simulate.trace import Trace
 
 _COLOURS = {
@@ -23,10 +23,12 @@ _ON_TOP = {"default": 3}
 _BUCKETS = 60
 
 
-def draw_runs(path: Path, trace: Trace, span_s: float, answer: Mapping[str, Any], tallies: Mapping[str, Tally]) -> None:
+def draw_runs(
+    path: Path, trace: Trace, span_s: float, answer: Mapping[str, Any], metrics_of: Mapping[str, Metrics]
+) -> None:
     """One trace under each policy: who waits how long, when, and what it takes. Raises Unavailable, InvalidUsage."""
     figure, (slow, when, hours) = _figure(18, 3)
-    ttft_s = {name: np.array(tally.ttft_s) for name, tally in tallies.items()}
+    ttft_s = {name: np.array(metrics.ttft_s) for name, metrics in metrics_of.items()}
     for name, times_s in ttft_s.items():
         answered = np.sort(times_s[~np.isnan(times_s)])
         refused = len(times_s) - len(answered)

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from swap_agent.policy.coordinator import Coordinator
 from swap_agent.policy.eviction import least_recently_used
 from swap_agent.policy.ledger import Device
+from swap_agent.policy.obedient_node import Decider
 from swap_agent.simulate.cluster import Cluster
-from swap_agent.simulate.metrics import Tally
+from swap_agent.simulate.metrics import Metrics
 from swap_agent.simulate.static import Static
 from swap_agent.simulate.trace import Trace
-from swap_agent.simulate.world import Decider, World
+from swap_agent.simulate.world import World
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,16 @@ class Policy:
             link_per_s = dict.fromkeys((device.name for device in devices), max(link_per_s.values()))
         return World(cluster, self.decider(cluster, trace), devices, link_per_s)
 
-    def run(self, cluster: Cluster, trace: Trace, span_s: float) -> Tally:
+    def run(self, cluster: Cluster, trace: Trace, span_s: float) -> Metrics:
         """Replay `trace` once."""
         world = self.world(cluster, trace)
         if self.warm:
             world.warm_up()
         return world.replay(trace, span_s)
 
-    def gpu_s(self, cluster: Cluster, tally: Tally) -> float:
+    def gpu_s(self, cluster: Cluster, metrics: Metrics) -> float:
         """Seconds of devices to be paid for: the cluster's all the time, own ones while they have an engine."""
-        return tally.engine_gpu_s if self.own_devices else tally.span_s * len(cluster.devices)
+        return metrics.engine_gpu_s if self.own_devices else metrics.span_s * len(cluster.devices)
 
 
 def _default(cluster: Cluster, trace: Trace) -> Decider:

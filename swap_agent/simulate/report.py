@@ -10,18 +10,18 @@ from rich.console import Console
 from rich.table import Table
 
 from swap_agent.simulate.cluster import Cluster
-from swap_agent.simulate.metrics import Tally
+from swap_agent.simulate.metrics import Metrics
 from swap_agent.simulate.policies import POLICIES, Policy
 from swap_agent.simulate.trace import Trace
 
 
-def figures(policy: Policy, cluster: Cluster, trace: Trace, tally: Tally) -> dict[str, Any]:
+def figures(policy: Policy, cluster: Cluster, trace: Trace, metrics: Metrics) -> dict[str, Any]:
     """One run, as JSON. All but `wall` is the same whenever the same trace is replayed."""
-    ttft_s = np.array(tally.ttft_s)
+    ttft_s = np.array(metrics.ttft_s)
     answered = ~np.isnan(ttft_s)
-    waited = np.frombuffer(bytes(tally.waited), dtype=np.uint8).astype(bool)
-    refused = dict(sorted(tally.refused.items()))
-    span_s = tally.span_s
+    waited = np.frombuffer(bytes(metrics.waited), dtype=np.uint8).astype(bool)
+    refused = dict(sorted(metrics.refused.items()))
+    span_s = metrics.span_s
     return {
         "policy": policy.name,
         "requests": len(trace),
@@ -31,22 +31,22 @@ def figures(policy: Policy, cluster: Cluster, trace: Trace, tally: Tally) -> dic
         "ttft_s": percentiles(ttft_s[answered]),
         "waited": int(waited.sum()),
         "ttft_waited_s": percentiles(ttft_s[answered & waited]),
-        "swaps_in": sum(tally.swaps_in.values()),
-        "swaps_out": tally.swaps_out,
-        "swap_in_s": percentiles(np.array(tally.swap_in_s)),
-        "copied_bytes": sum(tally.copied_bytes.values()),
-        "turns": tally.turns,
-        "drains_refused": tally.drains_refused,
-        "engine_starts": tally.engine_starts,
+        "swaps_in": sum(metrics.swaps_in.values()),
+        "swaps_out": metrics.swaps_out,
+        "swap_in_s": percentiles(np.array(metrics.swap_in_s)),
+        "copied_bytes": sum(metrics.copied_bytes.values()),
+        "turns": metrics.turns,
+        "drains_refused": metrics.drains_refused,
+        "engine_starts": metrics.engine_starts,
         "span_s": span_s,
-        "gpu_hours": policy.gpu_s(cluster, tally) / 3600,
-        "gpu_hours_resident": tally.resident_gpu_s / 3600,
-        "models": _by_model(trace, tally, ttft_s, waited),
+        "gpu_hours": policy.gpu_s(cluster, metrics) / 3600,
+        "gpu_hours_resident": metrics.resident_gpu_s / 3600,
+        "models": _by_model(trace, metrics, ttft_s, waited),
         "wall": {
-            "seconds": tally.wall_s,
-            "policy_seconds": tally.policy_wall_s,
-            "events": tally.events,
-            "microseconds_per_event": 1e6 * tally.policy_wall_s / max(1, tally.events),
+            "seconds": metrics.wall_s,
+            "policy_seconds": metrics.policy_wall_s,
+            "events": metrics.events,
+            "microseconds_per_event": 1e6 * metrics.policy_wall_s / max(1, metrics.events),
         },
     }
 
@@ -60,7 +60,7 @@ def percentiles(seconds: npt.NDArray[np.float64]) -> dict[str, float | None]:
 
 
 def _by_model(
-    trace: Trace, tally: Tally, ttft_s: npt.NDArray[np.float64], waited: npt.NDArray[np.bool_]
+    trace: Trace, metrics: Metrics, ttft_s: npt.NDArray[np.float64], waited: npt.NDArray[np.bool_]
 ) -> dict[str, Any]:
     order = np.argsort(trace.model, kind="stable")
     ends = np.cumsum(np.bincount(trace.model, minlength=len(trace.models)))
@@ -73,8 +73,8 @@ def _by_model(
             "refused": len(own) - len(own_answered),
             "waited": int(waited[places].sum()),
             "ttft_s": percentiles(own_answered),
-            "swaps_in": tally.swaps_in[name],
-            "copied_bytes": tally.copied_bytes[name],
+            "swaps_in": metrics.swaps_in[name],
+            "copied_bytes": metrics.copied_bytes[name],
         }
     return rows
 

@@ -44,7 +44,7 @@ class Static:
                 self._engines.discard(event.name)
             case ev.Tick():
                 idle = self._idle_since_s.items()
-                ended = [name for name, since_s in idle if event.now_s - since_s >= self._scale_down_s[name]]
+                ended = [name for name, since_s in idle if event.now_s >= since_s + self._scale_down_s[name]]
                 for name in ended:
                     del self._idle_since_s[name]
                 return [act.StopEngine(name, "scaled to zero") for name in ended]

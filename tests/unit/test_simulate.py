@@ -14,7 +14,7 @@ from swap_agent.policy.coordinator import Coordinator
 from swap_agent.simulate import cluster as clusters
 from swap_agent.simulate import trace as traces
 from swap_agent.simulate.cluster import Cluster, DeviceKind, Model
-from swap_agent.simulate.metrics import Tally
+from swap_agent.simulate.metrics import Metrics
 from swap_agent.simulate.policies import POLICIES, Policy
 from swap_agent.simulate.report import figures
 from swap_agent.simulate.shared_bandwidth import Link
@@ -39,7 +39,7 @@ SMALL = replace(SMALL, model=(replace(SMALL.model[0], copies=20, engine_start=5.
 """20 models of 20 GiB on 2 devices."""
 
 
-def run(*requests: tuple[float, str, int, int], cluster: Cluster = TINY, policy: str = "default") -> Tally:
+def run(*requests: tuple[float, str, int, int], cluster: Cluster = TINY, policy: str = "default") -> Metrics:
     return POLICIES[policy].run(cluster, Trace.of(list(cluster.models), requests), 0.0)
 
 

@@ -77,8 +77,8 @@ def replayed(policy: str, cluster: Cluster, requests: list[int]) -> tuple[int, i
     trace = Trace.of(names, [(STEP_S * (n + 1), names[place], 1, 1) for n, place in enumerate(requests)])
     world = POLICIES[policy].world(cluster, trace)
     world.warm_up()
-    hosts = list(world.hosts.values())
+    hosts = list(world.models.values())
     weights, kv = [host.weights_frames for host in hosts], [host.kv_frames for host in hosts]
-    held = [min(host.held, host.weights_frames) for host in hosts]
+    held = [min(host.held[0], host.weights_frames) for host in hosts]
     copied = sum(world.replay(trace).copied_bytes.values()) // MIB
     return copied, least_copied(weights, kv, cluster.devices[0].frames, held, requests)
