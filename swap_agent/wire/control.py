@@ -239,13 +239,13 @@ class ShrinkKv(Message, frozen=True):
     """Have every rank unmap all frames of region `kv` but the first `frames`, and ack with `Unmapped`.
 
     `frames` is at least that of `KvCache`. At once nobody gets a block of the others any more. Requests that use some
-    may go on until `deadline_s` seconds from now; then they are preempted, the youngest first, and computed again.
+    may go on for `within_s` seconds; then they are preempted, the youngest first, and computed again.
     While the gate is open, and no other order is under way.
     """
 
     epoch: int
     frames: int
-    deadline_s: float | None = 0.0
+    within_s: float | None = 0.0
     """None: nobody waits for them. What requests use stays, with all that lies before it; blocks beyond `frames` are
     handed out last from then on, so that more can go when this is ordered again."""
 
@@ -255,7 +255,7 @@ class KvShrunk(Message, frozen=True):
 
     epoch: int
     frames: int
-    """As ordered; or more, without a deadline."""
+    """As ordered; or more, where `within_s` was None."""
     blocks: int
     preempted: int
 

@@ -174,7 +174,7 @@ def test_who_is_in_the_way_has_until_the_deadline(
     agent.grow_kv(epoch(), kv.frames + 40)
     numbers = [stub.submit(each, GREEDY) for each in PROMPTS]
     time.sleep(0.2)
-    shrunk = agent.shrink_kv(epoch(), kv.frames, deadline_s=60)
+    shrunk = agent.shrink_kv(epoch(), kv.frames, within_s=60)
     assert shrunk == control.KvShrunk(agent.epoch, kv.frames, kv.blocks, 0), "they were let finish"
     assert answers(stub, numbers) == alone
 
@@ -183,7 +183,7 @@ def test_who_is_in_the_way_has_until_the_deadline(
     numbers = [stub.submit(each, long) for each in PROMPTS]
     time.sleep(0.3)
     begin = time.monotonic()
-    shrunk = agent.shrink_kv(epoch(), kv.frames, deadline_s=0.5)
+    shrunk = agent.shrink_kv(epoch(), kv.frames, within_s=0.5)
     assert shrunk.preempted and time.monotonic() > begin + 0.2
     cut = answers(stub, numbers)
     assert all(each.startswith(short) for each, short in zip(cut, alone, strict=True)), "nothing is lost"
@@ -198,20 +198,18 @@ def test_what_nobody_waits_for_goes_as_requests_leave_it(
     time.sleep(0.1)
     late = stub.submit(prompt(20, 200), LONG)
     time.sleep(0.2)
-    first = agent.shrink_kv(epoch(), kv.frames, deadline_s=None)
+    first = agent.shrink_kv(epoch(), kv.frames, within_s=None)
     assert kv.frames < first.frames < kv.frames + 40 and first.preempted == 0, "the top is free, the rest is used"
     assert kv_mapped(agent) == first.frames
     assert first.blocks >= kv.blocks
     assert answers(stub, numbers) == alone
-    second = agent.shrink_kv(epoch(), kv.frames, deadline_s=None)
+    second = agent.shrink_kv(epoch(), kv.frames, within_s=None)
     assert second.preempted == 0
     assert [text(stub.ask(each, GREEDY)) for each in PROMPTS[:2]] == alone[:2], "beside it, in lower blocks"
     text(list(stub.items(late, 120)))
     numbers = [stub.submit(PROMPTS[0], GREEDY)]
     time.sleep(0.1)
-    assert agent.shrink_kv(epoch(), kv.frames, deadline_s=None) == control.KvShrunk(
-        agent.epoch, kv.frames, kv.blocks, 0
-    )
+    assert agent.shrink_kv(epoch(), kv.frames, within_s=None) == control.KvShrunk(agent.epoch, kv.frames, kv.blocks, 0)
     assert answers(stub, numbers) == alone[:1]
 
 
@@ -301,11 +299,11 @@ def test_minutes_of_load_while_frames_come_and_go(
                 assert agent.grow_kv(epoch(), frames).blocks > kv.blocks
                 seen["grown"] += 1
             elif frames < held:
-                deadline_s = orders.choice((0.0, 0.5, None))
-                shrunk = agent.shrink_kv(epoch(), frames, deadline_s)
-                assert not (deadline_s is None and shrunk.preempted)
+                within_s = orders.choice((0.0, 0.5, None))
+                shrunk = agent.shrink_kv(epoch(), frames, within_s)
+                assert not (within_s is None and shrunk.preempted)
                 seen["preempted"] += shrunk.preempted
-                seen["returned" if deadline_s is None else "called back"] += 1
+                seen["returned" if within_s is None else "called back"] += 1
                 seen["kept"] += shrunk.frames > frames
             assert kv_mapped(agent) == len(agent.frames["kv"])
 

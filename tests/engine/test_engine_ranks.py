@@ -103,14 +103,14 @@ async def check_growth(pair: Model, answers: list[str]) -> None:
     assert kv, "vLLM 0.26, whose KV cache keeps its size, refuses two ranks"
     record = pair.agent.replica(pair.replica)
     reserved, sizes = record.reservation.frames, [rank.space.device_bytes for rank in engine.ranks]
-    for epoch, deadline_s in ((1_000, 0.0), (1_010, None)):
+    for epoch, within_s in ((1_000, 0.0), (1_010, None)):
         asking = asyncio.create_task(pair.answers())
         await kv_resize.grow(engine, epoch, kv.most_frames)
         grown = (kv.most_frames - kv.frames) * FRAME_BYTES
         assert [rank.space.device_bytes - size for rank, size in zip(engine.ranks, sizes, strict=True)] == [grown] * 2
         assert engine.kv_blocks == pair.report["kv"]["blocks"] == kv.most_blocks > kv.blocks
-        kept = await kv_resize.shrink(engine, epoch + 1, kv.frames, deadline_s)
-        assert kept == kv.frames or (deadline_s is None and kept <= kv.most_frames), "they may use some"
+        kept = await kv_resize.shrink(engine, epoch + 1, kv.frames, within_s)
+        assert kept == kv.frames or (within_s is None and kept <= kv.most_frames), "they may use some"
         more = (kept - kv.frames) * FRAME_BYTES
         assert [rank.space.device_bytes for rank in engine.ranks] == [size + more for size in sizes]
         assert await asking == answers

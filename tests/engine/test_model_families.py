@@ -86,7 +86,7 @@ def check_swaps(
             # Mamba layers compute a sequence anew in chunks, with other roundings than token by token, also after a
             # swap that preempts. So there nobody is preempted.
             has_states = "mamba_num_heads" in (weights / "config.json").read_text()
-            check_growth(agent, stub, ready.kv, answers, before, deadline_s=60.0 if has_states else 0.0)
+            check_growth(agent, stub, ready.kv, answers, before, within_s=60.0 if has_states else 0.0)
     except BaseException:
         agent.close()
         raise
@@ -99,7 +99,7 @@ def check_growth(
     kv: control.KvCache,
     answers: Callable[[Stub], list[Any]],
     before: list[Any],
-    deadline_s: float,
+    within_s: float,
 ) -> None:
     """The KV cache grows, is used to its end and called back, again and again, while the engine answers."""
     preempted, done = 0, threading.Event()
@@ -110,7 +110,7 @@ def check_growth(
         while not done.is_set():
             assert agent.grow_kv(epoch, more).blocks > kv.blocks
             done.wait(0.3)
-            preempted += agent.shrink_kv(epoch + 1, kv.frames, deadline_s).preempted
+            preempted += agent.shrink_kv(epoch + 1, kv.frames, within_s).preempted
             done.wait(0.1)
             epoch += 2
 
@@ -118,13 +118,13 @@ def check_growth(
         resizing = pool.submit(resize)
         try:
             rounds = 0
-            while rounds < 4 or (not deadline_s and not preempted and rounds < 40):  # it depends on when a shrink comes
+            while rounds < 4 or (not within_s and not preempted and rounds < 40):  # it depends on when a shrink comes
                 assert answers(stub) == before
                 rounds += 1
         finally:
             done.set()
         resizing.result()
-    assert bool(preempted) == (not deadline_s), "shrinks that nobody feels prove nothing"
+    assert bool(preempted) == (not within_s), "shrinks that nobody feels prove nothing"
 
 
 def texts(stub: Stub) -> list[str]:

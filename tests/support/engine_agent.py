@@ -169,11 +169,11 @@ class FakeAgent:
         failed: control.KvGrowFailed = self.receive(control.KvGrowFailed)
         return failed
 
-    def shrink_kv(self, epoch: int, frames: int, deadline_s: float | None = 0.0) -> control.KvShrunk:
+    def shrink_kv(self, epoch: int, frames: int, within_s: float | None = 0.0) -> control.KvShrunk:
         """Have the engine give up all frames of its KV cache but so many, and poison them."""
-        self.host.send(control.ShrinkKv(epoch, frames, deadline_s))
+        self.host.send(control.ShrinkKv(epoch, frames, within_s))
         shrunk = self.shrunk(epoch)
-        assert shrunk.frames == frames or (shrunk.frames > frames and deadline_s is None)
+        assert shrunk.frames == frames or (shrunk.frames > frames and within_s is None)
         return shrunk
 
     def shrunk(self, epoch: int) -> control.KvShrunk:

@@ -429,7 +429,7 @@ async def main() -> None:
                 grown = control.KvGrown(message.epoch, min(message.frames, most))
                 agent.send(control.KvGrowFailed(message.epoch, undone[0]) if undone[0] else grown)
             case control.ShrinkKv():
-                kept = max(message.frames, uses[-1]) if message.deadline_s is None else message.frames
+                kept = max(message.frames, uses[-1]) if message.within_s is None else message.frames
                 await in_all(ranks, "shrink_kv", [(message.epoch, kept)] * len(ranks))
                 agent.send(control.KvShrunk(message.epoch, kept, kept, int(uses[-1] > kept)))
                 uses.append(min(uses[-1], kept))

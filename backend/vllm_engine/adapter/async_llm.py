@@ -188,15 +188,15 @@ class VllmEngine:
         (left,) = await self._order(Order.WITHHOLD_KV, frames)
         return int(left)
 
-    async def shrink_kv(self, epoch: int, frames: int, *, preempt: bool) -> tuple[int, int, int]:
-        """Have every rank unmap all but `frames`; who uses them is computed again, or they stay, unless `preempt`.
+    async def shrink_kv(self, epoch: int, frames: int, within_s: float | None) -> tuple[int, int, int]:
+        """Have every rank unmap all but `frames`. Requests in the way are computed again; `within_s` None: they stay.
 
         Returns the number of frames, of blocks and of preempted requests.
         """
-        ((kept, blocks, preempted),) = await self._order(Order.SHRINK_KV, epoch, frames, preempt)
+        ((kept, blocks, preempted),) = await self._order(Order.SHRINK_KV, epoch, frames, within_s)
         return kept, blocks, preempted
 
-    async def _order(self, name: str, *args: int) -> list[Any]:
+    async def _order(self, name: str, *args: float | None) -> list[Any]:
         answers: list[Any] = await self._llm.collective_rpc(name, RPC_TIMEOUT_S, args)
         return answers
 

@@ -104,14 +104,14 @@ class SchedulerOrders:
         """Ready a shrink to `frames`: returns how many blocks are in the way."""
         return self._scheduler_blocks().withhold(self._at_least(frames))
 
-    def _shrink(self, epoch: int, frames: int, preempt: bool) -> tuple[int, int, int]:
-        """Have every rank unmap all but `frames`; unless `preempt`, but what requests use and all before that as well.
+    def _shrink(self, epoch: int, frames: int, within_s: float | None) -> tuple[int, int, int]:
+        """Have every rank unmap all but `frames`; `within_s` None: but what requests use and all before that as well.
 
         Returns the number of frames, of blocks and of preempted requests.
         """
         blocks = self._scheduler_blocks()
         end = self._at_least(frames)
-        if not preempt:
+        if within_s is None:
             frames = max(frames, *self._ranks("kv_frames", args=(blocks.spare(end),)))
             end = self._at_least(frames)
         preempted = blocks.shrink(end)

@@ -91,10 +91,10 @@ class Engine(Generator, Protocol):
     async def withhold_kv(self, frames: int) -> int:
         """Use no block any more that more than `frames` frames back. Returns how many of them requests hold yet."""
 
-    async def shrink_kv(self, epoch: int, frames: int, *, preempt: bool) -> tuple[int, int, int]:
+    async def shrink_kv(self, epoch: int, frames: int, within_s: float | None) -> tuple[int, int, int]:
         """Have every rank unmap all but `frames` frames of region `kv`.
 
-        With `preempt`, requests in the way are computed again; without it, the frames that they use stay.
+        Requests in the way may go on for `within_s`, then they are computed again; None: the frames that they use stay.
         Returns the number of frames, of blocks and of preempted requests.
         """
 

@@ -214,21 +214,21 @@ class Host:
 
     async def _shrink_kv(self, order: control.ShrinkKv) -> None:
         self._check_kv_order(order)
-        if order.deadline_s is not None:
-            await self._withhold_kv(order.frames, order.deadline_s)
+        if order.within_s is not None:
+            await self._withhold_kv(order.frames, order.within_s)
         begin = time.monotonic()
-        preempt = order.deadline_s is not None
-        frames, blocks, preempted = await self._engine.shrink_kv(order.epoch, order.frames, preempt=preempt)
+        within_s = None if order.within_s is None else 0.0  # that time is over
+        frames, blocks, preempted = await self._engine.shrink_kv(order.epoch, order.frames, within_s)
         self._channel.send(control.KvShrunk(order.epoch, frames, blocks, preempted))
         log.info(
             "KV cache of %d frames (%d would do), %d blocks, epoch %d: %.4f s, %d requests preempted",
             frames, order.frames, blocks, order.epoch, time.monotonic() - begin, preempted,
         )  # fmt: skip
 
-    async def _withhold_kv(self, frames: int, deadline_s: float) -> None:
+    async def _withhold_kv(self, frames: int, within_s: float) -> None:
         """Return when no request is in the way of a shrink to `frames`, or its time is over."""
         begin = time.monotonic()
-        deadline = begin + deadline_s
+        deadline = begin + within_s
         while await self._engine.withhold_kv(frames):
             now = time.monotonic()
             # What follows waits for a step to end, as long as that took just now.

@@ -76,17 +76,17 @@ async def grow(engine: Engine, epoch: int, frames: int) -> None:
         engine.forget(epoch, control.KvGrowFailed)
 
 
-async def shrink(engine: Engine, epoch: int, frames: int, deadline_s: float | None) -> int:
+async def shrink(engine: Engine, epoch: int, frames: int, within_s: float | None) -> int:
     """Take back all frames of KV cache but `frames` on each rank, at least `engine.kv.frames`. Returns how many it has.
 
-    Requests may go on for `deadline_s`; then those that are in the way are computed again. None: what they use stays.
+    Requests may go on for `within_s`; then those that are in the way are computed again. None: what they use stays.
     Raises Unavailable, PeerGone, TimeoutError: the engine is in an unknown state and has to be ended.
     """
     assert engine.host
     acked = engine.expect(epoch, control.KvShrunk)
-    engine.host.send(control.ShrinkKv(epoch, frames, deadline_s))
-    within_s = (deadline_s or 0.0) + engine.timeouts.between_steps_s
-    await rank_group.unmapped(engine.ranks, epoch, within_s)
+    engine.host.send(control.ShrinkKv(epoch, frames, within_s))
+    patience_s = (within_s or 0.0) + engine.timeouts.between_steps_s
+    await rank_group.unmapped(engine.ranks, epoch, patience_s)
     kept = (await asyncio.wait_for(acked, engine.timeouts.between_steps_s)).frames
     await rank_group.truncate_kv(engine.ranks, kept)
     return kept
