@@ -93,10 +93,10 @@ class _Node(ObedientNode[Coordinator, Engine]):
         frames = self.policy.ledger.replicas[order.name].settings.request_frames or 0
         return Engine(order.name, regions=deque([Region([frames] * ranks)]), host_bytes=1, mirror_bytes=1)
 
-    def report(self, engine: Engine) -> None:
+    def tell_counts(self, engine: Engine) -> None:
         """Tell the counts, also those that have not changed: what is cheap to decide is a part of the mixture."""
         engine.reported = (-1, engine.reported[1])
-        super().report(engine)
+        super().tell_counts(engine)
 
     def obey_one(self) -> None:
         """Carry out an order of any engine that has some."""
@@ -105,13 +105,13 @@ class _Node(ObedientNode[Coordinator, Engine]):
         self.orders.remove(order)
         if isinstance(order, act.Drain) and (engine := self.engines.get(name)):
             engine.in_flight = 0  # they have been answered
-            self.report(engine)
+            self.tell_counts(engine)
         self.obey(order)
 
     def pass_time(self, seconds: float) -> None:
         until_s = self.now_s + seconds
         while self.policy.next_tick_s <= until_s:
-            self.tick()
+            self.advance()
         self.now_s = until_s
 
     def start_all(self) -> None:
@@ -143,10 +143,10 @@ class _Node(ObedientNode[Coordinator, Engine]):
             self.tell(ev.ParkRequested(self.now_s, name, False))
         elif engine and engine.gate_open:
             engine.in_flight = self.rng.choice([0, 0, 1, 2, 3])
-            self.report(engine)
+            self.tell_counts(engine)
         elif engine and self.rng.random() < 0.3:
             engine.waiting = self.rng.choice([0, 1, 2])
-            self.report(engine)
+            self.tell_counts(engine)
         self.waited += len(self.policy.waiting)
 
 

@@ -93,7 +93,7 @@ class Packing(ObedientNode[Coordinator, Engine]):
         for _ in range(_MOST_TICKS):
             if name in self._answers:
                 break
-            self.tick()
+            self.advance()
         else:
             raise AccountingError(f"{name} waits for ever")
         if self._answers[name]:

@@ -106,7 +106,7 @@ class ObedientNode(Generic[P, E]):
         finally:
             self.telling = False
 
-    def tick(self) -> None:
+    def advance(self) -> None:
         """Go on to the time of which the policy wants to hear. Raises AccountingError when there is none."""
         self.now_s = max(self.now_s, self.policy.next_tick_s)
         if self.now_s == float("inf"):
@@ -168,7 +168,7 @@ class ObedientNode(Generic[P, E]):
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
-    def report(self, engine: E) -> None:
+    def tell_counts(self, engine: E) -> None:
         """Tell the counts, if they changed; and ask for the model when the first request has to wait."""
         counts, (_, waited) = (engine.in_flight, engine.waiting), engine.reported
         if counts != engine.reported:
@@ -247,7 +247,7 @@ class ObedientNode(Generic[P, E]):
 
     def counts_changed(self, engine: E) -> None:
         """The counts of its requests are others than before."""
-        self.report(engine)
+        self.tell_counts(engine)
 
     # --- what takes time: done at once here; a subclass with a clock calls these when the time is over ----------------
 

@@ -299,7 +299,7 @@ class World(ObedientNode[Decider, ModelEngine]):
         """Tell at once when a count enters or leaves zero, else after a while."""
         in_flight, waiting = engine.reported
         if bool(in_flight) != bool(engine.in_flight) or bool(waiting) != bool(engine.waiting):
-            self.report(engine)
+            self.tell_counts(engine)
         elif not engine.report_s:
             engine.report_s = self.now_s + REPORT_INTERVAL_S
             self._at(engine.report_s, self._report_due, (engine, engine.report_s))
@@ -307,15 +307,15 @@ class World(ObedientNode[Decider, ModelEngine]):
     def _report_due(self, what: tuple[ModelEngine, float]) -> None:
         engine, due_s = what
         if engine.report_s == due_s:  # else it was sent before
-            self.report(engine)
+            self.tell_counts(engine)
 
-    def report(self, engine: ModelEngine) -> None:
+    def tell_counts(self, engine: ModelEngine) -> None:
         """As the engine host, which also counts the requests that it has served."""
         engine.report_s = 0.0
         if engine.served != engine.served_reported:
             engine.served_reported = engine.served
             engine.reported = (-1, engine.reported[1])
-        super().report(engine)
+        super().tell_counts(engine)
 
     def ask(self, engine: ModelEngine) -> None:
         """Where there is no engine, it is the stub in Triton that asks for one."""

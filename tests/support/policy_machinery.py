@@ -2,94 +2,112 @@
 
 from __future__ import annotations
 
+import sys
+from collections import defaultdict, deque
 from collections.abc import Iterable
+from dataclasses import replace
 
 from swap_agent.policy import actions as act
 from swap_agent.policy import events as ev
 from swap_agent.policy.coordinator import Coordinator
 from swap_agent.policy.ledger import Device
+from swap_agent.policy.obedient_node import Engine, ObedientNode, Region
 from swap_agent.policy.replica import Replica
 from swap_agent.policy.states import State
 
 
-class Machinery:
-    """Obeys orders the way agent and engines do, when told to; keeps the orders that are still open."""
+class Machinery(ObedientNode[Coordinator, Engine]):
+    """A node whose orders stay open until a test has them obeyed.
+
+    A test may also answer for the node. So before an order is obeyed, its engine is made to be what the policy takes it
+    for; and frames are checked in the policy's own books only.
+    """
 
     def __init__(self, *devices: Device, host_limit_bytes: int | None = None) -> None:
-        self.policy = Coordinator(list(devices), host_limit_bytes)
-        self.now_s = 0.0
+        super().__init__(Coordinator(list(devices), host_limit_bytes), [])
+        self.free_frames = defaultdict(int, dict.fromkeys((device.name for device in devices), sys.maxsize))
         self.open: list[act.Action] = []
         self.done: list[act.Action] = []
         self.busy: dict[str, int] = {}
         self.waiting: dict[str, int] = {}
         self.host_bytes: dict[str, int] = {}
         """Of models whose engines ask for host memory before they are ready."""
+        self._answer: list[act.Action] | None = None
 
     def post(self, kind: type[ev.Event], *fields: object) -> list[act.Action]:
-        actions = self.policy.on_event(kind(self.now_s, *fields))
+        """Tell the policy; its orders."""
+        self._answer = None
+        self.tell(kind(self.now_s, *fields))
+        assert self._answer is not None
+        return self._answer
+
+    def decide(self, event: ev.Event) -> list[act.Action]:
+        actions = super().decide(event)
         self.policy.ledger.check_integrity()
-        self.open += actions
-        self.done += actions
+        if self._answer is None:
+            self._answer = actions
         return actions
+
+    def take(self, order: act.Action) -> None:
+        """Leave it to the test; but an engine that starts goes on at once when it gets what it has asked for itself."""
+        self.open.append(order)
+        self.done.append(order)
+        engine = self.engines.get(order.name)
+        if engine and isinstance(order, act.GrantFrames | act.RefuseFrames) and order.rank in engine.asked:
+            self.obey(order)
 
     def register(self, name: str, frames: int | None, keep_alive_s: float | None = None, ranks: int = 1) -> None:
         self.post(ev.Registered, name, frames, keep_alive_s, ranks)
+
+    def new_engine(self, order: act.StartEngine) -> Engine:
+        """It takes its request, each next rank a frame less: they need not be of one size."""
+        frames = self.replica(order.name).settings.request_frames
+        regions = [Region([frames - rank for rank in range(len(order.devices))])] if frames else []
+        return Engine(order.name, regions=deque(regions), host_bytes=self.host_bytes.get(order.name, 0))
 
     def report(self, name: str, in_flight: int = 0, waiting: int = 0) -> list[act.Action]:
         """The host tells its counts, and asks for its model when the first request has to wait."""
         first = waiting and not self.waiting.get(name)
         self.busy[name], self.waiting[name] = in_flight, waiting
         actions = self.post(ev.TrafficReported, name, in_flight, waiting)
-        return actions + self.ask(name) if first else actions
-
-    def ask(self, name: str) -> list[act.Action]:
-        return self.post(ev.RequestsHeld, name, self.replica(name).epoch)
+        return actions + self.post(ev.RequestsHeld, name, self.replica(name).epoch) if first else actions
 
     def tick(self, seconds: float) -> list[act.Action]:
         self.now_s += seconds
         return self.post(ev.Tick)
 
-    def obey(self, action: act.Action) -> None:
+    def obey(self, order: act.Action) -> None:
         """Carry out one order, as an engine with `busy` and `waiting` requests would."""
-        self.open.remove(action)
-        name = action.name
-        match action:
-            case act.StartEngine():
-                if frames := self.replica(name).settings.request_frames:
-                    for rank in range(len(action.devices)):
-                        self.post(ev.FramesWanted, name, frames - rank, rank)  # they need not be of one size
-                if name in self.host_bytes:
-                    self.post(ev.HostMemoryWanted, name, self.host_bytes[name])
-                else:
-                    self.post(ev.EngineReady, name)
-            case act.GrantHostMemory():
-                self.post(ev.EngineReady, name)
-            case act.RefuseHostMemory():
-                self.post(ev.EngineExited, name, action.message)
-            case act.StopEngine():
-                self.post(ev.EngineExited, name, "stopped")
-            case act.DropMirror():
-                self.post(ev.MirrorDropped, name)
-            case act.Drain() if action.preempt and self.busy.get(name):
-                self.ask(name)  # what is in flight stands still
-                self.post(ev.Drained, name, action.epoch)
-            case act.Drain():
-                if action.wait or not self.busy.get(name):
-                    self.busy[name] = 0
-                    self.post(ev.Drained, name, action.epoch)
-                else:
-                    self.post(ev.DrainRefused, name, action.epoch)
-            case act.Resize():
-                self.post(ev.Resized, name, action.epoch, action.frames)
-            case act.SwapOut():
-                self.post(ev.SwappedOut, name, action.epoch)
-            case act.SwapIn() if self.replica(name).reservation.promised_frames:
-                self.open.append(action)  # others have yet to return its frames
-            case act.SwapIn():
-                self.post(ev.SwappedIn, name, action.epoch)
-                self.report(name, in_flight=self.waiting.get(name, 0))
-            case act.Refuse():
-                self.waiting[name] = 0
+        self.open.remove(order)
+        if isinstance(order, act.Drain) and order.wait:
+            self.busy[order.name] = 0  # they are answered
+        engine = self._engine(order.name)
+        match order:
+            case act.GrantFrames() | act.RefuseFrames() if engine and order.rank not in engine.asked:
+                return  # the test asked for them
+            case act.SwapIn() | act.MoreFrames() if engine:
+                replica = self.replica(order.name)
+                if order.epoch != replica.epoch or replica.state is not State.SWAPPING_IN:
+                    return
+                order = replace(order, frames=replica.reservation.frames)  # tests may obey these in any order
+        super().obey(order)
+        if engine:
+            self.busy[order.name], self.waiting[order.name] = engine.in_flight, engine.waiting
+
+    def _engine(self, name: str) -> Engine | None:
+        replica = self.policy.ledger.replicas.get(name)
+        if not replica or not replica.devices:
+            self.engines.pop(name, None)
+            return None
+        engine = self.engines.setdefault(name, Engine(name))
+        engine.devices, engine.epoch = replica.devices, replica.epoch
+        engine.sizes = [replica.measured.footprints.get(rank, 0) for rank in range(len(replica.devices))]
+        if replica.state is not State.STARTING:
+            engine.held = [min(size, replica.reservation.frames) for size in engine.sizes]
+        engine.held = engine.held or [0] * len(replica.devices)
+        engine.in_flight, engine.waiting = self.busy.get(name, 0), self.waiting.get(name, 0)
+        engine.reported = (replica.activity.in_flight, replica.activity.waiting)
+        return engine
 
     def settle(self) -> None:
         """Obey until nothing is open."""
