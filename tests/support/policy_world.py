@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from support.policy_waits import Waits
 from swap_agent.policy import actions as act
@@ -16,6 +16,7 @@ from swap_agent.policy.coordinator import Coordinator
 from swap_agent.policy.eviction import LEAST_IDLE_S, coming_frames, returning_frames
 from swap_agent.policy.kv_loans import RETURN_AGAIN_S
 from swap_agent.policy.ledger import Device
+from swap_agent.policy.obedient_node import Engine, ObedientNode
 from swap_agent.policy.replica import Replica
 from swap_agent.policy.states import MOVES, State
 
@@ -23,44 +24,28 @@ NEVER = float("inf")
 EPSILON_S = 1e-9
 
 
-@dataclass
-class FakeEngine:
+Answer = ev.Drained | ev.DrainRefused | ev.SwappedOut | ev.SwappedIn | ev.SwapInFailed | ev.Resized
+"""What ends an order."""
+
+
+@dataclass(eq=False)
+class FakeEngine(Engine):
     """A process tree that starts, maps, serves, swaps and dies when the world lets it."""
 
-    devices: tuple[str, ...]
-    held: list[int]
-    """Frames of each rank."""
-    sizes: list[int]
-    """Frames that each rank has when nothing is taken."""
-    asked: dict[int, int] = field(default_factory=dict)
-    """Frames that ranks wait for."""
     host_asked: bool = False
-    host_bytes: int = 0
-    """Granted."""
     mirrors: dict[int, str] = field(default_factory=dict)
     ready: bool = False
     doomed: bool = False
     """It was refused what it cannot do without."""
-    gate_open: bool = False
-    in_flight: int = 0
-    waiting: int = 0
-    epoch: int = 0
-    """Of the last order that its host has taken."""
     order: act.Drain | act.SwapOut | act.SwapIn | act.Resize | act.StopEngine | None = None
-    extra: int = 0
-    """Frames of each rank beyond its size."""
     wants: int = 0
-    """As many of these as it has said."""
+    """As many frames beyond its size as it has said."""
     kept_s: float = float("-inf")
     """When it last kept some that nobody waits for, since it uses them."""
     uses: int = 0
     """Those of them that it uses while something is in flight, whatever it wants."""
     residue: dict[str, int] = field(default_factory=dict)
     """Outside of frames, by device, as last told."""
-    may_hold: int = 0
-    """Frames of each rank, as last ordered while it is swapped in."""
-    frozen: bool = False
-    """It was preempted: what is in flight stands still."""
     exceeded: str = ""
     """Why it is to be stopped: it took too much outside of frames."""
 
@@ -72,7 +57,6 @@ class Record:
     settings: ev.Registered
     loading: bool = False
     unloading: bool = False
-    reported: tuple[int, int] = (0, 0)
     resident_since_s: float = -1.0
     idle_since_s: float = 0.0
     overtaken: Counter[str] = field(default_factory=Counter)
@@ -81,7 +65,7 @@ class Record:
     """How often each other one was started while it waited for its own engine start."""
 
 
-class World:
+class World(ObedientNode[Coordinator, FakeEngine]):
     """Obeys the policy, one step at a time."""
 
     def __init__(
@@ -95,16 +79,17 @@ class World:
         self.residue_budget_bytes = residue_budget_bytes
         self.host_limit_bytes = host_limit_bytes
         self.preempt = preempt
-        self.policy = Coordinator(
+        policy = Coordinator(
             list(devices), host_limit_bytes, residue_budget_bytes=residue_budget_bytes, preempt=preempt
         )
-        self.now_s = 0.0
+        super().__init__(policy, devices)
         self.records: dict[str, Record] = {}
-        self.engines: dict[str, FakeEngine] = {}
         self.mirrors: dict[str, bool] = {}
         """Mirrors, and whether they are being dropped."""
         self._refused: list[str] = []
         """Hosts that were told to refuse who waits."""
+        self._actions: list[act.Action] = []
+        """What was ordered last."""
         self.history: list[ev.Event | act.Action] = []
         self._waits = Waits()
 
@@ -121,7 +106,7 @@ class World:
         actions = self.policy.on_event(event)
         self.history += actions
         for action in actions:
-            self._perform(action, before.get(action.name))
+            self.take(action)
         self._count_who_passed(actions, waited)
         self._check(before, event)
         self._waits.look(self, self._waiting())
@@ -130,7 +115,14 @@ class World:
             self._check_that_nothing_was_missed(event)
         while self._refused:
             self.report(self._refused.pop(0))  # their going is told before others come
+        self._actions = actions
         return actions
+
+    def tell(self, event: ev.Event) -> None:
+        """What an engine answers to its order, and tells meanwhile."""
+        if isinstance(event, Answer) and event.name in self.engines:
+            self.engines[event.name].order = None
+        self.post(event)
 
     def register(self, settings: ev.Registered) -> None:
         self.records.setdefault(settings.name, Record(settings)).settings = settings
@@ -158,7 +150,7 @@ class World:
     def finish(self, name: str, count: int) -> None:
         """Requests that run are answered."""
         engine = self.engines[name]
-        if not engine.frozen:
+        if not engine.stands_still:
             engine.in_flight = max(0, engine.in_flight - count)
 
     def cancel(self, name: str) -> None:
@@ -167,18 +159,17 @@ class World:
 
     def report(self, name: str) -> None:
         """The host tells its counts, if they changed; and asks for its model when the first request has to wait."""
-        engine, record = self.engines[name], self.records[name]
-        now = (engine.in_flight, engine.waiting)
-        if now != record.reported:
-            if now == (0, 0):
-                record.idle_since_s = self.now_s
-            first = now[1] and not record.reported[1]
-            record.reported = now
-            self.post(ev.TrafficReported(self.now_s, name, *now))
-            if first:
-                self.post(ev.RequestsHeld(self.now_s, name, engine.epoch))
+        engine = self.engines[name]
+        if (engine.in_flight, engine.waiting) == (0, 0) != engine.reported:
+            self.records[name].idle_since_s = self.now_s
+        self.tell_counts(engine)
 
-    def ask(self, name: str, rank: int, frames: int) -> None:
+    def ask(self, engine: FakeEngine) -> None:
+        """For requests that were told; the host tells the first one at once."""
+        if engine.reported[1] or (engine.stands_still and engine.in_flight):
+            self.tell(ev.RequestsHeld(self.now_s, engine.name, engine.epoch))
+
+    def ask_frames(self, name: str, rank: int, frames: int) -> None:
         """A rank wants frames; only a starting one that does not wait for others may have some."""
         engine = self.engines[name]
         if not engine.ready:
@@ -195,7 +186,6 @@ class World:
         self.post(ev.HostMemoryWanted(self.now_s, name, total_bytes))
 
     def measure(self, name: str, total_bytes: int) -> None:
-        self.engines[name].host_bytes = total_bytes
         self.post(ev.HostMemoryMeasured(self.now_s, name, total_bytes))
 
     def measure_residue(self, name: str, residue: int) -> None:
@@ -227,16 +217,14 @@ class World:
 
     def ready(self, name: str) -> None:
         engine = self.engines[name]
-        engine.ready = engine.gate_open = True
-        engine.sizes = list(engine.held)
-        self._resident(name)
-        self.post(ev.EngineReady(self.now_s, name))
+        engine.ready = True
+        self.boot(engine)
 
     def exit(self, name: str, reason: str = "killed") -> None:
         """Every process of its engine is gone."""
-        engine = self.engines.pop(name)
-        self.records[name].reported = (0, 0)
-        actions = self.post(ev.EngineExited(self.now_s, name, reason))
+        engine = self.engines[name]
+        self.end(engine, reason)
+        actions = self._actions
         if isinstance(engine.order, act.StopEngine):
             told = [action.message for action in actions if isinstance(action, act.Refuse) and action.name == name]
             assert reason not in told and engine.exceeded not in told, "whoever waits for it gets the next engine"
@@ -244,72 +232,42 @@ class World:
             failed = self.replica(name)
             assert (failed.state, failed.failure) == (State.FAILED, engine.exceeded)
 
-    def obey(self, name: str, *, fail: bool = False, part: int = 0) -> None:
+    def carry_out(self, name: str, *, fail: bool = False, part: int = 0) -> None:
         """One step of what its engine was ordered; with `fail` a swap-in is undone; a swap-out returns `part` first."""
         engine = self.engines[name]
         order = engine.order
-        if isinstance(order, act.SwapOut) and engine.epoch != order.epoch:
-            engine.epoch = order.epoch
-            if self.records[name].reported[1] or (engine.frozen and engine.in_flight):
-                self.post(ev.RequestsHeld(self.now_s, name, engine.epoch))  # what it asked for before may be stale
-        elif isinstance(order, act.Drain | act.SwapIn):
-            engine.epoch = order.epoch
         match order:
             case act.StopEngine():
                 self.exit(name, "stopped")
             case act.Drain():
-                engine.gate_open = False
-                if engine.in_flight and order.preempt:
-                    engine.frozen = True
-                    self.report(name)
-                    self.post(ev.RequestsHeld(self.now_s, name, order.epoch))
-                    engine.order = None
-                    self.post(ev.Drained(self.now_s, name, order.epoch))
-                    return
-                if engine.in_flight and order.wait:
-                    return
-                if not engine.in_flight:
+                if not engine.in_flight or order.preempt:
                     self.report(name)  # the host tells that before it tells that it is drained
-                engine.order = None
-                if engine.in_flight:
-                    engine.gate_open = True
-                    engine.in_flight += engine.waiting
-                    engine.waiting = 0
-                    self.records[name].reported = (max(1, self.records[name].reported[0]), 0)
-                    self.post(ev.DrainRefused(self.now_s, name, order.epoch))
-                else:
-                    self.post(ev.Drained(self.now_s, name, order.epoch))
+                elif not order.wait:
+                    engine.reported = (max(1, engine.reported[0]), engine.reported[1])
+                if not engine.draining:
+                    self.obey(order)
+                elif not engine.in_flight:
+                    self.emptied(engine)
             case act.SwapOut() if 0 < part < max(engine.held) - order.keep_frames:
                 still = max(engine.held) - part
-                engine.held = [min(held, still) for held in engine.held]
+                self.hold(engine, [min(held, still) for held in engine.held])
                 self.post(ev.FramesReturned(self.now_s, name, order.epoch, still))
             case act.Resize():
-                engine.order = None
-                if fail and order.frames > engine.extra:
-                    pass  # it could not grow
+                extra = order.frames
+                if fail and extra > engine.extra:  # it could not grow
+                    extra = engine.extra
                 elif order.within_s is None:
-                    engine.extra = max(order.frames, min(engine.extra, engine.uses if engine.in_flight else 0))
-                    engine.kept_s = self.now_s if engine.extra > order.frames else engine.kept_s
-                else:
-                    engine.extra = order.frames
-                engine.held = [size + engine.extra for size in engine.sizes]
-                self.post(ev.Resized(self.now_s, name, order.epoch, engine.extra))
+                    extra = max(extra, min(engine.extra, engine.uses if engine.in_flight else 0))
+                    engine.kept_s = self.now_s if extra > order.frames else engine.kept_s
+                self.obey(replace(order, frames=extra))
             case act.SwapOut():
-                engine.order, engine.extra, engine.wants = None, 0, 0
-                engine.held = [min(held, order.keep_frames) for held in engine.held]
-                self.post(ev.SwappedOut(self.now_s, name, order.epoch))
+                engine.wants = 0
+                self.obey(order)
             case act.SwapIn() if fail:
-                engine.order = None
-                self.post(ev.SwapInFailed(self.now_s, name, order.epoch, "no memory"))
-            case act.SwapIn() if engine.may_hold < max(engine.sizes):
-                pass  # the rest of its frames is on its way
+                engine.epoch = order.epoch
+                self.tell(ev.SwapInFailed(self.now_s, name, order.epoch, "no memory"))
             case act.SwapIn():
-                engine.order = None
-                engine.held = list(engine.sizes)
-                engine.gate_open, engine.frozen = True, False
-                engine.in_flight, engine.waiting = engine.in_flight + engine.waiting, 0
-                self._resident(name)
-                self.post(ev.SwappedIn(self.now_s, name, order.epoch))
+                self.obey(replace(order, frames=engine.may_hold))
 
     def tell_stale(self, name: str, kind: type[ev.Event]) -> None:
         """An answer that comes after its order was overtaken changes nothing."""
@@ -381,12 +339,12 @@ class World:
                 self.exit(name, "refused")
             elif not engine.ready and not engine.asked and not engine.host_asked:
                 self.ready(name)
-            elif engine.in_flight and not engine.frozen and requests_end:
+            elif engine.in_flight and not engine.stands_still and requests_end:
                 engine.in_flight = 0
-            elif (engine.in_flight, engine.waiting) != self.records[name].reported:
+            elif (engine.in_flight, engine.waiting) != engine.reported:
                 self.report(name)
             elif engine.order and not self._must_wait(engine):
-                self.obey(name)
+                self.carry_out(name)
             else:
                 continue
             return True
@@ -401,7 +359,9 @@ class World:
 
     def _wishes(self) -> list[str]:
         """Who waits for an answer."""
-        waiting = [name for name, e in self.engines.items() if e.waiting or (e.frozen and e.in_flight) or not e.ready]
+        waiting = [
+            name for name, e in self.engines.items() if e.waiting or (e.stands_still and e.in_flight) or not e.ready
+        ]
         return sorted({*waiting, *(name for name, record in self.records.items() if record.loading)})
 
     def _owed(self) -> list[str]:
@@ -411,7 +371,8 @@ class World:
 
     # --- orders -------------------------------------------------------------------------------------------------------
 
-    def _perform(self, action: act.Action, before: State | None) -> None:
+    def take(self, action: act.Action) -> None:
+        """Check that it may be ordered now. What takes no time is obeyed."""
         name = action.name
         engine = self.engines.get(name)
         match action:
@@ -427,20 +388,19 @@ class World:
             case act.Refuse():
                 assert action.message
                 self.records[name].loading = False
-                if engine and (engine.waiting or engine.frozen):
-                    engine.waiting = 0
-                    engine.in_flight = 0 if engine.frozen else engine.in_flight
-                    engine.frozen = False
+                if engine and (engine.waiting or engine.stands_still):
                     self._refused.append(name)
+                self.obey(action)
                 return
             case act.StartEngine():
-                self._start(action)
+                self._check_start(action)
+                self.obey(action)
                 return
         assert engine, f"{action} is for nobody"
         match action:
             case act.GrantFrames():
-                assert engine.asked.pop(action.rank) == action.frames
-                engine.held[action.rank] += action.frames
+                assert engine.asked[action.rank] == action.frames
+                self.obey(action)
                 most = self.replica(name).settings.most_frames
                 assert most is None or engine.held[action.rank] <= most, f"{name} has more than its limit"
             case act.RefuseFrames():
@@ -462,7 +422,7 @@ class World:
                 engine.order = action
             case act.SwapOut():
                 assert engine.ready and not engine.gate_open and engine.order is None
-                assert engine.frozen or not engine.in_flight
+                assert engine.stands_still or not engine.in_flight
                 engine.order = action
             case act.Resize():
                 assert engine.ready and engine.gate_open and engine.order is None
@@ -488,10 +448,10 @@ class World:
                 assert engine.ready and not isinstance(engine.order, act.StopEngine)
                 if not engine.exceeded:
                     assert not engine.gate_open and engine.order is None, "only parked ones end for others"
-                    assert not engine.frozen or not self.records[name].reported[0], "who stands still is not cut off"
+                    assert not engine.stands_still or not engine.reported[0], "who stands still is not cut off"
                 if "--residue-budget" in action.reason:
                     assert self.residue_budget_bytes is not None and not self.records[name].settings.pinned
-                    waits = self.records[name].reported[1] and name not in self._refused
+                    waits = engine.reported[1] and name not in self._refused
                     assert not self.records[name].loading and not waits, "it is wanted"
                     held = [e.residue for n, e in self.engines.items() if not isinstance(e.order, act.StopEngine)]
                     used = [sum(residue.get(device, 0) for residue in held) for device in engine.devices]
@@ -500,18 +460,29 @@ class World:
             case _:
                 raise AssertionError(action)
 
-    def _start(self, action: act.StartEngine) -> None:
+    def _check_start(self, action: act.StartEngine) -> None:
         settings = self.records[action.name].settings
         assert action.name not in self.engines, "started twice"
         assert all(engine.ready for engine in self.engines.values()), "one engine starts at a time"
         assert len(set(action.devices)) == settings.ranks, "a device for each rank"
         assert not settings.allowed_devices or set(action.devices) <= set(settings.allowed_devices)
-        nothing = [0] * settings.ranks
-        self.engines[action.name] = FakeEngine(action.devices, list(nothing), nothing)
+
+    def new_engine(self, order: act.StartEngine) -> FakeEngine:
+        return FakeEngine(order.name, sizes=[0] * len(order.devices))
+
+    def start_on(self, engine: FakeEngine) -> None:
+        """The test says what it asks for, and when it is ready."""
+
+    def open_gate(self, engine: FakeEngine) -> None:
+        super().open_gate(engine)
+        self._resident(engine.name)
+
+    def counts_changed(self, engine: FakeEngine) -> None:
+        """They are told later."""
 
     def _may_drain(self, drain: act.Drain) -> None:
         record = self.records[drain.name]
-        settings, busy = record.settings, record.reported != (0, 0)
+        settings, busy = record.settings, self.engines[drain.name].reported != (0, 0)
         over_s = record.resident_since_s + settings.min_residency_s
         idle_s = self.now_s - record.idle_since_s + EPSILON_S
         if drain.reason == "unload":

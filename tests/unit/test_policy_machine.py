@@ -142,7 +142,7 @@ class Policy(RuleBasedStateMachine):
     @precondition(lambda self: any(engine.order for engine in self.world.engines.values()))
     @rule(data=st.data(), fail=st.sampled_from([False, False, True]), part=st.sampled_from([0, 5, 10, 25]))
     def obey(self, data: st.DataObject, fail: bool, part: int) -> None:
-        self.world.obey(data.draw(st.sampled_from(self.engines(order=True))), fail=fail, part=part)
+        self.world.carry_out(data.draw(st.sampled_from(self.engines(order=True))), fail=fail, part=part)
 
     @precondition(lambda self: self.engines(ready=False, doomed=False))
     @rule(data=st.data(), frames=sizes)
@@ -151,12 +151,12 @@ class Policy(RuleBasedStateMachine):
         engine = self.world.engines[name]
         rank = data.draw(st.integers(0, len(engine.devices) - 1))
         if rank not in engine.asked:
-            self.world.ask(name, rank, frames)
+            self.world.ask_frames(name, rank, frames)
 
     @precondition(lambda self: self.engines(ready=True))
     @rule(data=st.data())
     def ask_when_it_is_too_late(self, data: st.DataObject) -> None:
-        self.world.ask(data.draw(st.sampled_from(self.engines(ready=True))), 0, 10)
+        self.world.ask_frames(data.draw(st.sampled_from(self.engines(ready=True))), 0, 10)
 
     @precondition(lambda self: self.engines(ready=True))
     @rule(data=st.data(), frames=st.sampled_from([0, 5, 20, 50]), uses=st.sampled_from([0, 5, 20, 50]))
