@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import textwrap
 from collections.abc import Sequence
@@ -15,9 +16,15 @@ from swap_agent.cli.verbs import SECTIONS
 from swap_agent.wire.runtime_dir import RUNTIME_DIR_VARIABLE, default_runtime_dir
 
 
-def command_line(parse: Sequence[str] | None = None) -> argparse.Namespace:
+def command_line(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options given; `verb` is the name of the verb. Exits with 2 and one line when they cannot be understood."""
-    return build_parser().parse_args(parse)
+    parser = build_parser()
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.exit(
+            2, f"triton-swap: {options.verb} takes no {' '.join(unknown)}; see `triton-swap {options.verb} --help`\n"
+        )
+    return options
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -80,7 +87,11 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=_Help, add_help=False, **how)  # type: ignore[arg-type]
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"triton-swap: {message}; see `{self.prog} --help`\n")
+        text = re.sub(
+            r"^argument VERB: invalid choice: (\S+) \(choose from (.*)\)$", r"no verb \1; there are \2", message
+        )
+        text = text.removeprefix("argument ").replace("the following arguments are required:", "missing:")
+        self.exit(2, f"triton-swap: {text}; see `{self.prog} --help`\n")
 
 
 def _list_of_verbs() -> str:

@@ -93,6 +93,21 @@ def test_what_is_missing_or_unknown_is_wrong_usage(command: list[str], capsys: p
     assert line.startswith("triton-swap: ")
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["fly"], "no verb 'fly'; there are 'serve', 'agent', "),
+        (["ps", "--loud"], "ps takes no --loud; see `triton-swap ps --help`"),
+        (["serve"], "missing: --model-repository; see `triton-swap serve --help`"),
+    ],
+)
+def test_what_is_wrong_is_said_in_plain_words(
+    command: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(command) == 2
+    assert capsys.readouterr().err.startswith(f"triton-swap: {words}")
+
+
 def test_every_option_that_takes_a_value_is_tried() -> None:
     for name, verb in verbs().items():
         takes = {action.option_strings[0] for action in verb._actions if action.option_strings and action.nargs != 0}

@@ -258,4 +258,5 @@ def test_the_parser_knows_every_policy_and_loads_nothing_heavy() -> None:
     assert tuple(policies.POLICIES) == simulate_flags.POLICIES
     script = "import sys, swap_agent.cli.main; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"numpy", "rich", "httpx", "torch", "vllm"} & set(loaded)
+    assert not {"numpy", "rich", "httpx", "aiohttp", "msgspec", "torch", "vllm"} & set(loaded)
+    assert "swap_agent.cli.verbs" in loaded, "the parser of every verb is what is loaded"
