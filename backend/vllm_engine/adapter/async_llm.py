@@ -1,7 +1,6 @@
 """The only place that drives vLLM's AsyncLLM: start, generate, pause and resume around a swap, stop.
 
-Tried on vLLM 0.32.0 and 0.26.0 (growing KV caches on 0.32.0 only). Beyond the public `AsyncLLM` it uses
-`engine_core.pause_scheduler_async(mode, clear_cache)` and `engine_core.resume_scheduler_async()`.
+Tried on vLLM 0.32.0 and 0.26.0 (growing KV caches on 0.32.0 only).
 """
 
 from __future__ import annotations
@@ -50,10 +49,6 @@ class VllmEngine:
                 self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=args.disable_log_stats)
         except Exception as error:
             raise TritonSwapError(f"vLLM's engine did not start: {error}".splitlines()[0]) from error
-        for method in ("pause_scheduler_async", "resume_scheduler_async"):
-            if not hasattr(self._llm.engine_core, method):
-                self.shutdown()
-                raise Unsupported(f"this vLLM has no EngineCore client method {method}: use a supported version")
         self.max_model_len = int(self._llm.model_config.max_model_len)
         self.embeds = self._llm.model_config.runner_type == "pooling"
         """Whether the model makes embeddings; else it generates text."""

@@ -14,16 +14,6 @@ from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue
 
 from swap_agent.errors import TritonSwapError, Unsupported
 
-HOOKS: tuple[tuple[type, str], ...] = (
-    *((BlockPool, name) for name in (
-        "_maybe_evict_cached_block", "free_blocks", "get_new_blocks", "get_num_free_blocks", "reset_prefix_cache",
-    )),
-    *((FreeKVCacheBlockQueue, name) for name in (
-        "append", "append_n", "get_all_free_blocks", "popleft_n", "prepend_n", "remove",
-    )),
-)  # fmt: skip
-"""What is called or overridden here."""
-
 log = logging.getLogger(__name__)
 
 

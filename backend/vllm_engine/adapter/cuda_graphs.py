@@ -14,6 +14,7 @@ import torch
 from vllm.platforms import current_platform
 
 from swap_agent.errors import Unsupported
+from vllm_engine.adapter.patch import Patch
 from vllm_engine.adapter.scratch import Scratch
 from vllm_engine.rank.agent_link import RankConnection
 from vllm_engine.rank.space import Space
@@ -46,12 +47,12 @@ class GraphsInFrames:
                 raise Unsupported(f"{name} has expandable_segments, which torch's memory pools cannot do: remove it")
         platform = type(current_platform)
         if getattr(platform, "_global_graph_pool", self) is not None:
-            raise Unsupported("this vLLM keeps the pool of CUDA graphs elsewhere: use a supported version")
+            raise Unsupported("vLLM's pool of CUDA graphs is in use already: use a supported version")
         frames = -(-SCRATCH_BYTES // space.frame_bytes)
         agent.reserve(space, "scratch", frames)
         self._scratch = Scratch(space.address("scratch"), frames * space.frame_bytes)
         self._pool = self._scratch.memory_pool()
-        platform._global_graph_pool = self._pool.id
+        Patch(platform, "_global_graph_pool", self._pool.id).install()
 
     def log_usage(self) -> None:
         """After capture: what is in frames, and what is not."""

@@ -1,7 +1,7 @@
 """Where ranks run: a single one inside EngineCore's process, as vLLM does on GPUs; several in a process each.
 
 See docs/adr/0004-rank-in-enginecore.md and 0005-several-ranks.md. Tried on CPU on vLLM 0.32.0, and with one rank on
-0.26.0. Hooks into vLLM: `UniProcExecutor`, `MultiprocExecutor` and, on CPU, `OMPProcessManager`.
+0.26.0.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from vllm.platforms import current_platform
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
+from vllm_engine.adapter import versions
 from vllm_engine.adapter.kv_rpc import SchedulerOrders
-from vllm_engine.adapter.message_queue import check_hooks, wait_asleep
+from vllm_engine.adapter.message_queue import wait_asleep
 
 
 def executor(ranks: int) -> str:
@@ -25,7 +26,7 @@ def executor(ranks: int) -> str:
     Raises Unsupported when this vLLM cannot have several ranks.
     """
     if ranks > 1:
-        check_hooks()
+        versions.check("ranks")
     return f"{__name__}.{'InProcessExecutor' if ranks == 1 else 'ProcessesExecutor'}"
 
 

@@ -4,7 +4,7 @@ The fork is made right after the imports: before there is a loop, a connection o
 (GNU OpenMP's threads do not survive a fork) and before CUDA is touched. It waits until vLLM wants to start EngineCore,
 and becomes that process: what it shall run comes pickled, as with `spawn`.
 
-Tried on vLLM 0.32.0 and, with one rank, on 0.26.0. Hook: `get_mp_context` in vllm.v1.engine.utils.
+Tried on vLLM 0.32.0 and, with one rank, on 0.26.0.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from swap_agent.linux import die_with_parent
+from vllm_engine.adapter.patch import Patch
 
 _THREADS = "OMP_NUM_THREADS"
 _OPENMP = ("OMP_", "GOMP_", "KMP_")
@@ -73,12 +74,10 @@ class PreparedFork:
         """The process that vLLM starts in the `with` block is this one, where it can be; else a new one."""
         from vllm.v1.engine import utils
 
-        original = utils.get_mp_context
-        utils.get_mp_context = lambda: self.context
         try:
-            yield
+            with Patch(utils, "get_mp_context", lambda: self.context):
+                yield
         finally:
-            utils.get_mp_context = original
             self.discard()
 
     def start(self, process: SpawnProcess) -> Any:

@@ -81,11 +81,9 @@ def blocks_outermost_first(layouts: Sequence[str]) -> list[str]:
 
 
 def planned_layout(vllm_config: Any, kv_cache_config: Any, frame_bytes: int) -> KVLayout:
-    """Where the blocks of such a cache will lie. Raises Unsupported when that cannot be told beforehand (0.26.0)."""
-    try:
-        from vllm.v1.worker.utils import allocate_kv_cache
-    except ImportError:
-        raise Unsupported("this vLLM does not say beforehand where blocks will lie") from None
+    """Where the blocks of such a cache will lie, with a vLLM that can do `kv_loans`. Raises Unsupported."""
+    from vllm.v1.worker.utils import allocate_kv_cache  # not in 0.26.0
+
     layout = vllm_config.cache_config.get_resolved_kv_cache_layout()
     tensors = allocate_kv_cache(kv_cache_config, torch.device("meta"), layout)
     blocks = kv_cache_config.num_blocks

@@ -135,7 +135,7 @@ class KVPlan:
         if self.layout:
             return
         try:
-            if reason := kv_scheduler.why_fixed(self._vllm_config):
+            if reason := kv_scheduler.why_fixed(self._vllm_config, "preserve_kv"):
                 raise Unsupported(reason)
             config = kv_frames.planned_config(self._vllm_config, specs, self.size)
             self.layout = kv_frames.planned_layout(self._vllm_config, config, self._welcome.frame_bytes)

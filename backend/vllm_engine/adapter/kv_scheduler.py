@@ -4,39 +4,31 @@ vLLM is given tensors of the most blocks that there may ever be. Blocks from the
 parked (see `block_pool.py`). All calls come between two steps of EngineCore, as utility calls; steps that are on their
 way to a GPU by then are over before memory goes (see `CudaMapper.vacate`).
 
-Tried on vLLM 0.32.0, CPU; untested on a GPU. Hooks: those of `block_pool.py`, `Scheduler.running`, `waiting`,
-`_preempt_request` and `prev_step_scheduled_req_ids`, `get_scheduler_cls` of its configuration. 0.26.0 does not
-have all of what is needed: see `why_fixed`.
+Tried on vLLM 0.32.0, CPU; untested on a GPU. 0.26.0 does not have all of what is needed.
 """
 
 from __future__ import annotations
 
-import inspect
 import time
 from itertools import islice
 from typing import Any
 
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
-from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from swap_agent.errors import TritonSwapError, Unsupported
-from vllm_engine.adapter import block_pool
+from vllm_engine.adapter import versions
 from vllm_engine.adapter.block_pool import BoundedBlockPool
 from vllm_engine.host.engine import KvUsage
 
 
-def why_fixed(vllm_config: Any) -> str:
+def why_fixed(vllm_config: Any, feature: str = "kv_loans") -> str:
     """Why blocks of an engine of this configuration are not touched; empty: they are.
 
     Then its KV cache keeps its size, and none of it outlives a swap.
     """
-    schedulers = type(vllm_config.scheduler_config)
-    for owner, name in (*block_pool.HOOKS, (Scheduler, "_preempt_request"), (schedulers, "get_scheduler_cls")):
-        if not hasattr(owner, name):
-            return f"this vLLM has no {owner.__name__}.{name}"
-    if "drop_stale_output" not in inspect.signature(Scheduler._preempt_request).parameters:
-        return "this vLLM cannot preempt a request whose step is under way"
+    if reason := versions.why_not(feature):
+        return reason
     if vllm_config.scheduler_config.scheduler_cls is not None:
         return "scheduler_cls is set, and that scheduler was not tried"
     if vllm_config.kv_transfer_config is not None:

@@ -4,14 +4,13 @@ Stock vLLM on CPU repacks each weight into private memory of oneDNN. Here a bf16
 kernel for small matrices, whose packed form is a tensor of the same size (faster than oneDNN's at decode where the CPU
 has AVX512-BF16); any other goes through `torch.nn.functional.linear`. See docs/adr/0002.
 
-Tried on vLLM 0.32.0, and on 0.26.0, whose `_C.weight_packed_linear` is another: there all goes through F.linear. Hooks:
-`dispatch_cpu_unquantized_gemm` in vllm.model_executor.layers.utils, called once per linear and vocabulary layer after
-loading; `UnquantizedEmbeddingMethod.embedding`; the operators `_C.convert_weight_packed` and `_C.weight_packed_linear`.
+Tried on vLLM 0.32.0, and on 0.26.0, whose `_C.weight_packed_linear` is another: there all goes through F.linear. vLLM
+calls `dispatch_cpu_unquantized_gemm` once per linear and vocabulary layer after loading. The operators
+`_C.convert_weight_packed` and `_C.weight_packed_linear` are tried at run time.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -26,8 +25,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
-from swap_agent.errors import Unsupported
 from vllm_engine.adapter import quantized
+from vllm_engine.adapter.patch import Patch
 
 ROWS_PER_BLOCK = 32
 """Packed form of an (n, k) weight: (n / 32, k / 2, 32, 2), pairs along k innermost (csrc/cpu/sgl-kernels/gemm.cpp)."""
@@ -43,10 +42,6 @@ def load_with_ordinary_weights(
     With `placeholders` the weights have no content yet: what is made of them has the right form and none either.
     Raises Unsupported when the hook is gone.
     """
-    name = "dispatch_cpu_unquantized_gemm"
-    original = getattr(vllm_layers, name, None)
-    if original is None or list(inspect.signature(original).parameters) != ["layer", "remove_weight"]:
-        raise Unsupported(f"this vLLM has no vllm.model_executor.layers.utils.{name}(layer, remove_weight)")
     pack = packing_works()
     pack_weight = _placeholder if placeholders else _pack
     if not pack:
@@ -59,12 +54,8 @@ def load_with_ordinary_weights(
         else:
             layer.cpu_linear = F.linear
 
-    setattr(vllm_layers, name, dispatch)
-    try:
-        with quantized.in_parameters():
-            load()
-    finally:
-        setattr(vllm_layers, name, original)
+    with Patch(vllm_layers, "dispatch_cpu_unquantized_gemm", dispatch), quantized.in_parameters():
+        load()
     if pack:
         _pack_vocabulary(model(), pack_weight)
 

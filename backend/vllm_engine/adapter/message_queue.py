@@ -1,8 +1,7 @@
 """How the processes of an engine of several ranks wait for each other: asleep before long. See docs/adr/0005.
 
-Tried on vLLM 0.32.0; 0.26.0 has no SHM_READER_RECHECK_INTERVAL_MS. Hooks into vLLM: that, `sched_yield` and
-`MessageQueue` of vllm.distributed.device_communicators.shm_broadcast; the names that `_CPUSHMDistributed` gives to its
-memory.
+Tried on vLLM 0.32.0; 0.26.0 has no SHM_READER_RECHECK_INTERVAL_MS. `forget_shared_memory` knows the names that
+vLLM's `_CPUSHMDistributed` gives to its memory.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from vllm.distributed.device_communicators import shm_broadcast
 
-from swap_agent.errors import Unsupported
+from vllm_engine.adapter.patch import Patch
 
 SPIN_S = 0.5e-3
 """How long a process that waits for a message looks for it without pause, as vLLM's do for a second."""
@@ -25,22 +24,10 @@ RECHECK_MS = 100
 _SHARED_MEMORY = Path("/dev/shm")
 
 
-def check_hooks() -> None:
-    """Raise Unsupported when this vLLM lacks a hook, as 0.26.0 does: there a wake-up call that gets lost is lost."""
-    for name in ("sched_yield", "SHM_READER_RECHECK_INTERVAL_MS", "MessageQueue"):
-        if not hasattr(shm_broadcast, name):
-            raise Unsupported(
-                f"an engine of several ranks needs vLLM 0.32.0 (this one has no {shm_broadcast.__name__}.{name}): "
-                "install it, or remove tensor_parallel_size"
-            )
-
-
 def wait_asleep() -> None:
     """In this process, before its message queues are made: no long polling without pause, no names left in /dev/shm."""
-    shm_broadcast.sched_yield = Pause()
-    shm_broadcast.SHM_READER_RECHECK_INTERVAL_MS = RECHECK_MS
-    if shm_broadcast.MessageQueue.wait_until_ready is not _ready_and_nameless:
-        shm_broadcast.MessageQueue.wait_until_ready = _ready_and_nameless
+    for patch in _PATCHES:
+        patch.install()
 
 
 def forget_shared_memory() -> None:
@@ -73,12 +60,17 @@ class Pause:
             self._last_s = time.monotonic()
 
 
-_wait_until_ready = shm_broadcast.MessageQueue.wait_until_ready
-
-
 def _ready_and_nameless(queue: shm_broadcast.MessageQueue) -> None:
     """Wait until every reader has attached, as vLLM does; from then on nobody needs the name of the memory."""
-    _wait_until_ready(queue)
+    _READY.original(queue)
     if queue._is_writer and queue.buffer is not None and queue.buffer.is_creator:
         queue.buffer.shared_memory.unlink()
         queue.buffer.is_creator = False
+
+
+_READY = Patch(shm_broadcast.MessageQueue, "wait_until_ready", _ready_and_nameless)
+_PATCHES = (
+    Patch(shm_broadcast, "sched_yield", Pause()),
+    Patch(shm_broadcast, "SHM_READER_RECHECK_INTERVAL_MS", RECHECK_MS),
+    _READY,
+)

@@ -1,8 +1,6 @@
 """Models that vLLM builds without reading their weights: every tensor has its form and no content yet.
 
-Tried on vLLM 0.32.0; the hooks are in 0.26.0 as well: `register_model_loader`, `load_config.load_format`,
-`initialize_model` in vLLM's base_loader, and, to build a model a second time in one process, the registers of layers in
-`compilation_config`.
+Tried on vLLM 0.32.0; the hooks are in 0.26.0 as well.
 """
 
 from __future__ import annotations
@@ -15,6 +13,8 @@ from typing import Any
 
 from vllm.model_executor.model_loader import base_loader, register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+from vllm_engine.adapter.patch import Patch
 
 with suppress(ImportError):  # 0.26.0 has no such module
     # vLLM's loaders import it while they load (compressed-tensors and with it 130 modules): here it is done before.
@@ -51,19 +51,16 @@ def no_weights(vllm_config: Any) -> Iterator[None]:
 def timed_builds() -> Iterator[list[float]]:
     """How long vLLM takes for each model that it builds in the `with` block, seconds, without its weights."""
     taken: list[float] = []
-    original = base_loader.initialize_model
 
     def initialize_model(*args: Any, **kwargs: Any) -> Any:
         begin_s = time.perf_counter()
-        model = original(*args, **kwargs)
+        model = vllms.original(*args, **kwargs)
         taken.append(time.perf_counter() - begin_s)
         return model
 
-    base_loader.initialize_model = initialize_model
-    try:
+    vllms = Patch(base_loader, "initialize_model", initialize_model)
+    with vllms:
         yield taken
-    finally:
-        base_loader.initialize_model = original
 
 
 def forget_model(vllm_config: Any, model_runner: Any) -> None:

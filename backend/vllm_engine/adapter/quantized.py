@@ -3,9 +3,8 @@
 vLLM's CPU kernels repack a layer's weights into parameters of it, which move into frames as they are. Its int8 kernel
 alone gives them to oneDNN, unless the CPU has AMX; the packed kernel that it uses then needs no more than AVX512-VNNI.
 
-Tried on vLLM 0.32.0 and 0.26.0, which uses that kernel only with VLLM_CPU_SGL_KERNEL=1. Hooks: `check_cpu_sgl_kernel`
-in vllm.model_executor.kernels.linear.scaled_mm.cpu, `create_onednn_scaled_mm` in vllm._custom_ops; the operators
-`_C.convert_weight_packed` and `_C.int8_scaled_mm_with_quant`.
+Tried on vLLM 0.32.0 and 0.26.0, which uses that kernel only with VLLM_CPU_SGL_KERNEL=1. The operators
+`_C.convert_weight_packed` and `_C.int8_scaled_mm_with_quant` are tried at run time.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from vllm.model_executor.kernels.linear.scaled_mm import cpu as scaled_mm
 from vllm.platforms import current_platform
 
 from swap_agent.errors import Unsupported
+from vllm_engine.adapter.patch import Patch
 
 METHODS = ("auto_gptq", "awq", "compressed-tensors")
 """vLLM's names (`ModelConfig.quantization`) of the methods whose weights were seen in frames."""
@@ -52,13 +52,12 @@ def check_method(method: str) -> None:
 @contextmanager
 def in_parameters() -> Iterator[None]:
     """While active, loading packs int8 weights into parameters, or raises Unsupported where it cannot."""
-    original_check, original_create = scaled_mm.check_cpu_sgl_kernel, ops.create_onednn_scaled_mm
     works = int8_kernel_works()
     off = not getattr(envs, "VLLM_CPU_SGL_KERNEL", True)  # 0.26 has the switch
 
     def check(n: int, k: int, dtype: torch.dtype) -> bool:
         fits = dtype is torch.int8 and n % _TILE == 0 and k % _TILE == 0
-        return (works and fits) or original_check(n, k, dtype)
+        return (works and fits) or vllms.original(n, k, dtype)
 
     def refuse(weight: torch.Tensor, *_: Any) -> None:
         k, n = weight.shape
@@ -72,11 +71,9 @@ def in_parameters() -> Iterator[None]:
             "use int4 (AWQ, GPTQ), int8 weights with symmetric inputs, or unquantized weights"
         )
 
-    scaled_mm.check_cpu_sgl_kernel, ops.create_onednn_scaled_mm = check, refuse
-    try:
+    vllms = Patch(scaled_mm, "check_cpu_sgl_kernel", check)
+    with vllms, Patch(ops, "create_onednn_scaled_mm", refuse):
         yield
-    finally:
-        scaled_mm.check_cpu_sgl_kernel, ops.create_onednn_scaled_mm = original_check, original_create
 
 
 def int8_kernel_works() -> bool:

@@ -3,7 +3,7 @@
 While it reads a model's configuration vLLM looks into the header of every weight file: are word embeddings tied? With
 readahead that leaves pages of a file in the cache of which an engine restored from a mirror reads nothing else.
 
-Tried on vLLM 0.32.0. Hook: `parse_safetensors_file_metadata` in vllm.transformers_utils.config.
+Tried on vLLM 0.32.0.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import os
 import struct
 from typing import Any
 
+from vllm_engine.adapter import hooks
+from vllm_engine.adapter.patch import Patch
+
 _LENGTH = struct.Struct("<Q")
 
 
@@ -21,8 +24,8 @@ def read_past_cache() -> None:
     """From now on vLLM reads headers with `safetensors_header`; a vLLM without the hook is left as it is."""
     from vllm.transformers_utils import config
 
-    if hasattr(config, "parse_safetensors_file_metadata"):
-        config.parse_safetensors_file_metadata = safetensors_header
+    if not hooks.missing("read_past_cache"):
+        Patch(config, "parse_safetensors_file_metadata", safetensors_header).install()
 
 
 def safetensors_header(path: str | os.PathLike[str]) -> Any:

@@ -14,11 +14,10 @@ import vllm
 from vllm.platforms import current_platform
 
 from swap_agent.wire.control import HostWelcome
-from vllm_engine.adapter import args
+from vllm_engine.adapter import args, versions
 from vllm_engine.adapter.async_llm import VllmEngine
 from vllm_engine.adapter.fork import PreparedFork
 from vllm_engine.adapter.safetensors_header import read_past_cache
-from vllm_engine.adapter.versions import check_vllm_version
 from vllm_engine.host.startup import serve
 from vllm_engine.rank.agent_link import Endpoint
 
@@ -37,7 +36,8 @@ def run(runtime_dir: Path, replica: str, token: str) -> int:
 def start_engine(replica: str, token: str, fork: PreparedFork | None, welcome: HostWelcome) -> Iterator[VllmEngine]:
     """Start vLLM as model.json says. Blocking: EngineCore must be a child of the main thread (see `__main__`)."""
     with _private_sockets(Path(welcome.engine_socket).with_suffix(".vllm")):
-        check_vllm_version(vllm.__version__)
+        versions.check_vllm_version(vllm.__version__)
+        versions.check("serve")
         read_past_cache()
         values = args.read(welcome.model_json, Path(welcome.version_dir), args.known_arguments())
         engine_args = args.engine_args(values)

@@ -1,7 +1,6 @@
 """The vLLM worker of a swappable engine: weights, state and KV cache lie in frames that the agent grants.
 
-Tried on vLLM 0.32.0 and 0.26.0, CPU; untested on a GPU. Hooks into vLLM: the worker methods overridden here,
-`linear.py`, `placeholders.py`, `kv_frames.py` and `cuda_graphs.py`. vLLM finds the class by its name,
+Tried on vLLM 0.32.0 and 0.26.0, CPU; untested on a GPU. vLLM finds the class by its name,
 `vllm_engine.adapter.worker.SwappableWorker`.
 """
 
@@ -17,7 +16,7 @@ from vllm.platforms import current_platform
 
 from swap_agent.errors import RolledBack, TritonSwapError, Unsupported
 from swap_agent.wire.regions import Region
-from vllm_engine.adapter import cuda_graphs, kv_frames, message_queue
+from vllm_engine.adapter import cuda_graphs, kv_frames, message_queue, versions
 from vllm_engine.adapter.kv_plan import KVPlan
 from vllm_engine.adapter.model_loader import VllmModelLoader
 from vllm_engine.adapter.safetensors_header import read_past_cache
@@ -49,6 +48,7 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
 
     def __init__(self, vllm_config: Any, local_rank: int, rank: int, *args: Any, **kwargs: Any) -> None:
         """Connect to the agent, then as vLLM's worker. Raises TritonSwapError, of which the agent is told."""
+        versions.check("swap", "cuda" if current_platform.is_cuda() else "cpu")
         read_past_cache()  # as in the engine host: vLLM looks again when it copies its configuration
         world_size = vllm_config.parallel_config.world_size
         if world_size > 1:
