@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from swap_agent.errors import InvalidModel, TritonSwapError, Unsupported
+from vllm_engine.adapter.vllm_types import VllmConfig
 
 SWAPPABLE_WORKER = "vllm_engine.adapter.worker.SwappableWorker"
 
@@ -76,12 +77,12 @@ def engine_args(arguments: dict[str, Any]) -> Any:
         raise _refusal(error) from error
 
 
-def engine_config(args: Any) -> Any:
+def engine_config(args: Any) -> VllmConfig:
     """vLLM's VllmConfig of `args`. Raises InvalidModel or Unsupported."""
     from vllm.usage.usage_lib import UsageContext
 
     try:
-        config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
+        config: VllmConfig = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
     except Exception as error:
         raise _refusal(error) from error
     if config.quant_config is not None:

@@ -25,6 +25,7 @@ from swap_agent.wire.requests import Embed, Output, Sequence, Submit
 from vllm_engine.adapter.executor import compute_threads
 from vllm_engine.adapter.kv_rpc import Order
 from vllm_engine.adapter.requests import CLIENT_ERRORS, InvalidRequest, parameters
+from vllm_engine.adapter.vllm_types import VllmConfig
 from vllm_engine.host.engine import KvUsage, SwapInTimes, SwapOutTimes
 
 RPC_TIMEOUT_S = 150.0
@@ -36,7 +37,7 @@ SHUTDOWN_TIMEOUT_S = 1.0
 class VllmEngine:
     """One vLLM engine with swappable workers, on the running asyncio loop."""
 
-    def __init__(self, name: str, config: Any, args: Any) -> None:
+    def __init__(self, name: str, config: VllmConfig, args: Any) -> None:
         """Start it: seconds to minutes, blocking. Raises TritonSwapError; the cause is in the engine's log."""
         if not (current_platform.is_cpu() or current_platform.is_cuda()):
             raise Unsupported(

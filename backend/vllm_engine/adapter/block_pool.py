@@ -13,6 +13,7 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue
 
 from swap_agent.errors import TritonSwapError, Unsupported
+from vllm_engine.adapter.vllm_types import KVCacheBlock
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ class BoundedBlockPool(BlockPool):  # type: ignore[misc]  # vLLM has no types he
             self._maybe_evict_cached_block(block)
         return sorted(block.block_id for block in cached[:most])
 
-    def free_blocks(self, ordered_blocks: Iterable[Any]) -> None:
+    def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock]) -> None:
         """As vLLM's; what is beyond the end is parked instead, and what is to go is put aside."""
         freed = list(ordered_blocks)
         super().free_blocks(freed)
@@ -103,24 +104,24 @@ class BoundedBlockPool(BlockPool):  # type: ignore[misc]  # vLLM has no types he
                 self.free_block_queue.remove(block)
                 self._maybe_evict_cached_block(block)
 
-    def get_new_blocks(self, num_blocks: int) -> list[Any]:
+    def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
         """As vLLM's; such as are to go only when there are not enough others."""
         if 0 < (short := num_blocks - self.free_block_queue.num_free_blocks) <= self.spares.num_free_blocks:
             self.free_block_queue.append_n(self.spares.popleft_n(short))
-        taken: list[Any] = super().get_new_blocks(num_blocks)
+        taken: list[KVCacheBlock] = super().get_new_blocks(num_blocks)
         return taken
 
     def get_num_free_blocks(self) -> int:
         """As vLLM's: all that can be handed out."""
         return int(self.free_block_queue.num_free_blocks + self.spares.num_free_blocks)
 
-    def _put_aside(self, free: list[Any]) -> None:
+    def _put_aside(self, free: list[KVCacheBlock]) -> None:
         for block in free:
             self.free_block_queue.remove(block)
             self.spares.append(block)
             self._maybe_evict_cached_block(block)
 
-    def _is_spare(self, block: Any) -> bool:
+    def _is_spare(self, block: KVCacheBlock) -> bool:
         return not block.ref_cnt and bool(self.spare_from <= block.block_id < self.num_gpu_blocks)
 
     def reset_prefix_cache(self) -> bool:

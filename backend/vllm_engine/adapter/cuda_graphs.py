@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any
 
 import torch
 from vllm.platforms import current_platform
@@ -16,6 +15,7 @@ from vllm.platforms import current_platform
 from swap_agent.errors import Unsupported
 from vllm_engine.adapter.patch import Patch
 from vllm_engine.adapter.scratch import Scratch
+from vllm_engine.adapter.vllm_types import CacheConfig
 from vllm_engine.rank.agent_link import RankConnection
 from vllm_engine.rank.space import Space
 
@@ -26,7 +26,7 @@ _NEXT_TO_NOTHING = 0.001
 log = logging.getLogger(__name__)
 
 
-def claim_no_share(cache_config: Any) -> None:
+def claim_no_share(cache_config: CacheConfig) -> None:
     """Have vLLM not ask for its share of the whole GPU: the agent decides, and the KV cache has a size of its own."""
     cache_config.gpu_memory_utilization = _NEXT_TO_NOTHING
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 from vllm.platforms import current_platform
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
@@ -18,6 +17,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm_engine.adapter import versions
 from vllm_engine.adapter.kv_rpc import SchedulerOrders
 from vllm_engine.adapter.message_queue import wait_asleep
+from vllm_engine.adapter.vllm_types import VllmConfig
 
 
 def executor(ranks: int) -> str:
@@ -46,7 +46,7 @@ class ProcessesExecutor(SchedulerOrders, MultiprocExecutor):  # type: ignore[mis
 
 
 @contextmanager
-def compute_threads(config: Any) -> Iterator[None]:
+def compute_threads(config: VllmConfig) -> Iterator[None]:
     """Have the processes started in the `with` block compute with as many threads as vLLM would give a worker process.
 
     vLLM also pins them, every engine's to the same cores. Since engines share the machine here, they are pinned only
@@ -77,7 +77,7 @@ def compute_threads(config: Any) -> Iterator[None]:
             del os.environ[name]
 
 
-def _threads(config: Any, ranks: int) -> int:
+def _threads(config: VllmConfig, ranks: int) -> int:
     """Compute threads of a rank. vLLM wants a NUMA node for each; ranks that share one share its cores."""
     from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_visible_memory_node
     from vllm.utils.ompmultiprocessing import OMPProcessManager

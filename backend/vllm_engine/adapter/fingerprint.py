@@ -11,7 +11,6 @@ import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -21,6 +20,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.platforms import current_platform
 
 from swap_agent.errors import MirrorMismatch
+from vllm_engine.adapter.vllm_types import VllmConfig
 from vllm_engine.rank.file_facts import engine_code, model_files
 
 if current_platform.is_cpu():
@@ -30,7 +30,7 @@ _PER_ENGINE = frozenset({"VLLM_RPC_BASE_PATH", "VLLM_DIST_IDENT"})
 """`VLLM_*` variables that differ between engines and decide nothing about weights."""
 
 
-def fingerprint(vllm_config: Any, engine_arguments: str, rank: int) -> str:
+def fingerprint(vllm_config: VllmConfig, engine_arguments: str, rank: int) -> str:
     """The fingerprint of the weights that this rank would load now.
 
     Raises MirrorMismatch when only loading them can tell.

@@ -16,10 +16,11 @@ from torch.overrides import TorchFunctionMode
 from vllm.v1.core.kv_cache_utils import check_enough_kv_cache_memory, get_kv_cache_configs, max_memory_usage_bytes
 
 from swap_agent.errors import InvalidModel, Unsupported
+from vllm_engine.adapter.vllm_types import KVCacheConfig, KVCacheSpec, VllmConfig
 from vllm_engine.rank.kv_layout import KVLayout, Range, merged, ranges_of
 
 
-def one_sequence_bytes(vllm_config: Any, specs: Mapping[str, Any]) -> int:
+def one_sequence_bytes(vllm_config: VllmConfig, specs: Mapping[str, KVCacheSpec]) -> int:
     """The smallest KV cache that holds one sequence of `max_model_len` tokens.
 
     One block more than the tokens need: vLLM's block pool keeps block 0 for itself.
@@ -28,7 +29,7 @@ def one_sequence_bytes(vllm_config: Any, specs: Mapping[str, Any]) -> int:
     return int(max_memory_usage_bytes(vllm_config, specs.values())) + null_block if specs else 0
 
 
-def check_holds_one_sequence(vllm_config: Any, specs: dict[str, Any], size: int) -> None:
+def check_holds_one_sequence(vllm_config: VllmConfig, specs: dict[str, KVCacheSpec], size: int) -> None:
     """Raise InvalidModel when vLLM would refuse a KV cache of `size` bytes: EngineCore's own error stays in the log.
 
     Only after EngineCore has settled the layout of the KV cache, which it does once the model is loaded.
@@ -43,20 +44,23 @@ def check_holds_one_sequence(vllm_config: Any, specs: dict[str, Any], size: int)
         ) from error
 
 
-def planned_config(vllm_config: Any, specs: dict[str, Any], size: int) -> Any:
+def planned_config(vllm_config: VllmConfig, specs: dict[str, KVCacheSpec], size: int) -> KVCacheConfig:
     """vLLM's KVCacheConfig for `size` bytes on this rank. Raises ValueError when they hold no sequence of full length.
 
     As EngineCore makes it later; only after that has settled the layout.
     """
-    return get_kv_cache_configs(vllm_config, [deepcopy(specs)], [size])[0]
+    config: KVCacheConfig = get_kv_cache_configs(vllm_config, [deepcopy(specs)], [size])[0]
+    return config
 
 
-def block_bytes(kv_cache_config: Any) -> int:
+def block_bytes(kv_cache_config: KVCacheConfig) -> int:
     """Bytes of one block, of all layers."""
     return int(kv_cache_config.kv_cache_tensors[0].size // kv_cache_config.num_blocks)
 
 
-def blocks_of_one_sequence(vllm_config: Any, specs: dict[str, Any], kv_cache_config: Any) -> int:
+def blocks_of_one_sequence(
+    vllm_config: VllmConfig, specs: dict[str, KVCacheSpec], kv_cache_config: KVCacheConfig
+) -> int:
     """The fewest blocks, all told, with which vLLM serves one sequence of full length; at most those of the config."""
     size = block_bytes(kv_cache_config)
 
@@ -80,7 +84,7 @@ def blocks_outermost_first(layouts: Sequence[str]) -> list[str]:
     return sorted(layouts, key=lambda name: not KVCacheLayout[name].is_block_outermost)
 
 
-def planned_layout(vllm_config: Any, kv_cache_config: Any, frame_bytes: int) -> KVLayout:
+def planned_layout(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, frame_bytes: int) -> KVLayout:
     """Where the blocks of such a cache will lie, with a vLLM that can do `kv_loans`. Raises Unsupported."""
     from vllm.v1.worker.utils import allocate_kv_cache  # not in 0.26.0
 
@@ -108,7 +112,7 @@ def _ranges_of(tensor: torch.Tensor, address: int, blocks: int) -> list[Range]:
     return ranges_of(offset, tensor.shape, tensor.stride(), tensor.element_size(), blocks)
 
 
-def buffer_sizes(kv_cache_config: Any) -> list[int]:
+def buffer_sizes(kv_cache_config: KVCacheConfig) -> list[int]:
     """Sizes in bytes of the buffers that vLLM will ask for."""
     tensors = kv_cache_config.kv_cache_tensors
     sizes = [int(tensor.size) for tensor in tensors]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
 
 from swap_agent.errors import InvalidModel, Unsupported
 from swap_agent.wire.memory import RankWelcome
 from swap_agent.wire.regions import Region
 from vllm_engine.adapter import kv_frames, kv_scheduler
+from vllm_engine.adapter.vllm_types import KVCacheConfig, KVCacheSpec, VllmConfig
 from vllm_engine.rank.kv_layout import KVLayout
 from vllm_engine.rank.kv_size import bound_of, most_kv_cache, plan_kv_cache
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 class KVPlan:
     """Made while vLLM starts: `fit` once the model's size is known, `prepare`, then `settle` when all ranks' are."""
 
-    def __init__(self, vllm_config: Any, welcome: RankWelcome) -> None:
+    def __init__(self, vllm_config: VllmConfig, welcome: RankWelcome) -> None:
         self.declared_bytes: int | None = vllm_config.cache_config.kv_cache_memory_bytes
         """What model.json says."""
         self.size = 0
@@ -40,7 +40,7 @@ class KVPlan:
         self._first_bytes = 0
         """What it may have at first."""
 
-    def fit(self, specs: dict[str, Any], fixed: Mapping[Region, int]) -> None:
+    def fit(self, specs: dict[str, KVCacheSpec], fixed: Mapping[Region, int]) -> None:
         """Choose the size, so that it and `fixed`, bytes of the other regions, fit what the model may have.
 
         `specs` are vLLM's KV cache specs by layer. Raises InvalidModel with the sum.
@@ -65,7 +65,7 @@ class KVPlan:
         wanted = self._may_grow or self._welcome.preserve_kv_bytes
         return bool(wanted) and not kv_scheduler.why_fixed(self._vllm_config)
 
-    def prepare(self, specs: dict[str, Any]) -> int:
+    def prepare(self, specs: dict[str, KVCacheSpec]) -> int:
         """Look whether it can grow and outlive swaps. Returns the bytes for vLLM to plan with. Raises InvalidModel.
 
         `specs` anew: vLLM has settled the layout of the KV cache since `fit`.
@@ -77,7 +77,7 @@ class KVPlan:
             self._prepare_preserving(specs)
         return max(self.size, self._most_bytes)
 
-    def settle(self, kv_cache_config: Any) -> None:
+    def settle(self, kv_cache_config: KVCacheConfig) -> None:
         """Plan again with the number of blocks that all ranks can have. Raises InvalidModel."""
         if self.layout is None:
             return
@@ -96,7 +96,7 @@ class KVPlan:
     def _may_grow(self) -> bool:
         return self._most_bytes > self.size
 
-    def _prepare_growth(self, specs: dict[str, Any]) -> None:
+    def _prepare_growth(self, specs: dict[str, KVCacheSpec]) -> None:
         """Plan for the most KV cache, and with how much of it the engine starts; or leave it as it is, and say why.
 
         A first part of it takes more frames than a cache of the same size, by a few for each range.
@@ -128,7 +128,7 @@ class KVPlan:
             first, layout.most_frames, layout.blocks(first), layout.most_blocks, len(layout.ranges),
         )  # fmt: skip
 
-    def _prepare_preserving(self, specs: dict[str, Any]) -> None:
+    def _prepare_preserving(self, specs: dict[str, KVCacheSpec]) -> None:
         """Plan where the blocks lie also of a KV cache that keeps its size; where that cannot be, say why."""
         if not self._vllm_config.cache_config.enable_prefix_caching:
             raise InvalidModel("PRESERVE_KV in config.pbtxt: there is no prefix cache to preserve: remove it")

@@ -15,6 +15,7 @@ from typing import Any
 from swap_agent.errors import TritonSwapError
 from vllm_engine.adapter.args import SWAPPABLE_WORKER
 from vllm_engine.adapter.kv_scheduler import SchedulerBlocks
+from vllm_engine.adapter.vllm_types import KVCacheConfig, Scheduler, VllmConfig
 
 PREFIX = "triton_swap:"
 """No method of a worker has such a name."""
@@ -34,14 +35,14 @@ class Order(StrEnum):
 class SchedulerOrders:
     """Of an executor in EngineCore. Where nothing touches the scheduler's blocks, it knows SWAP_OUT only."""
 
-    vllm_config: Any
+    vllm_config: VllmConfig
     _blocks: SchedulerBlocks | None = None
     """Once the scheduler is made, where the KV cache grows or outlives swaps."""
     _least_blocks = 0
     _preserved_blocks = 0
     """Of the prefix cache, at most, that outlive a swap."""
 
-    def initialize_from_config(self, kv_cache_configs: Any) -> None:
+    def initialize_from_config(self, kv_cache_configs: list[KVCacheConfig]) -> None:
         """As vLLM's; then have the scheduler, which is made next, keep to the blocks that have memory."""
         super().initialize_from_config(kv_cache_configs)  # type: ignore[misc]
         if self.vllm_config.parallel_config.worker_cls != SWAPPABLE_WORKER:
@@ -70,8 +71,8 @@ class SchedulerOrders:
             Order.WANT_KV: blocks.want, Order.WITHHOLD_KV: self._withhold, Order.SHRINK_KV: self._shrink,
         }  # fmt: skip
 
-    def _scheduler_of(self, vllms: Any) -> Callable[..., Any]:
-        def make(**kwargs: Any) -> Any:
+    def _scheduler_of(self, vllms: Callable[..., Scheduler]) -> Callable[..., Scheduler]:
+        def make(**kwargs: Any) -> Scheduler:
             scheduler = vllms(**kwargs)
             self._blocks = SchedulerBlocks(scheduler, self._least_blocks)
             return scheduler

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from itertools import islice
-from typing import Any
 
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.request import RequestStatus
@@ -19,10 +18,11 @@ from vllm.v1.request import RequestStatus
 from swap_agent.errors import TritonSwapError, Unsupported
 from vllm_engine.adapter import versions
 from vllm_engine.adapter.block_pool import BoundedBlockPool
+from vllm_engine.adapter.vllm_types import Request, Scheduler, VllmConfig
 from vllm_engine.host.engine import KvUsage
 
 
-def why_fixed(vllm_config: Any, feature: str = "kv_loans") -> str:
+def why_fixed(vllm_config: VllmConfig, feature: str = "kv_loans") -> str:
     """Why blocks of an engine of this configuration are not touched; empty: they are.
 
     Then its KV cache keeps its size, and none of it outlives a swap.
@@ -45,7 +45,7 @@ def why_fixed(vllm_config: Any, feature: str = "kv_loans") -> str:
 class SchedulerBlocks:
     """A scheduler's blocks. Between steps only."""
 
-    def __init__(self, scheduler: Any, blocks: int) -> None:
+    def __init__(self, scheduler: Scheduler, blocks: int) -> None:
         """Keep the first `blocks`. Raises Unsupported when the scheduler is not plainly vLLM's.
 
         By then addresses for the limit are in use, so that the engine cannot start. What is known before is in
@@ -135,7 +135,7 @@ class SchedulerBlocks:
     def _settle(self) -> None:
         self._manager.watermark_blocks = int(self._watermark * self.end)
 
-    def _youngest_first(self) -> list[Any]:
+    def _youngest_first(self) -> list[Request]:
         running = list(reversed(self._scheduler.running))
         if self._scheduler.policy == SchedulingPolicy.PRIORITY:
             running.sort(key=lambda request: (request.priority, request.arrival_time), reverse=True)

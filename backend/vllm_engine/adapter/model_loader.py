@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from vllm.platforms import current_platform
 
 from vllm_engine.adapter import placeholders, quantized
 from vllm_engine.adapter.fingerprint import fingerprint
+from vllm_engine.adapter.vllm_types import GPUModelRunner, VllmConfig
 
 if current_platform.is_cpu():
     from vllm_engine.adapter import linear
@@ -19,7 +19,12 @@ class VllmModelLoader:
     """Implements `vllm_engine.rank.weights.ModelLoader`."""
 
     def __init__(
-        self, vllm_config: Any, model_runner: Any, load: Callable[[], None], engine_arguments: str, rank: int
+        self,
+        vllm_config: VllmConfig,
+        model_runner: GPUModelRunner,
+        load: Callable[[], None],
+        engine_arguments: str,
+        rank: int,
     ) -> None:
         """`load` has vLLM load the model into `model_runner`; `engine_arguments`: model.json in canonical form."""
         self.build_s = 0.0
@@ -60,7 +65,7 @@ class VllmModelLoader:
                     self._load_into_runner, self._runner.get_model, placeholders=placeholders_only
                 )
         self.build_s += sum(builds)
-        model: torch.nn.Module = self._runner.get_model()
+        model = self._runner.get_model()
         if self._config.quant_config is not None:
             quantized.check_all_registered(model)
         return model

@@ -15,6 +15,7 @@ from vllm.model_executor.model_loader import base_loader, register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from vllm_engine.adapter.patch import Patch
+from vllm_engine.adapter.vllm_types import GPUModelRunner, ModelConfig, VllmConfig
 
 with suppress(ImportError):  # 0.26.0 has no such module
     # vLLM's loaders import it while they load (compressed-tensors and with it 130 modules): here it is done before.
@@ -28,15 +29,15 @@ LOAD_FORMAT = "triton_swap_placeholders"
 class PlaceholderLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM has no types here
     """Builds and processes a model as every loader of vLLM does, but loads nothing into it."""
 
-    def download_model(self, model_config: Any) -> None:
+    def download_model(self, model_config: ModelConfig) -> None:
         """Nothing is needed."""
 
-    def load_weights(self, model: Any, model_config: Any) -> None:
+    def load_weights(self, model: Any, model_config: ModelConfig) -> None:
         """Leave the tensors as they are."""
 
 
 @contextmanager
-def no_weights(vllm_config: Any) -> Iterator[None]:
+def no_weights(vllm_config: VllmConfig) -> Iterator[None]:
     """In the `with` block vLLM loads placeholders."""
     load_config = vllm_config.load_config
     load_format = load_config.load_format
@@ -63,7 +64,7 @@ def timed_builds() -> Iterator[list[float]]:
         yield taken
 
 
-def forget_model(vllm_config: Any, model_runner: Any) -> None:
+def forget_model(vllm_config: VllmConfig, model_runner: GPUModelRunner) -> None:
     """Let go of the model, so that vLLM can build it anew: it refuses a layer whose name is taken."""
     model_runner.model = None
     vllm_config.compilation_config.static_forward_context.clear()

@@ -20,6 +20,7 @@ from vllm_engine.adapter import cuda_graphs, kv_frames, message_queue, versions
 from vllm_engine.adapter.kv_plan import KVPlan
 from vllm_engine.adapter.model_loader import VllmModelLoader
 from vllm_engine.adapter.safetensors_header import read_past_cache
+from vllm_engine.adapter.vllm_types import KVCacheConfig, VllmConfig
 from vllm_engine.rank import relocate
 from vllm_engine.rank.agent_link import Endpoint, RankConnection
 from vllm_engine.rank.mapper import CudaMapper, HostMapper
@@ -46,7 +47,7 @@ def _platform_worker() -> Any:
 class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at run time
     """One engine rank. `swap_out` and `swap_in` are called through `collective_rpc` while the scheduler is paused."""
 
-    def __init__(self, vllm_config: Any, local_rank: int, rank: int, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, vllm_config: VllmConfig, local_rank: int, rank: int, *args: Any, **kwargs: Any) -> None:
         """Connect to the agent, then as vLLM's worker. Raises TritonSwapError, of which the agent is told."""
         versions.check("swap", "cuda" if current_platform.is_cuda() else "cpu")
         read_past_cache()  # as in the engine host: vLLM looks again when it copies its configuration
@@ -113,7 +114,7 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
                 self.model_runner.warming_up_model()
             return size
 
-    def initialize_from_config(self, kv_cache_config: Any) -> None:
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Set up the KV cache as vLLM does, with its buffers in frames."""
         with self._agent.reporting("create the KV cache"):
             sizes = kv_frames.buffer_sizes(kv_cache_config)
