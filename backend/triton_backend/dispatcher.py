@@ -19,7 +19,7 @@ from triton_backend.paths import native
 MAX_WAITING = 1024
 """Most requests that wait for a lost engine to come back."""
 ENGINE_WAIT_S = 300.0
-"""How long each of them waits."""
+"""Longest wait of one of these requests."""
 AGENT_WAIT_S = 15.0
 """How long a lost agent may take to listen again: its supervisor starts it anew, and it first ends leftover engines."""
 AGENT_RETRY_S = 0.2

@@ -64,7 +64,7 @@ class EngineLink:
             while True:
                 for item in (await self._channel.receive()).items:
                     self._answer(item)
-        except Exception as error:  # mostly PeerGone; whatever it was, nobody reads answers any more
+        except Exception as error:  # mostly PeerGone; whatever the error, no answer is read after it
             self._channel.close()
             self._on_lost(self)
             lost = Unavailable(

@@ -22,7 +22,7 @@ During = Literal["start", "mirror", "clean", "grow", "swap_in", "swap_out"]
 """What a transfer is part of."""
 
 IN_BACKGROUND: frozenset[During] = frozenset({"mirror", "clean"})
-"""What nobody waits for: it gives way to the rest, frame by frame."""
+"""Transfers that no swap waits for: they give way to the rest, frame by frame."""
 
 BUSY_S = 5.0
 """A killed process may leave its memory in use for a while. What is short for longer than this is short (unproven)."""
@@ -98,10 +98,10 @@ class DeviceMemory(Protocol):
         """CRC-32 of the first bytes of the frame, as `zlib.crc32` computes it. No copy is counted."""
 
     def resident_bytes(self) -> int:
-        """Physical memory that frames of this device occupy now, whoever maps them."""
+        """Physical memory that frames of this device occupy now, mapped or not."""
 
     def outside_bytes(self) -> int | None:
-        """Memory in use outside of frames since the agent started: engines' residues. None where nobody can tell."""
+        """Memory in use outside of frames since the agent started: engines' residues. None: unknown."""
 
     def close(self) -> None:
         """Let go of the device and of all its frames."""

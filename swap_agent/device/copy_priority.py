@@ -1,4 +1,4 @@
-"""Copies that somebody waits for go before those that nobody waits for."""
+"""Urgent copies, for which a swap waits, go before background ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Pace:
 
     @contextmanager
     def urgent(self) -> Iterator[None]:
-        """While one of these runs, nothing else starts another chunk."""
+        """While one of these runs, no background transfer starts another chunk."""
         with self._changed:
             self._urgent += 1
         try:
@@ -27,6 +27,6 @@ class Pace:
                 self._changed.notify_all()
 
     def give_way(self) -> None:
-        """Before a chunk that nobody waits for: return when nothing urgent runs."""
+        """Before a background chunk: return when nothing urgent runs."""
         with self._changed:
             self._changed.wait_for(lambda: self._urgent == 0)

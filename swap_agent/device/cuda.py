@@ -28,7 +28,7 @@ FRAME_BYTES = 32 << 20
 """Creating 2 MiB took 193 µs and giving access to them 36 µs on an A100: 2 MiB frames would cost more than the copy."""
 _LEAST_HEADROOM_BYTES = 1 << 30
 _BACKGROUND_CHUNKS = 2
-"""Copies in flight when nobody waits for them: what is urgent comes after at most so many."""
+"""Most background copies in flight: an urgent copy comes after no more than these."""
 _RETRY_S = 0.1
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class CudaDevice:
         self._registrar = Registrar(self.context, self.pace)
 
     def _await_free(self, size_bytes: int) -> tuple[int, int]:
-        """Free and total bytes, as soon as so many are free; for more than there are in all it does not wait."""
+        """Free and total bytes, as soon as `size_bytes` are free. For more than the GPU has it does not wait."""
         deadline_s = time.monotonic() + BUSY_S
         said = False
         while True:
@@ -165,7 +165,7 @@ class CudaDevice:
         return len(self._frames) * self.frame_bytes
 
     def outside_bytes(self) -> int:
-        """Of the whole GPU, whoever uses it."""
+        """Of the whole GPU, whichever process uses it."""
         free_bytes, total_bytes = self.context.free_and_total_bytes()
         return total_bytes - free_bytes - self.resident_bytes() - self._outside_at_start_bytes
 
@@ -180,7 +180,7 @@ class CudaDevice:
         self.context.free(self._base, max(1, self.total_frames) * self.frame_bytes)
 
     def count(self, copied: Copied, region: Region, during: During, size_bytes: int) -> None:
-        """Take a copy into the books."""
+        """Count a copy."""
         with self._lock:
             copied[region, during] += size_bytes
 

@@ -89,7 +89,7 @@ class Context:
         call("cuMemAddressFree", address, size_bytes)
 
     def map(self, address: int, size_bytes: int, handle: Any) -> None:
-        """Put one allocation at `address`; nobody may touch it before `allow`. Raises CudaError."""
+        """Put one allocation at `address`; no access before `allow`. Raises CudaError."""
         call("cuMemMap", address, size_bytes, 0, handle, 0)
 
     def allow(self, address: int, size_bytes: int) -> None:
@@ -101,7 +101,7 @@ class Context:
         call("cuMemUnmap", address, size_bytes)
 
     def free_and_total_bytes(self) -> tuple[int, int]:
-        """Memory of the whole GPU, whoever uses it."""
+        """Memory of the whole GPU, whichever process uses it."""
         self.use()
         free, total = call("cuMemGetInfo")
         return int(free), int(total)
@@ -112,7 +112,7 @@ class Context:
         return visible.split(",")[self.ordinal].strip() if visible else str(self.ordinal)
 
     def numa_node(self) -> int | None:
-        """The NUMA node nearest to the GPU; None where the machine has no such thing."""
+        """The NUMA node nearest to the GPU; None on a machine without NUMA nodes."""
         return _numa_node_of(self.pci_bus_id().lower())
 
     def pci_bus_id(self) -> str:

@@ -38,7 +38,7 @@ class MemfdBuffer:
         """Memory behind the file, which stays until `close` (`st_blocks` is in units of 512)."""
 
     def close(self) -> None:
-        """Drop the mapping and the descriptor; the memory is free once nobody else maps it."""
+        """Drop the mapping and the descriptor; the memory is free once no other process maps it."""
         del self.bytes
         mmap.unmap(self.address, self.size_bytes)
         os.close(self.fd)

@@ -66,7 +66,7 @@ def populate(address: int, size_bytes: int) -> None:
 def prefer_node(address: int, size_bytes: int, node: int) -> None:
     """Have pages that do not exist yet come from a NUMA node, as long as it has some (mbind(2), MPOL_PREFERRED).
 
-    Where the kernel refuses, or on a machine whose call number is not known here, they come from anywhere.
+    Where the kernel refuses, or on a machine of unknown call number, they come from anywhere.
     """
     number = _MBIND.get(platform.machine())
     if number is not None:

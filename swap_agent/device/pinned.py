@@ -1,7 +1,7 @@
 """Host memory that the GPU's copy engines read and write directly: registered with the driver, piece by piece.
 
 Registering costs about 0.1 s/GB and disturbs what runs, so it happens on a thread of its own, one piece at a time, and
-never while somebody waits for a copy. Until then, and where the driver refuses, copies work and are slower.
+never while an urgent copy runs. Until then, and where the driver refuses, copies work and are slower.
 """
 
 from __future__ import annotations

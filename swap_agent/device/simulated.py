@@ -44,7 +44,7 @@ class Latencies:
 
 INSTANT = Latencies()
 SLOW = Latencies(create_s=0.0002, copy_s=0.002, busy_s=0.1)
-"""For tests: enough to find who does not wait. Creating 2 MiB took 193 µs on an A100."""
+"""For tests: long enough to find code that does not wait. Creating 2 MiB took 193 µs on an A100."""
 
 
 class SimulatedFrame:

@@ -19,9 +19,9 @@ log = logging.getLogger(__name__)
 
 CONFIG = "config.pbtxt"
 SETTLE_S = 0.1
-"""A file that changed is read when it has not changed for so long: whoever writes it may write in pieces."""
+"""How long a changed file has to stay the same before it is read: an editor may write in pieces."""
 _GONE_LOOKS = 2
-"""A folder is gone when so many looks in a row did not find it."""
+"""A folder is gone when this number of looks in a row did not find it."""
 
 Mark = tuple[int, int, int] | str
 """Time of the last change (ns), size and inode, of which each content has its own; or why the file cannot be read."""
@@ -156,7 +156,7 @@ def parse_config(content: bytes, folder: str) -> Any:
 
     Raises ValueError with a clause that goes on from the file's name.
     """
-    from google.protobuf import text_format  # these take 0.2 s and 30 MB, for who has a repository
+    from google.protobuf import text_format  # these take 0.2 s and 30 MB: only for an agent with a repository
     from tritonclient.grpc import model_config_pb2
 
     try:

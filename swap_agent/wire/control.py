@@ -88,7 +88,7 @@ class KvCache(msgspec.Struct, frozen=True):
     frames: int
     """With which the engine starts and comes back from a swap; it never has fewer while it is RESIDENT."""
     most_frames: int
-    """It has addresses for so many."""
+    """Most frames for which it has addresses."""
     blocks: int
     """Of vLLM's, that `frames` frames back."""
     most_blocks: int
@@ -127,7 +127,7 @@ class Activate(Message, frozen=True):
 
     Sent once: when the first request has to wait, right after the `Report` that counts it, or at `Drain.preempt`. Sent
     again when an order of another epoch leaves the gate closed; the agent may have dropped what the older epoch asked.
-    A `Report` without any such request withdraws it.
+    A `Report` that counts no request withdraws it.
     """
 
     epoch: int
@@ -222,7 +222,7 @@ class GrowKv(Message, frozen=True):
 
 
 class KvGrown(Message, frozen=True):
-    """The KV cache has so many blocks now."""
+    """The KV cache has `blocks` blocks now."""
 
     epoch: int
     blocks: int
@@ -238,7 +238,7 @@ class KvGrowFailed(Message, frozen=True):
 class ShrinkKv(Message, frozen=True):
     """Have every rank unmap all frames of region `kv` but the first `frames`, and ack with `Unmapped`.
 
-    `frames` is at least that of `KvCache`. At once nobody gets a block of the others any more. Requests that use some
+    `frames` is at least that of `KvCache`. From now on no request gets a block of the others. Requests that use some
     may go on for `within_s` seconds; then they are preempted, the youngest first, and computed again.
     While the gate is open, and no other order is under way.
     """
@@ -246,12 +246,12 @@ class ShrinkKv(Message, frozen=True):
     epoch: int
     frames: int
     within_s: float | None = 0.0
-    """None: nobody waits for them. What requests use stays, with all that lies before it; blocks beyond `frames` are
+    """None: no wait. What requests use stays, with all that lies before it; blocks beyond `frames` are
     handed out last from then on, so that more can go when this is ordered again."""
 
 
 class KvShrunk(Message, frozen=True):
-    """The KV cache has so many frames and blocks now, and so many requests were preempted for it."""
+    """What the KV cache has now, and how many requests were preempted for it."""
 
     epoch: int
     frames: int

@@ -1,7 +1,7 @@
 """Length-prefixed msgpack messages over Unix stream sockets, asyncio and blocking, with file descriptors on the latter.
 
 A frame is a big-endian unsigned 32-bit length, then that many bytes of msgpack. A frame that is too long, cut short or
-not of the expected types raises `ProtocolError`; whoever reads closes that connection and no other.
+not of the expected types raises `ProtocolError`; the reader closes that connection and no other.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class AsyncChannel(Generic[T]):
 
     @classmethod
     async def connect(cls, path: str, receives: Any, limit_bytes: int = CONTROL_LIMIT_BYTES) -> AsyncChannel[T]:
-        """Connect to the socket at `path`. Raises OSError when nobody listens there."""
+        """Connect to the socket at `path`. Raises OSError when no process listens there."""
         reader, writer = await asyncio.open_unix_connection(path)
         return cls(reader, writer, receives, limit_bytes)
 
@@ -140,7 +140,7 @@ class Channel(Generic[T]):
 
     @classmethod
     def connect(cls, path: str, receives: Any) -> Channel[T]:
-        """Connect to the socket at `path`. Raises OSError when nobody listens there."""
+        """Connect to the socket at `path`. Raises OSError when no process listens there."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.connect(path)

@@ -41,7 +41,7 @@ class Reserve(Message, frozen=True):
     region: Region
     frames: int
     most: int = 0
-    """The region can have up to so many frames later on, by GrowKv. 0: as many as now."""
+    """Most frames that the region can have later, by GrowKv. 0: as many as now."""
     preserved_bytes: int = 0
     """Of region `kv`: host memory for `KvPreserved`. At most what `RankWelcome` says."""
 

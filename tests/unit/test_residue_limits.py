@@ -129,7 +129,7 @@ def test_growth_of_a_device_that_no_engine_is_proven_of_is_reported_and_stops_no
     assert isinstance(found, DeviceExceeded) and found.device == "cuda:0"
     assert found.words == (
         "cuda:0: outside of frames 2.1 GiB more are in use than when its engines last changed; "
-        "none of its 2 engines is proven to be the one: nobody is stopped"
+        "none of its 2 engines is proven to be the one: no engine is stopped"
     )
     assert node.limits.device_exceeded("cuda:0")
     assert [one for _ in range(20) for one in node.read(4000, a=10, b=None)] == []

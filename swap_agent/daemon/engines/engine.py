@@ -36,32 +36,32 @@ class Engine:
     process: EngineProcess | None = None
     host: AsyncChannel[control.FromStub | control.FromHost] | None = None
     queue_limits: control.QueueLimits | None = None
-    """Those that the host was told last."""
+    """The limits that the host was told last."""
     connected: dict[int, RankLink] = field(default_factory=dict)
-    """Ranks that said hello; all of them once the engine is ready."""
+    """By number, the ranks that said hello. A ready engine has all of its ranks here."""
     mirrors_wanted_bytes: int = 0
     """Host memory that ranks asked for while it started."""
     credit: FrameCredit | None = None
-    """Of the last swap-in."""
+    """How many frames the last swap-in may hold."""
     order: asyncio.Task[None] | None = None
     """The last swap, under way or done."""
     ready: bool = False
     stopping: bool = False
     releasing: bool = False
-    """Its processes have ended, and its frames are being released."""
+    """The processes of the engine have ended, and its frames are being released."""
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     """Nothing of it is left."""
     failure: str = ""
-    """Why it failed, in its own words; the first reason wins."""
+    """Why the engine failed, in its own words; the first reason wins."""
     swaps_in: int = 0
     swaps_out: int = 0
     last_swap_in: SwapInFigures | None = None
     kv: control.KvCache | None = None
-    """What its KV cache can be; None: it keeps its size."""
+    """The sizes that the KV cache can have; None: it keeps one size."""
     kv_wanted_frames: int = 0
-    """On each rank, of a KV cache that grows."""
+    """Frames that each rank would use now, of a KV cache that grows."""
     kv_blocks: int = 0
-    """That its scheduler uses now."""
+    """Blocks that the scheduler uses now."""
     _acks: dict[tuple[int, type[Message]], asyncio.Future[Any]] = field(default_factory=dict)
 
     @property
@@ -71,7 +71,7 @@ class Engine:
 
     @property
     def device_bytes(self) -> int:
-        """Bytes that it holds, on all devices."""
+        """Bytes that the engine holds, on all devices."""
         return sum(rank.space.device_bytes for rank in self.ranks)
 
     @property
@@ -85,7 +85,7 @@ class Engine:
         return sum(preserved.size_bytes for rank in self.ranks if (preserved := rank.space.preserved))
 
     def fail(self, reason: str) -> None:
-        """Remember why it ends."""
+        """Remember why the engine ends."""
         self.failure = self.failure or reason
 
     def begin_kv(self) -> None:
@@ -104,13 +104,13 @@ class Engine:
         self._acks.pop((epoch, kind), None)
 
     def acknowledged(self, epoch: int, answer: Message) -> None:
-        """The host answered; a stale answer is nobody's."""
+        """The host answered. An answer that no order expects is dropped."""
         future = self._acks.pop((epoch, type(answer)), None)
         if future and not future.done():
             future.set_result(answer)
 
     def abort_pending(self) -> None:
-        """It has ended: no answer will come, and no frames."""
+        """The engine has ended: no answer will come, and no frames."""
         if self.credit:
             self.credit.close()
         for future in self._acks.values():

@@ -21,14 +21,14 @@ class FrameCredit:
         self._changed = threading.Condition()
 
     def raise_to(self, epoch: int, frames: int) -> None:
-        """From now on `frames` in all. What is meant for another swap-in changes nothing."""
+        """From now on `frames` in all. Another epoch, that of an earlier swap-in, changes nothing."""
         with self._changed:
             if epoch == self._epoch:
                 self._frames = max(self._frames, frames)
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """The engine has ended: nobody waits any longer."""
+        """The engine has ended: no rank waits any longer."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

@@ -32,7 +32,7 @@ async def resize(engine: Engine, epoch: int, extra: int, within_s: float | None)
 
     Fewer when it cannot grow, more when `within_s` is None and requests use them. Raises as `shrink` does.
     """
-    if engine.kv is None:  # the books were repaired: it has no more than it takes
+    if engine.kv is None:  # the ledger was repaired: the engine has no more than it takes
         return 0
     wanted = in_all(engine.kv, extra)
     held = max(len(rank.space.frames["kv"]) for rank in engine.ranks)

@@ -1,4 +1,4 @@
-"""Where a starting engine asks the agent for mirrors: between its rank's thread, the store, and the policy's books."""
+"""A starting engine's access to mirrors: from its rank's thread to the store and to the policy's ledger."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RankMirrors:
         self._post = post
 
     def recall(self, fingerprint: str) -> StoredMirror | None:
-        """The mirror with this fingerprint; whatever other mirror the replica had is no longer its own."""
+        """The mirror with this fingerprint; any other mirror that the replica had is no longer its own."""
 
         def recall() -> StoredMirror | None:
             mirror = self._store.find(fingerprint)

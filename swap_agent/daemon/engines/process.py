@@ -45,7 +45,7 @@ class EngineProcess:
             loop.remove_reader(self.host_pidfd)
 
     async def kill(self) -> None:
-        """SIGKILL the whole group and return when no process of it is left: nobody maps its frames any more."""
+        """SIGKILL the whole group and return when no process of it is left: then no process maps its frames."""
         while True:
             try:
                 os.killpg(self.pid, signal.SIGKILL)

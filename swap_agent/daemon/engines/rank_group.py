@@ -40,9 +40,9 @@ Keep = Mapping[Region, int]
 
 _LEAST_STEP_BYTES = 64 * 1024 * 1024
 _THREADS = ThreadPoolExecutor(1024, "rank")
-"""As many as there are ranks with an order, which wait for each other: one that swaps in for another's frames."""
+"""More than there are ranks with an order: a rank that swaps in waits in its thread for frames of another rank."""
 _MOST_STEPS = 8
-"""Of a swap-out: whoever waits for the frames has copies made to the first while the last are unmapped."""
+"""Of a swap-out: another engine's weights are copied to the first frames while the last ones are unmapped."""
 
 
 def plan_keeps(ranks: Sequence[RankLink], keep_frames: int) -> list[list[Keep]]:

@@ -139,7 +139,7 @@ class RankLink:
         self.space.rollback(self._held)
 
     def take_kv(self, frames: int) -> None:
-        """Before a growth: have zeroed frames at hand, so that region `kv` has `frames` in all, and tell nobody.
+        """Before a growth: have zeroed frames at hand, so that region `kv` has `frames` in all. The rank is not told.
 
         Raises RolledBack; then nothing has changed. `rollback` gives them back.
         """

@@ -12,9 +12,9 @@ from swap_agent.device.api import BUSY_S, DeviceMemory, Frame
 from swap_agent.errors import AccountingError, OutOfDeviceMemory
 
 _CLEANED_AT_ONCE = 4
-"""A grant that needs one of them waits for all: less than a millisecond."""
+"""A grant that needs one of these frames waits for all four: less than a millisecond."""
 _RETRY_S = 0.02
-"""A device that refuses memory which the books say is free is asked again so soon."""
+"""How soon a device is asked again that refuses memory which the pool counts as free."""
 
 log = logging.getLogger(__name__)
 
@@ -24,11 +24,11 @@ class FramePool:
 
     A returned frame is kept for the next holder (already created, already populated). It is dirty: its bytes are the
     last holder's until they are overwritten or zeroed. As many as a swap-in has wanted to be zero are zeroed while they
-    are free (`start_cleaning`); that gives way to copies that somebody waits for.
+    are free (`start_cleaning`); cleaning gives way to copies for a swap.
     """
 
     def __init__(self, device: DeviceMemory, *, poison: bool = False, busy_s: float = BUSY_S) -> None:
-        """`busy_s`: how long memory of a killed process may be in use that the books say is free.
+        """`busy_s`: how long memory of a killed process may be in use that the pool counts as free.
 
         `poison`, for tests: a frame that is not said to be zero is 0xFF, not what its last holder left."""
         self.device = device
@@ -43,7 +43,7 @@ class FramePool:
         self._granted: dict[Frame, str] = {}
         self._held: Counter[str] = Counter()
         self._busy_until_s = 0.0
-        """Until then memory of a killed process may be in use that the books say is free."""
+        """Until then memory of a killed process may be in use that the pool counts as free."""
         self._cleaner: threading.Thread | None = None
         self._closing = False
 
@@ -67,11 +67,11 @@ class FramePool:
         return self._held[holder]
 
     def grant(self, holder: str, count: int, zeroed: int | None = None) -> tuple[list[Frame], int]:
-        """`count` frames for `holder`, and how many of them, at the front of the list, are dirty; the rest is zero.
+        """`count` frames for `holder`, the dirty ones first, and the number of dirty ones; the rest is zero.
 
-        All or none. `zeroed`: so many, at the end of the list, have to be zero, and the holder overwrites the others.
+        All or none. `zeroed`: how many, at the end of the list, have to be zero; the holder overwrites the others.
         None, for an engine that starts: all. Raises OutOfDeviceMemory; after a process was killed up to `busy_s` late,
-        since the device may say that it is full while it clears away: nobody who must not block calls this.
+        since the device may say that it is full while it clears away: not for a thread that must not block.
         """
         overwritten = 0 if zeroed is None else count - zeroed
         asked = 0
@@ -117,7 +117,7 @@ class FramePool:
         return dirty, clean
 
     def return_frames(self, holder: str, frames: Iterable[Frame], *, recycle: bool = True) -> None:
-        """Take frames back that nobody maps any more. Frames of a killed process are not recycled but released.
+        """Take back frames that no process maps any more. Frames of a killed process are not recycled but released.
 
         Raises AccountingError for a frame that `holder` does not hold; then nothing changes.
         """
@@ -145,7 +145,7 @@ class FramePool:
     def _spoil(self, frames: list[Frame]) -> None:
         with self.device.transfer("swap_out") as transfer:
             for frame in frames:
-                transfer.fill(frame, 0xFF)  # who reads it unfilled computes NaN, not a plausible answer
+                transfer.fill(frame, 0xFF)  # an engine that reads it unfilled computes NaN, not a plausible answer
 
     def trim(self) -> int:
         """Release every free frame to the driver or the operating system; returns how many there were."""
@@ -156,7 +156,7 @@ class FramePool:
         return len(released)
 
     def _destroy(self, frames: list[Frame], *, killed: bool = False) -> None:
-        """Every one of them; then raises the first error. A frame that cannot be destroyed is the device's loss."""
+        """Destroy every frame, then raise the first error. A frame that cannot be destroyed is lost to the device."""
         errors = []
         for frame in frames:
             try:
@@ -167,7 +167,7 @@ class FramePool:
             raise errors[0]
 
     def start_cleaning(self) -> None:
-        """From now until `close`, a thread zeroes free frames before somebody wants them to be zero."""
+        """From now until `close`, a thread zeroes free frames before a grant wants zeroed ones."""
         self._cleaner = threading.Thread(target=self._clean_on, name=f"cleaning {self.device.name}", daemon=True)
         self._cleaner.start()
 
@@ -212,5 +212,5 @@ class FramePool:
 
 
 def _take(frames: deque[Frame], most: int) -> list[Frame]:
-    """Up to `most` of them, those first that came last: they may be in a cache still."""
+    """Up to `most` frames, the last ones first: they may be in a cache still."""
     return [frames.pop() for _ in range(min(most, len(frames)))]

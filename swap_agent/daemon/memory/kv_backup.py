@@ -28,7 +28,7 @@ class PreservedKV:
         return self._memory.resident_bytes
 
     def choose(self, parts: Sequence[Part]) -> None:
-        """From now on it is about these parts, none of which is saved yet.
+        """From now on these parts are preserved; none is saved yet.
 
         Raises ProtocolError for parts that no frame has, or more than there is room for.
         """

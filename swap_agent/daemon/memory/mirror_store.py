@@ -21,7 +21,7 @@ class StoredMirror:
     name: str
     """Unique in this agent's life."""
     fingerprint: str
-    """Of all that decides about the bytes; who comes to the same one may be restored from this mirror."""
+    """Of all that decides about the bytes: an engine with the same fingerprint may be restored from this mirror."""
     weights: RegionImage
     state: RegionImage
     manifest: dict[Region, list[Extent]]

@@ -47,13 +47,13 @@ class RankSpace:
     mirror: RegionImage | None = None
     staging: RegionImage | None = None
     stored: StoredMirror | None = None
-    """Whose weights are `mirror`, when that is the store's: it outlives this rank."""
+    """The mirror of the store whose weights `mirror` is, if it is one: it outlives this rank."""
     preserved: PreservedKV | None = None
     """What of region `kv` outlives a swap; None: nothing."""
     verify: bool = False
     """Check the weights by checksums whenever they come and go."""
     _dirty: set[Frame] = field(default_factory=set)
-    """New frames of the swap-in under way that hold somebody else's bytes."""
+    """New frames of the swap-in under way that hold bytes of an earlier holder."""
 
     @property
     def device_bytes(self) -> int:
@@ -251,7 +251,7 @@ class RankSpace:
         self.frames[region].extend(new)
 
     def truncate(self, region: Region, frames: int) -> None:
-        """After the rank unmapped all frames of a region but so many: return the others."""
+        """After the rank unmapped all frames of a region but the first `frames`: return the others."""
         self.rollback({**self.held, region: frames})
 
     def release_all(self) -> None:

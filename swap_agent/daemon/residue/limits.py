@@ -25,7 +25,7 @@ class Usage:
         return self.bytes - self.frame_bytes if self.bytes >= self.frame_bytes else self.bytes
 
     def growth_bytes(self, since: Usage) -> int:
-        """At least so much more is outside of frames than then, whether frames are contained in `bytes` or not."""
+        """Least growth outside of frames since then, whether `bytes` contains the frames or not."""
         return self.bytes - since.bytes - max(0, self.frame_bytes - since.frame_bytes)
 
 
@@ -42,9 +42,9 @@ class Measurement:
     """All devices and all engines that are ready, measured together."""
 
     engines: Mapping[EngineKey, Mapping[str, Usage | None]]
-    """Usage on each of an engine's devices, by name; None: nobody can tell."""
+    """Usage on each of an engine's devices, by name; None: unknown."""
     devices: Mapping[str, int | None]
-    """Bytes in use outside of frames on each device; None: nobody can tell, or an engine starts or ends there."""
+    """Bytes in use outside of frames on each device; None: unknown, or an engine starts or ends there."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class EngineExceeded:
 
 @dataclass(frozen=True)
 class Stop:
-    """It has stayed beyond it for the grace period, by the count of its own processes: it has to be stopped."""
+    """An engine has stayed beyond its allowance for the grace period, by the count of its own processes: stop it."""
 
     engine: EngineKey
     words: str
@@ -99,7 +99,7 @@ class _DeviceAccount:
 
 @dataclass
 class GrowthLimits:
-    """The allowances of all engines. `note` belongs to one thread; the rest may be asked from any."""
+    """The growth of all engines against their allowances. `note` belongs to one thread; any thread may ask the rest."""
 
     allowance_bytes: Mapping[str, int]
     """By device."""
@@ -114,7 +114,7 @@ class GrowthLimits:
         2. One without a reading is proven of nothing: its grace period starts anew.
         3. Beyond the allowance: reported. Still so after the grace period: to be stopped, once. Back within: forgiven.
         4. A device is compared with what was in use when its engines last changed. Beyond one allowance for each of
-           them, while none of them is beyond its own: reported. Nobody is stopped for that.
+           them, while none of them is beyond its own: reported. No engine is stopped for that.
         """
         self._accounts = {key: one for key, one in self._accounts.items() if key[0] in reading.engines}  # 1
         findings: list[Finding] = []
@@ -167,19 +167,19 @@ class GrowthLimits:
             return []
         words = (
             f"{device}: outside of frames {format_bytes(growth_bytes)} more are in use than when its engines last "
-            f"changed; none of its {len(there)} engines is proven to be the one: nobody is stopped"
+            f"changed; none of its {len(there)} engines is proven to be the one: no engine is stopped"
         )
         return [DeviceExceeded(device, words)]
 
     # --- for reports --------------------------------------------------------------------------------------------------
 
     def baseline_bytes(self, engine: EngineKey) -> int | None:
-        """Outside of frames when it became ready, on all its devices; None: nobody could tell."""
+        """Outside of frames when it became ready, on all its devices; None: unknown."""
         accounts = self._of(engine)
         return sum(one.baseline.outside_bytes for one in accounts) if accounts else None
 
     def growth_bytes(self, engine: EngineKey) -> int | None:
-        """Proven growth since then, on all its devices; None: nobody could tell."""
+        """Proven growth since then, on all its devices; None: unknown."""
         accounts = self._of(engine)
         return sum(max(0, one.growth_bytes) for one in accounts) if accounts else None
 

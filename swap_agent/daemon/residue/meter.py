@@ -1,4 +1,4 @@
-"""What engines use outside of frames, measured and watched.
+"""What engines use outside of frames, measured at intervals.
 
 On a simulated device: the private memory of an engine's processes, as the operating system counts it. On a GPU: what
 NVML counts for them, which is advice (docs/memory.md).
@@ -57,7 +57,7 @@ def measure(engine: Engine) -> dict[str, Usage | None]:
 
 
 def residue_bytes(usages: Mapping[str, Usage | None]) -> int | None:
-    """Outside of frames, on all devices; None where nobody can tell."""
+    """Outside of frames, on all devices; None: unknown."""
     known = [usage.outside_bytes for usage in usages.values() if usage is not None]
     return sum(known) if len(known) == len(usages) else None
 
@@ -68,7 +68,7 @@ def key_of(engine: Engine) -> EngineKey | None:
 
 
 class ResidueMeter:
-    """Measures now and then, says who has grown beyond the allowance, tells the policy who stays there."""
+    """Measures at intervals; names engines beyond the allowance, and tells the policy of those that stay there."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class ResidueMeter:
         self._pause_s = min(config.timeouts.residue_s, max(self._look_s, config.outside_grace_s / 3))
 
     async def run(self) -> None:
-        """For as long as the agent runs: at every change of who is ready, and regularly."""
+        """For as long as the agent runs: when an engine becomes ready or ends, and at intervals."""
         known: set[EngineKey] = set()
         due_s = 0.0
         while True:

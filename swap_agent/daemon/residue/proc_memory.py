@@ -49,6 +49,6 @@ def _shared_bytes(pid: int, resident: int) -> int:
         own = [int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss_Anon:")]
         known = _shared[key] = (now_s, max(0, resident - own[0]) if own else 0)
         for other, (at_s, _) in list(_shared.items()):
-            if now_s - at_s > 12 * _SHARED_S:  # nobody asks any more
+            if now_s - at_s > 12 * _SHARED_S:  # long ended, or not measured any more
                 _shared.pop(other, None)
     return known[1]
