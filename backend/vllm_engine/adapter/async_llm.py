@@ -140,7 +140,7 @@ class VllmEngine:
         ranks = [answer for answer in answers if not isinstance(answer, str)]
         refusals = [answer for answer in answers if isinstance(answer, str)]
         if ranks and refusals:
-            raise TritonSwapError(f"{len(ranks)} ranks were filled, {len(refusals)} taken back ({refusals[0]}): a bug")
+            raise TritonSwapError(f"{len(ranks)} ranks were filled, {len(refusals)} rolled back ({refusals[0]}): a bug")
         if refusals:
             raise RolledBack(refusals[0])
         mapped = time.monotonic()
@@ -162,7 +162,7 @@ class VllmEngine:
         return KvUsage(*usage)
 
     async def kv_frames(self, blocks: int) -> int:
-        """How many frames of region `kv` back so many blocks, on each rank."""
+        """How many frames of region `kv` back `blocks` blocks, on each rank."""
         return int(max(await self._order("kv_frames", blocks)))
 
     async def grow_kv(self, epoch: int, frames: int) -> int:
@@ -176,7 +176,7 @@ class VllmEngine:
         return int(answer)
 
     async def want_kv(self, blocks: int) -> None:
-        """Requests want so many blocks again: what it was to give back of these it keeps and fills."""
+        """Requests want `blocks` blocks again: the engine keeps and fills these, though a shrink was to take them."""
         await self._order(Order.WANT_KV, blocks)
 
     async def withhold_kv(self, frames: int) -> int:
@@ -185,8 +185,9 @@ class VllmEngine:
         return int(left)
 
     async def shrink_kv(self, epoch: int, frames: int, within_s: float | None) -> tuple[int, int, int]:
-        """Have every rank unmap all but `frames`. Requests in the way are computed again; `within_s` None: they stay.
+        """Have every rank unmap all but `frames` frames of region `kv`.
 
+        Requests in the way are computed again; with `within_s` None they stay, and so do the frames that they use.
         Returns the number of frames, of blocks and of preempted requests.
         """
         ((kept, blocks, preempted),) = await self._order(Order.SHRINK_KV, epoch, frames, within_s)

@@ -29,7 +29,7 @@ class BoundedBlockPool(BlockPool):  # type: ignore[misc]  # vLLM has no types he
     """Blocks beyond the end that are in use."""
     num_gpu_blocks: int
     spare_from: int
-    """Live blocks from here on are to go when nobody uses them."""
+    """Live blocks from here on are to go as soon as no request uses them."""
     spares: Any
     """Those of them that are free, a queue of its own: handed out when no other is, and nothing is found in them."""
 
@@ -55,7 +55,7 @@ class BoundedBlockPool(BlockPool):  # type: ignore[misc]  # vLLM has no types he
         self.spare_from = self.num_gpu_blocks = max(end, self.num_gpu_blocks)
 
     def spare(self, end: int) -> int:
-        """Blocks from `end` on are to go when nobody uses them. Returns the least end with none beyond it in use."""
+        """Blocks from `end` on are to go once no request uses them. Returns the least end with none in use beyond."""
         needed = [block for block in self.blocks[self.spare_from : end] if self._is_spare(block)]
         for block in needed:
             self.spares.remove(block)
@@ -66,7 +66,7 @@ class BoundedBlockPool(BlockPool):  # type: ignore[misc]  # vLLM has no types he
         return next(in_use, self.spare_from - 1) + 1
 
     def shrink(self, end: int) -> int:
-        """Nobody gets a block from `end` on any more, and their hashes are forgotten. Returns how many are in use."""
+        """Hand out no block from `end` on any more, and forget their hashes. Returns how many are in use."""
         if end < 2:
             raise TritonSwapError(f"a KV cache cannot do with {end} blocks")
         for block in self.blocks[end : self.num_gpu_blocks]:
@@ -105,7 +105,7 @@ class BoundedBlockPool(BlockPool):  # type: ignore[misc]  # vLLM has no types he
                 self._maybe_evict_cached_block(block)
 
     def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
-        """As vLLM's; such as are to go only when there are not enough others."""
+        """As vLLM's; blocks that are to go only when there are not enough others."""
         if 0 < (short := num_blocks - self.free_block_queue.num_free_blocks) <= self.spares.num_free_blocks:
             self.free_block_queue.append_n(self.spares.popleft_n(short))
         taken: list[KVCacheBlock] = super().get_new_blocks(num_blocks)

@@ -66,7 +66,7 @@ class PreparedFork:
             self._connection.close()
             _live(theirs, host, imports)
         theirs.close()
-        # OpenBLAS ends its threads before a fork. Any other may hold a lock, which nobody frees in the child.
+        # OpenBLAS ends its threads before a fork. Any other may hold a lock, which nothing frees in the child.
         self._threads = len(list(Path("/proc/self/task").iterdir())) - 1
 
     @contextlib.contextmanager
@@ -194,7 +194,7 @@ def _live(connection: Connection, host: int, imports: Sequence[str]) -> NoReturn
                     importlib.import_module(name)
             code = _become(connection)
     except EOFError:
-        code = 0  # nobody wants it
+        code = 0  # the host needs no EngineCore of it
     except BaseException:  # nothing may run on into the host's code
         traceback.print_exc()
     finally:

@@ -1,7 +1,8 @@
 """Every name of vLLM on which the adapter relies: one table, checked when an engine starts and by one test.
 
 vLLM promises nothing about most of these names. Against another vLLM, `pytest tests/engine/test_hooks.py` prints in
-seconds which of them are gone or have changed: the complete list of what is to do.
+seconds which of them are gone or have changed: the complete list of what is to do. The file is long because it is one
+table.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class KVPlan:
         self.layout: KVLayout | None = None
         """Of a KV cache that grows or outlives swaps."""
         self.frames = 0
-        """With which such a one starts and comes back from a swap."""
+        """Of `layout`, with which the KV cache starts and comes back from a swap."""
         self.preserved_blocks = 0
         """Of the prefix cache, that outlive a swap."""
         self._vllm_config = vllm_config

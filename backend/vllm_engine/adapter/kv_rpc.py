@@ -92,7 +92,7 @@ class SchedulerOrders:
         self._swap_out_ranks(*args, kept)
 
     def _grow(self, epoch: int, frames: int) -> int | str:
-        """Once every rank has mapped them, use their blocks. Returns the number of blocks, or why it was taken back."""
+        """Once every rank has mapped its frames, use their blocks. Returns how many there are, or why not."""
         answers = self._ranks("grow_kv", args=(epoch, frames))
         refusals = [answer for answer in answers if isinstance(answer, str)]
         if refusals:

@@ -79,11 +79,11 @@ class SchedulerBlocks:
         return left
 
     def spare(self, end: int) -> int:
-        """Blocks from `end` on are to go when nobody uses them. Returns the end down to which that holds now."""
+        """Blocks from `end` on are to go once no request uses them. Returns the end down to which none does now."""
         return self._pool.spare(end)
 
     def want(self, blocks: int) -> None:
-        """So many are wanted, perhaps again: none of these is to go any more."""
+        """Requests want `blocks` blocks, perhaps again: none of these is to go any more."""
         if blocks > self._pool.spare_from:
             self._pool.spare(min(blocks, self.end))
 
@@ -110,7 +110,7 @@ class SchedulerBlocks:
         return preempted
 
     def keep(self, most: int) -> list[int]:
-        """Preempt who runs, and forget all that is cached but up to `most` blocks, those used last. Returns which.
+        """Preempt all that runs, and forget what is cached but up to `most` blocks, those used last. Returns which.
 
         As vLLM's reset of its prefix cache, which keeps none. Raises TritonSwapError when a block is in use still.
         """

@@ -61,7 +61,7 @@ class Pause:
 
 
 def _ready_and_nameless(queue: shm_broadcast.MessageQueue) -> None:
-    """Wait until every reader has attached, as vLLM does; from then on nobody needs the name of the memory."""
+    """Wait until every reader has attached, as vLLM does; from then on the memory needs no name."""
     _READY.original(queue)
     if queue._is_writer and queue.buffer is not None and queue.buffer.is_creator:
         queue.buffer.shared_memory.unlink()

@@ -91,7 +91,7 @@ def int8_kernel_works() -> bool:
 def check_all_registered(model: torch.nn.Module) -> None:
     """Raise Unsupported when a layer keeps more than constants outside of its parameters and buffers.
 
-    Such tensors would stay in memory that no swap frees.
+    No swap would free the memory of these tensors.
     """
     registered = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     for name, module in model.named_modules():

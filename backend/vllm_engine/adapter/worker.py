@@ -158,7 +158,7 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
     def swap_in(self, epoch: int) -> tuple[float, float] | str:
         """Map what was missing, granted for `epoch`, and wait until it is filled. Returns seconds of each part.
 
-        Returns the reason when it was taken back.
+        Returns the reason when it was rolled back.
         """
         if self._resident:
             raise TritonSwapError("swapped in twice")
@@ -178,13 +178,13 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
         return frames, layout.most_frames, blocks, layout.most_blocks, len(layout.ranges)
 
     def kv_blocks(self, frames: int | None = None) -> int:
-        """How many blocks so many frames back (None: those that are mapped); 0 when nobody has to know."""
+        """How many blocks `frames` frames back (None: those that are mapped); 0 for a KV cache that keeps its size."""
         if self._kv.layout is None:
             return 0
         return self._kv.layout.blocks(self._space.mapped["kv"] if frames is None else frames)
 
     def kv_frames(self, blocks: int) -> int:
-        """How many frames back so many blocks."""
+        """How many frames back `blocks` blocks."""
         assert self._kv.layout
         return self._kv.layout.frames(blocks)
 
@@ -193,7 +193,7 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
         return self._kv.preserved_blocks
 
     def grow_kv(self, epoch: int, frames: int) -> int | str:
-        """Map what was granted for `epoch`. Returns how many blocks are backed now, or why it was taken back."""
+        """Map what was granted for `epoch`. Returns how many blocks are backed now, or why it was rolled back."""
         assert self._kv.layout
         try:
             self._agent.grow(self._space, "kv", epoch, min(frames, self._kv.layout.most_frames))

@@ -96,7 +96,7 @@ class Gate:
         self._on_change()
 
     def open(self) -> None:
-        """Let everybody in who waits, in order of arrival, and whoever comes from now on."""
+        """Let all requests in that wait, in order of arrival, and all that come from now on."""
         self._open = True
         for turn in self._take_waiting():
             self._admit()
@@ -104,21 +104,21 @@ class Gate:
         self._on_change()
 
     def close(self) -> None:
-        """Hold back whoever comes from now on; those inside go on."""
+        """Hold back the requests that come from now on; those inside go on."""
         self._open = False
 
     async def idle(self) -> None:
-        """Return when nobody is inside."""
+        """Return when no request is inside."""
         await self._idle.wait()
 
     def refuse_waiting(self, error: TritonSwapError) -> None:
-        """Fail everybody who waits now."""
+        """Fail all requests that wait now."""
         for turn in self._take_waiting():
             turn.set_exception(_fresh(error))
         self._on_change()
 
     def refuse_all(self, error: TritonSwapError) -> None:
-        """Close for good: fail everybody who waits and whoever comes from now on."""
+        """Close for good: fail the requests that wait and all that come from now on."""
         self._open = False
         self._refusal = error
         self.refuse_waiting(error)

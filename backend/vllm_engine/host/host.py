@@ -1,12 +1,13 @@
 """The engine host: one replica's engine, its gate and its data plane, under the orders of the agent.
 
 A request that has to wait has the agent told once (`Activate`). One decision per message, in `Host._take`:
-1. Drain, wait: close the gate, answer Drained when nobody is inside.  Drain, no wait: refuse if somebody is inside;
-   with preempt: answer Drained at once, and whoever is inside stands still while the engine is swapped out.
+1. Drain, wait: close the gate, answer Drained when no request is inside.  Drain, no wait: refuse if one is inside;
+   with preempt: answer Drained at once, and the requests inside stand still while the engine is swapped out.
 2. SwapOut, SwapIn: carried out one at a time; the gate is closed before and open after. A SwapOut that comes while
    requests wait crossed their Activate, which is sent again.
 3. GrowKv, ShrinkKv: as 2, with the gate open.
-4. RefuseWaiting: fail who waits at the gate, and who stands still inside.  QueueLimits: for who comes from now on.
+4. RefuseWaiting: fail the requests that wait at the gate, and those that stand still inside.  QueueLimits: bound the
+   queue for requests that come from now on.
 5. Shutdown, SIGTERM, or the agent gone: refuse the rest, finish what runs (bounded), exit.
 """
 
@@ -192,7 +193,7 @@ class Host:
         try:
             times = await self._engine.swap_in(epoch)
         except RolledBack as error:
-            log.warning("swap-in of epoch %d was taken back: %s", epoch, error)
+            log.warning("swap-in of epoch %d was rolled back: %s", epoch, error)
             self._channel.send(control.SwapInFailed(epoch, str(error)))
             return
         self._gate.open()
@@ -205,7 +206,7 @@ class Host:
         try:
             blocks = await self._engine.grow_kv(order.epoch, order.frames)
         except RolledBack as error:
-            log.warning("growth of epoch %d was taken back: %s", order.epoch, error)
+            log.warning("growth of epoch %d was rolled back: %s", order.epoch, error)
             self._channel.send(control.KvGrowFailed(order.epoch, str(error)))
             return
         self._channel.send(control.KvGrown(order.epoch, blocks))

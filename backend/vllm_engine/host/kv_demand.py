@@ -29,13 +29,13 @@ class KvDemand:
         """The most that it needed since then."""
 
     def update(self, now_s: float, blocks: int, used: int, waiting: int) -> int:
-        """What is wanted, when of `blocks` so many are `used` and requests that wait would fill `waiting` more.
+        """What is wanted, when `used` of `blocks` are in use and requests that wait would fill `waiting` more.
 
         1. Scarce, or not enough for those that wait: what both need and some room; at least some more than now.
         2. Much less than was asked for, or no more than the fewest, for a while: the most that it needed meanwhile.
         3. Else as before.
         """
-        own = min(blocks, self.wanted)  # it may have more, which somebody else may call back at any time
+        own = min(blocks, self.wanted)  # the engine may have more, on loan: the agent may call these back at any time
         free = own - 1 - used
         needed = self._bounded(ROOM * (used + waiting + 1))
         if free < waiting or free < SCARCE * own:  # 1

@@ -59,7 +59,7 @@ class Endpoint(msgspec.Struct, frozen=True):
         return msgspec.json.decode(text, type=cls)
 
 
-class SwapInTimes(NamedTuple):
+class RankSwapInTimes(NamedTuple):
     """Where the time of one swap-in went inside the rank, seconds."""
 
     map_s: float
@@ -133,7 +133,7 @@ class RankConnection:
         self._channel.send(memory.Loaded(weights, state, fingerprint, model_digest))
         self._answer(memory.Mirrored)
 
-    def swap_in(self, space: Space, epoch: int) -> SwapInTimes:
+    def swap_in(self, space: Space, epoch: int) -> RankSwapInTimes:
         """Map the grants of every region, acknowledge, and wait until they are filled.
 
         Raises RolledBack when the agent refuses, as it does when any rank cannot map: the space is as it was before.
@@ -145,7 +145,7 @@ class RankConnection:
         try:
             self._map_grants(space, [region for region, frames in space.regions.items() if frames], epoch, deadline)
         except Refusal as error:
-            raise self._taken_back(space, held, epoch, error) from error
+            raise self._rolled_back(space, held, epoch, error) from error
         except (OSError, OutOfDeviceMemory) as error:
             if isinstance(error, TimeoutError):
                 raise
@@ -154,15 +154,15 @@ class RankConnection:
                 pass  # on their way already
             if not isinstance(message, memory.Refused):
                 raise ProtocolError(f"the agent sent {message} where Refused was due") from error
-            raise self._taken_back(space, held, epoch, error) from error
+            raise self._rolled_back(space, held, epoch, error) from error
         self._channel.send(memory.Mapped(epoch))
         mapped = time.monotonic()
         message = self._receive(deadline)
         if isinstance(message, memory.Refused):
-            raise self._taken_back(space, held, epoch, Refusal(message.code, message.message))
+            raise self._rolled_back(space, held, epoch, Refusal(message.code, message.message))
         if message != memory.Filled(epoch):
             raise ProtocolError(f"the agent sent {message} where Filled of epoch {epoch} was due")
-        return SwapInTimes(mapped - begin, time.monotonic() - mapped)
+        return RankSwapInTimes(mapped - begin, time.monotonic() - mapped)
 
     def grow(self, space: Space, region: Region, epoch: int, frames: int) -> None:
         """Have `frames` frames of a region, zeroed, of which the missing ones are granted for `epoch`.
@@ -183,7 +183,7 @@ class RankConnection:
         space.resize(region, min(frames, space.regions[region]))
         self.unmapped(epoch)
 
-    def _taken_back(self, space: Space, held: dict[Region, int], epoch: int, reason: Exception) -> RolledBack:
+    def _rolled_back(self, space: Space, held: dict[Region, int], epoch: int, reason: Exception) -> RolledBack:
         space.unmap(held)
         self._channel.send(memory.Unmapped(epoch))
         return RolledBack(str(reason))
@@ -233,7 +233,7 @@ class RankConnection:
         try:
             self._channel.send(failure)
         except PeerGone:
-            return  # nobody is left to tell; the error itself is in the engine's log
+            return  # the agent is gone; the error itself is in the engine's log
 
 
 def _close(fds: list[int]) -> None:

@@ -111,7 +111,7 @@ def move(layout: Layout, space: Space, *, copy: bool = True) -> None:
 
 
 def storage_at(address: int, size: int, device: torch.device) -> torch.UntypedStorage:
-    """A storage over mapped memory of `device` that somebody else owns."""
+    """A storage over mapped memory of `device`, which it does not own."""
     if device.type == "cpu":
         memory = (ctypes.c_char * size).from_address(address)
         return torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
