@@ -195,7 +195,7 @@ class Agent:
                     total = engine.mirror_bytes + private
                     self.post(ev.HostMemoryMeasured(time.monotonic(), engine.spec.replica, total))
 
-    # --- for its parts, and for who runs it ---------------------------------------------------------------------------
+    # --- for its parts, and for the process around it -----------------------------------------------------------------
 
     def post(self, event: ev.Event) -> None:
         """Let the policy decide on `event` and carry out its actions. Only on the loop's thread."""

@@ -56,7 +56,7 @@ class RuntimeDir:
         return self.path / "logs" / (replica.replace("/", "-").replace("#", "-") + ".log")
 
     def create(self) -> None:
-        """Make the directory, mode 0700. Raises InvalidUsage when it belongs to somebody else or cannot be used."""
+        """Make the directory, mode 0700. Raises InvalidUsage when it belongs to another user or cannot be used."""
         longest = str(self.engine_socket(9999))
         if len(os.fsencode(longest)) > _SUN_PATH_BYTES:
             raise InvalidUsage(f"--runtime-dir {self.path} is too long for Unix sockets; choose a shorter path")

@@ -181,7 +181,7 @@ class ControlSocket:
         return control.Attached(replica, str(engine.socket), engine.process.pid)
 
     async def _running_engine(self, replica: str) -> Engine:
-        """Its engine, RESIDENT; one that ends just now, and of whose end the policy has yet to hear, is replaced.
+        """Its engine, RESIDENT. An engine that ends just now, before the policy has heard of it, is replaced.
 
         Raises Unavailable.
         """

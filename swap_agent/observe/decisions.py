@@ -48,7 +48,7 @@ class Decision:
     reason: str = ""
     """One word (`eviction`, `keep_alive`, …: `policy/actions.py`) or one sentence."""
     beneficiary: str = ""
-    """The replica for whose sake; empty: for none."""
+    """The replica that the decision serves; empty: none."""
     devices: tuple[str, ...] = ()
     frames: int | None = None
     """Frames that changed hands, of all devices together."""

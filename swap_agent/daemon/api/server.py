@@ -126,7 +126,7 @@ async def _errors(
 async def _same_origin(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """A web page of somebody else's, open in an operator's browser, must not change anything here."""
+    """A foreign web page that is open in an operator's browser must not change anything here."""
     origin = request.headers.get("Origin")
     if request.method != "GET" and origin is not None and urlsplit(origin).netloc != request.host:
         raise web.HTTPForbidden(text=f"requests from pages of {origin} are refused")

@@ -30,7 +30,7 @@ class ProcessUsage:
     private_bytes: int = 0
     """Of the host's memory."""
     residue_bytes: int | None = 0
-    """Of its devices; None where nobody can tell."""
+    """Of its devices; None where that cannot be told."""
 
 
 Usage = Mapping[EngineKey, ProcessUsage]
@@ -83,7 +83,7 @@ class Views:
         return [self._model(self._ledger.replicas[name], usage) for name in self.replicas]
 
     def devices(self) -> list[dict[str, Any]]:
-        """One entry per device; `models` are the replicas whose engines are on it, with what they have of this device.
+        """One entry per device; `models` are the replicas with an engine on it, and what they have of this device.
 
         `device_bytes` is what an engine holds, `reserved_bytes` what is set aside for it, `need_bytes` what it takes to
         be resident.

@@ -116,7 +116,7 @@ class EngineLifecycle:
     async def _start_process(self, engine: Engine) -> None:
         """Raises OSError."""
         gpus = [name for pool in engine.pools if (name := pool.device.visible_name)]
-        if gpus:  # vLLM loads into memory of its own first: what nobody holds must not be frames
+        if gpus:  # vLLM loads into memory of its own first: no free frame may take that
             await asyncio.gather(*(asyncio.to_thread(pool.trim) for pool in engine.pools))
         command, replica = self._config.engine_command, engine.spec.replica
         engine.process = start_engine(self._config.runtime, command, replica, engine.token, gpus)
