@@ -12,7 +12,7 @@ from swap_agent.policy import events as ev
 from swap_agent.policy.coordinator import Coordinator
 from swap_agent.policy.ledger import Device
 from swap_agent.policy.obedient_node import Engine, ObedientNode, Region
-from swap_agent.policy.replica import Replica
+from swap_agent.policy.replica import MIN_RESIDENCY_S, Replica
 from swap_agent.policy.states import State
 
 
@@ -163,3 +163,28 @@ def keep_mirror(machine: Machinery, name: str, mirror: str, size: int) -> None:
 
 def mirrors(machine: Machinery) -> set[str]:
     return set(machine.policy.ledger.mirrors)
+
+
+def two_devices(first: int = 100, second: int = 100) -> Machinery:
+    return Machinery(Device("cpu:0", first), Device("cpu:1", second))
+
+
+def settings(machine: Machinery, name: str, frames: int | None, **more: object) -> list[act.Action]:
+    return machine.policy.on_event(ev.Registered(machine.now_s, name, frames, None, **more))  # type: ignore[arg-type]
+
+
+def preempted() -> Machinery:
+    """`low`, one of whose requests stands still while `high` is there."""
+    machine = Machinery(Device("cpu:0", 100))
+    machine.policy = Coordinator([Device("cpu:0", 100)], preempt=True)
+    settings(machine, "low", 100)
+    settings(machine, "high", 100, priority=1)
+    machine.load("high", "low")
+    machine.report("low", in_flight=1)
+    machine.report("high", waiting=1)
+    (drain,) = machine.tick(MIN_RESIDENCY_S)
+    machine.obey(drain)
+    machine.settle()
+    assert (machine.state("low"), machine.state("high")) == (State.SWAPPED, State.RESIDENT)
+    assert machine.policy.waiting == ["low"]
+    return machine
