@@ -26,7 +26,7 @@ class StopEngine(Action):
     reason: str
     """One line for a person."""
     beneficiary: str = ""
-    """The replica for whose sake it ends; empty: for nobody's."""
+    """The replica for whose sake it ends; empty: none."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class DropMirror(Action):
     """Free a mirror that no engine uses; ends in MirrorDropped. `name` is the mirror's."""
 
     reason: str
-    """One line for a person; empty when nobody has to know."""
+    """One line for a person; empty when no person has to know."""
     beneficiary: str = ""
-    """The replica for whose sake it goes; empty: for nobody's."""
+    """The replica for whose sake it goes; empty: none."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Drain(Action):
     preempt: bool = False
     """Do not wait for what is in flight: it stands still until the replica is RESIDENT again."""
     beneficiary: str = ""
-    """The replica for whose sake it leaves; empty: for nobody's."""
+    """The replica for whose sake it leaves; empty: none."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class SwapOut(Action):
     reason: str
     """Why: the reason of its Drain; of a parked replica `unload`, `keep_alive`, `eviction` or `kv_loan`."""
     beneficiary: str = ""
-    """The replica for whose sake; empty: for nobody's."""
+    """The replica for whose sake; empty: none."""
 
 
 @dataclass(frozen=True)
@@ -123,19 +123,19 @@ class Resize(Action):
     """Why: `kv_loan` (it grows), `recall` (another replica needs the frames), `limit` (it has more than its limit) or
     `unused` (it wants them no more)."""
     beneficiary: str = ""
-    """The replica for whose sake; empty: for nobody's."""
+    """The replica for whose sake; empty: none."""
     within_s: float | None = None
-    """When frames are called back: after this time it does without them, whatever they are used for. None: nobody waits
-    for them; it keeps what it uses."""
+    """After this time the engine does without the recalled frames, whatever they are used for. None: no replica waits
+    for them, and the engine keeps those that it uses."""
 
 
 @dataclass(frozen=True)
 class Activated(Action):
-    """The replica is RESIDENT: whoever waited for that may go on."""
+    """The replica is RESIDENT: loads that waited for that are answered."""
 
 
 @dataclass(frozen=True)
 class Refuse(Action):
-    """Whoever waits for this replica gets this error."""
+    """Loads and requests that wait for this replica get this error."""
 
     message: str

@@ -41,13 +41,13 @@ class Admission:
         """Where room is being made for a replica that has no engine yet."""
 
     def enter(self, replica: Replica, now_s: float) -> Sequence[str]:
-        """Have it wait, unless it does or nobody registered it. Returns where room is being made for its engine."""
+        """Have a registered replica wait, if it does not yet. Returns where room is being made for its engine."""
         if replica.name in self.ledger.replicas:
             self.queue.enter(replica, now_s)
         return self.targets.get(replica.name, ())
 
     def leave(self, replica: Replica) -> Sequence[str]:
-        """Have it wait no more. Returns where room was being made for its engine."""
+        """Have the replica wait no more. Returns where room was being made for its engine."""
         self.queue.leave(replica)
         self.coming.pop(replica.name, None)
         return self.targets.pop(replica.name, ())
@@ -64,16 +64,16 @@ class Admission:
     def serve(self, touched: set[str], now_s: float) -> None:
         """Decide for each replica that waits for one of the `touched` devices, in order.
 
-        1. A starting engine that wants more frames goes first: nothing else can start before it is done. (`Growth`)
-        2. A resident model whose request was raised is next: it is owed them. (`Growth`)
+        1. A starting engine that wants more frames goes first: no other engine can start before it is ready. (`Growth`)
+        2. A resident model with a raised request is next: the frames are guaranteed to it. (`Growth`)
         3. A replica that leaves the device keeps its place until it is SWAPPED.
         4. Engines start one at a time, in order: a COLD or FAILED one waits for those before it. Meanwhile parked
            ones may pass.
-        5. One that too few devices can ever hold is refused.
-        6. One that fits, on the devices of its engine or those that it would best start on, is activated. To swap in,
-           frames that are being unmapped do as well.
-        7. Otherwise room is made there, and nobody behind it may take it. Where that can be done, more is made for the
-           next one; where not, those behind it wait. One on whose devices nothing changed goes on waiting.
+        5. A replica that too few devices can ever hold is refused.
+        6. A replica that fits, on the devices of its engine or those that it would best start on, is activated. To swap
+           in, frames that are being unmapped do as well.
+        7. Otherwise room is made there, and no replica behind it may take that room. Where room is coming, more is made
+           for the next replica; where not, those behind wait. With no change on its devices a replica goes on waiting.
 
         Devices that a replica kept others from, and keeps them from no more, are added to `touched`; then once more.
         """
@@ -195,7 +195,7 @@ class AdmissionRound:
         if len(old_target) == ranks and set(able).issuperset(old_target):
             return old_target
         unblocked = [device for device in able if device not in self._blocked]
-        choice = unblocked if len(unblocked) >= ranks else able  # room that is nobody else's, if that can be
+        choice = unblocked if len(unblocked) >= ranks else able  # room that is claimed by no other, if that can be
         reach = lambda device: self._admission.room.within_reach(device, replica, self._now_s)  # noqa: E731
         return tuple(placement.preferred(replica, choice, ledger, reach)[:ranks])
 

@@ -1,8 +1,8 @@
 """The decision tree: `Coordinator.on_event(event) -> actions`, pure and synchronous.
 
 Idle memory is a cache: a model keeps its frames until others need them, and then loses as many as are needed: first
-idle models, the cheapest expected regret first. When that is not enough, busy models take turns: one whose minimum
-residency is over drains. One engine starts at a time. A replica of several ranks has a device for each, and as many
+idle models, the cheapest expected regret first. When that is not enough, busy models take turns: one with its minimum
+residency over drains. One engine starts at a time. A replica of several ranks has a device for each, and as many
 frames on every one: all or none.
 
 Nothing is looked at but what an event touches: the replica that it is about, the devices of that one, and the replicas
@@ -47,8 +47,8 @@ class Coordinator:
         """`host_limit_bytes` bounds mirrors and engine processes together, `residue_budget_bytes` what the engines of a
         device take outside of frames; None: no bound.
 
-        `regret` orders idle models that could be evicted. With `preempt`, a model whose turn is over does not wait for
-        its requests when one of a higher priority waits: they stand still until it is back.
+        `regret` orders idle models that could be evicted. With `preempt`, a model at the end of its turn does not wait
+        for its requests when one of a higher priority waits: the requests stand still until the model is back.
         """
         self.ledger = Ledger({device.name: device for device in devices})
         self._residue_budget_bytes = residue_budget_bytes

@@ -18,7 +18,7 @@ class Demand:
         self._at_s = 0.0
 
     def arrived(self, count: int, now_s: float) -> None:
-        """So many requests came."""
+        """Count requests that came."""
         self._decay(now_s)
         self._burst += count / BURST_S
         self._habit += count / HABIT_S

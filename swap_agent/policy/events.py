@@ -67,7 +67,7 @@ class RequestsHeld(ReplicaEvent):
 
     `epoch` is that of the last order that the host has taken. An older one than the replica's is stale: the order that
     is on its way opens the gate, has the requests refused, or makes the host ask again. TrafficReported withdraws this
-    when no such requests are left.
+    when none of these requests are left.
     """
 
     epoch: int
@@ -143,7 +143,7 @@ class OutsideExceeded(ReplicaEvent):
 
 @dataclass(frozen=True)
 class ResidueMeasured(ReplicaEvent):
-    """What a running engine takes outside of frames, in bytes on each device where anybody can tell."""
+    """What a running engine takes outside of frames, in bytes on each device where that can be measured."""
 
     residue_bytes: Mapping[str, int]
 

@@ -1,4 +1,4 @@
-"""Whose frames to take when somebody lacks some. Pure functions over the replicas of one device."""
+"""Which replicas give up frames when another lacks some. Pure functions over the replicas of one device."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ LEAVING = frozenset({State.DRAINING, State.SWAPPING_OUT})
 """Their frames, but for those they keep, are about to be free."""
 
 LEAST_IDLE_S = 0.1
-"""A model that was just activated is given so long to get its first request, one in use so long until its next."""
+"""How long a model that was just activated is given to get its first request, and one in use to get its next."""
 
 FIXED_FRAMES = 100
-"""What a swap-in costs beside the frames that it copies (pause, map, resume), as so many frames' copy."""
+"""What a swap-in costs beside the frames that it copies (pause, map, resume), in frames copied in that time."""
 
 
 class Slice(NamedTuple):
@@ -53,7 +53,7 @@ def expected_regret(replica: Replica, now_s: float) -> list[Slice]:
 
 
 def least_recently_used(replica: Replica, now_s: float) -> list[Slice]:
-    """Plain LRU, to compare with: whoever has been idle for longest goes first, as far as needed."""
+    """Plain LRU, to compare with: the model that has been idle for longest goes first, as far as needed."""
     return [Slice(replica.activity.idle_since_s, replica.reservation.frames)]
 
 
@@ -73,16 +73,16 @@ def evictable_from_s(replica: Replica) -> float:
 
 
 def victims(
-    replicas: Iterable[Replica], who: Replica, places: Mapping[str, int], now_s: float, regret: Regret
+    replicas: Iterable[Replica], beneficiary: Replica, places: Mapping[str, int], now_s: float, regret: Regret
 ) -> tuple[list[tuple[Replica, int]], float]:
-    """Who may be asked now for how many of his frames, in order; and when more may leave (infinite: at no known time).
+    """Replicas to ask now, with their frames to take, in order; and when more may leave (infinite: at no known time).
 
-    `places` are those in the queue.
+    `places` are those in the queue; `beneficiary` lacks the frames.
 
     1. What idle models hold, resident or not, by priority, then by regret, then least recently used first. One may come
        twice, with a part of its frames each.
     2. Models that wait further back in the queue, the last one first: they cannot run yet.
-    3. Busy models whose turn is over, by priority, then the one resident longest first.
+    3. Busy models after their minimum residency, by priority, then the one resident longest first.
     Pinned models only while they are parked anyway.
     """
     idle: list[tuple[int, float, float, Replica, int]] = []
@@ -90,12 +90,12 @@ def victims(
     busy: list[Replica] = []
     later_s = float("inf")
     for replica in replicas:
-        if replica is who or not replica.reservation.frames:
+        if replica is beneficiary or not replica.reservation.frames:
             continue
         if replica.state is State.RESIDENT:
             if replica.settings.pinned:
                 continue
-            if replica.kv_loan.resize_to is not None:
+            if replica.resizing:
                 continue  # it will have been carried out soon
             leaves_s = evictable_from_s(replica)
             if leaves_s > now_s:
@@ -107,7 +107,7 @@ def victims(
         elif replica.state is not State.SWAPPED or replica.stopping:
             continue
         elif replica.activation_wanted:
-            if places.get(replica.name, 0) > places.get(who.name, -1):
+            if places.get(replica.name, 0) > places.get(beneficiary.name, -1):
                 waiting.append(replica)
             continue
         for each in regret(replica, now_s):
@@ -120,11 +120,11 @@ def victims(
 
 def can_recall(replica: Replica) -> bool:
     """Whether it can be asked for frames that it has on loan."""
-    return replica.state is State.RESIDENT and replica.kv_loan.resize_to is None and not replica.stopping
+    return replica.state is State.RESIDENT and not replica.resizing and not replica.stopping
 
 
 def parked(replicas: Iterable[Replica], now_s: float, regret: Regret) -> list[tuple[Replica, int]]:
-    """Parked models that nobody waits for and all that each holds, those first whose loss is regretted least."""
+    """Parked models that are not wanted, with all that each holds, the least regretted loss first."""
     holders = [
         replica
         for replica in replicas

@@ -13,7 +13,7 @@ from swap_agent.policy.transitions import Transitions
 
 
 class Growth:
-    """They go before the queue: nothing else can start before a start is done, and what is owed was guaranteed."""
+    """Both go before the queue: no other engine can start before one is ready, and a request is a guarantee."""
 
     def __init__(self, ledger: Ledger, transitions: Transitions, room: Room) -> None:
         self._ledger = ledger
@@ -53,7 +53,7 @@ class Growth:
         return claimed
 
     def serve(self, touched: set[str], now_s: float) -> set[str]:
-        """Give what can be given now, and make room for the rest. Returns devices that nobody else may have."""
+        """Give what is free, and make room for the rest. Returns devices from which others may take nothing."""
         blocked: set[str] = set()
         for (name, rank), frames in list(self._wanted.items()):
             replica = self._ledger.replicas[name]
@@ -79,7 +79,7 @@ class Growth:
     def _settle_debt(self, replica: Replica, blocked: set[str], now_s: float) -> None:
         if replica.state is State.RESIDENT and replica.missing_frames:
             if placement.blocked_by_pins(replica, self._ledger):
-                return  # it stays owed; meanwhile nobody has to leave for it
+                return  # it stays owed; meanwhile no other has to leave for it
             free = blocked.isdisjoint(replica.devices)
             if not free or not self._take(replica, replica.missing_frames, blocked, now_s):
                 return

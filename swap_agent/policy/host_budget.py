@@ -31,7 +31,7 @@ class HostBudget:
         return next(iter(self.wanted), "")
 
     def kept(self, name: str, mirror_bytes: int) -> None:
-        """So much of what this replica wants for all its ranks is a mirror now, which counts by itself."""
+        """Of what this replica wants for all its ranks, `mirror_bytes` are a mirror now, which counts by itself."""
         if name in self.wanted:
             self.wanted[name] = max(0, self.wanted[name] - mirror_bytes)
 
@@ -63,7 +63,7 @@ class HostBudget:
         """Mirrors to drop and replicas to make COLD, in order, so that what is wanted fits, and what is used.
 
         1. Mirrors that no engine uses.
-        2. Parked replicas, then idle resident ones; and after each the mirrors that only such replicas use.
+        2. Parked replicas, then idle resident ones; and after each the mirrors that no other replica uses.
         Least recently used first, and no more than are needed.
         """
         self._lacking = 0

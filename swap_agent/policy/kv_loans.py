@@ -1,4 +1,4 @@
-"""KV loans: frames that nobody waits for are lent to resident replicas for more KV cache, up to their limit."""
+"""KV loans: frames that no replica waits for are lent to resident ones for more KV cache, up to their limit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from swap_agent.policy.states import State
 from swap_agent.policy.transitions import Transitions
 
 RETURN_AGAIN_S = 5.0
-"""A replica that uses frames that it does not want, and nobody waits for, is asked for them again after this time."""
+"""A replica that uses more than it wants, while no other waits, is asked again to return that after this time."""
 
 
 class KvLoans:
@@ -31,13 +31,13 @@ class KvLoans:
         self._regret = regret
 
     def wanted(self, replica: Replica, event: ev.KvWanted) -> None:
-        """The engine would use so many."""
+        """The engine would use more, or fewer."""
         if replica.state not in (State.COLD, State.FAILED):  # a drain that crossed this may be refused
             replica.kv_loan.wanted_frames, replica.kv_loan.step = event.frames, event.step
             self._transitions.borrowers.add(replica.name)
 
     def resized(self, replica: Replica, event: ev.Resized) -> None:
-        """The engine has so many."""
+        """An order is carried out, as far as the engine could."""
         loan = replica.kv_loan
         if event.epoch == replica.epoch and loan.resize_to is not None:
             if event.frames < loan.resize_to:  # it could not grow
@@ -53,8 +53,8 @@ class KvLoans:
 
         1. Beyond its limit no replica keeps any.
         2. Of what it does not want any more it keeps what it uses, and is asked again.
-        3. Free frames are lent where nobody waits for them, to the highest priority and the smallest wish first.
-        4. What parked models have kept goes for loans as well, unless somebody waits for them.
+        3. Free frames are lent where no replica waits for them, to the highest priority and the smallest wish first.
+        4. What parked models have kept goes for loans as well, unless they wait.
         """
         if not self._transitions.borrowers:
             return

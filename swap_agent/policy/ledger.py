@@ -21,7 +21,7 @@ class Device:
     """Bytes of a frame; 0: people are told frames."""
 
     def size(self, frames: int) -> str:
-        """So many frames, for a person."""
+        """A number of frames, in words for a person."""
         return format_bytes(frames * self.frame_bytes) if self.frame_bytes else f"{frames} frames"
 
 
@@ -73,7 +73,7 @@ class Ledger:
         return list(self._on.get(device, {}).values())
 
     def free_frames(self, device: str) -> int:
-        """Frames of `device` that nobody has reserved and nobody was promised; below zero: some have yet to return."""
+        """Frames of `device` that are neither reserved nor promised; below zero: some have yet to return."""
         free = self.devices[device].frames
         for replica in self._on.get(device, {}).values():
             free -= replica.reservation.frames + replica.reservation.promised_frames
@@ -84,7 +84,7 @@ class Ledger:
         return self.devices[device].frames - sum(r.reservation.frames for r in self._on.get(device, {}).values())
 
     def audit(self, replica: Replica, held_frames: Sequence[int]) -> str:
-        """What is wrong when the ranks of `replica` hold so many frames, one line; empty when nothing is.
+        """What is wrong when the ranks of `replica` hold `held_frames`, one line; empty when nothing is.
 
         Settled states only. A rank smaller than the largest one holds no more than it has.
         """

@@ -21,7 +21,7 @@ def candidates(replica: Replica, ledger: Ledger) -> list[str]:
 
 
 def pinned_frames(device: str, but: Replica, ledger: Ledger) -> int:
-    """Frames of `device` that pinned models other than `but` have and nobody can make them give up."""
+    """Frames of `device` that pinned models other than `but` have, and cannot be made to give up."""
     return sum(
         max(r.need_frames, r.reservation.frames - r.recallable_frames)
         for r in ledger.on(device)
@@ -30,7 +30,7 @@ def pinned_frames(device: str, but: Replica, ledger: Ledger) -> int:
 
 
 def able(replica: Replica, devices: Sequence[str], ledger: Ledger) -> list[str]:
-    """Those of `devices` that could hold a rank of `replica` if everybody else left who can be made to leave."""
+    """Those of `devices` that could hold a rank of `replica` if all others left that can be made to leave."""
     need = replica.need_frames
     frames = {device: ledger.devices[device].frames for device in devices}
     return [device for device in devices if frames[device] - pinned_frames(device, replica, ledger) >= need]
@@ -89,9 +89,9 @@ def why_never(replica: Replica, devices: Sequence[str], able_devices: Sequence[s
     """One line for a person: too few of `devices`, its candidates, could hold a rank of this replica."""
     need, name = replica.need_frames, replica.name
     size = ledger.devices[devices[0]].size
-    whose = "GPU_DEVICE_IDS allows" if replica.settings.allowed_devices else "this node has"
+    allowed = "GPU_DEVICE_IDS allows" if replica.settings.allowed_devices else "this node has"
     if replica.settings.ranks > len(devices):
-        return f"{name} has {replica.settings.ranks} ranks and needs a device for each, {whose} {len(devices)}"
+        return f"{name} has {replica.settings.ranks} ranks and needs a device for each, {allowed} {len(devices)}"
     large = [device for device in devices if ledger.devices[device].frames >= need]
     if len(large) >= replica.settings.ranks:
         pinned = sorted(

@@ -10,15 +10,15 @@ from swap_agent.policy.replica import Replica
 
 
 class Queue:
-    """First come, first served; whoever has a higher priority passes, but nobody twice.
+    """First come, first served; a higher priority passes, but no replica twice.
 
     A replica passes only those that began to wait after its own last turn. So each of n models is ahead of a waiting
-    one at most once, whatever the priorities: nobody starves.
+    one at most once, whatever the priorities: none starves.
     """
 
     def __init__(self) -> None:
         self._since: dict[str, tuple[float, int]] = {}
-        """When each began to wait; a number tells apart who came at the same time."""
+        """When each began to wait; a number tells apart those that came at the same time."""
         self._numbers = itertools.count()
         self._order: list[Replica] = []
         self._places: dict[str, int] = {}
@@ -42,11 +42,11 @@ class Queue:
 
     @property
     def first_without_engine(self) -> Replica | None:
-        """Whose engine starts next."""
+        """The replica to start an engine for next."""
         return min(self._engineless.values(), key=lambda replica: self._places[replica.name], default=None)
 
     def ahead_of(self, replica: Replica) -> Iterator[Replica]:
-        """Who waits before it."""
+        """Replicas that wait before it."""
         for other in self._order:
             if other is replica:
                 return

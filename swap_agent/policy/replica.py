@@ -87,7 +87,7 @@ class Departure:
     """Frames of each device that stay its own when it is SWAPPED."""
     reason: str = ""
     beneficiary: str = ""
-    """The replica for whose sake; empty: for nobody's."""
+    """The replica for whose sake; empty: none."""
 
 
 @dataclass(slots=True)
@@ -204,7 +204,7 @@ class Replica:
 
     @property
     def recalling_frames(self) -> int:
-        """Frames of each device that it gives back by an order under way; where nobody waited for them, at most."""
+        """Frames of each device that it gives back by an order under way; where no other waited for them, at most."""
         if self.kv_loan.resize_to is None:
             return 0
         return max(0, self.reservation.frames - max(self.need_frames, self.footprint_frames + self.kv_loan.resize_to))

@@ -49,7 +49,7 @@ class Residency:
         wishes.purge |= event.purge
 
     def traffic_reported(self, replica: Replica, event: ev.TrafficReported) -> None:
-        """Counts of requests; they withdraw what the engine host asked for when nobody is left for whom it was."""
+        """Counts of requests. A count of zero withdraws what the engine host asked for."""
         activity = replica.activity
         was_busy = not replica.idle
         if (arrived := event.in_flight + event.waiting - activity.in_flight - activity.waiting) > 0:

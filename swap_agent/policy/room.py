@@ -37,7 +37,7 @@ class Room:
     def make(self, needs: Mapping[str, int], beneficiary: Replica, now_s: float) -> bool:
         """Have others give back what `beneficiary` lacks, no more: until `needs` frames of each device will be free.
 
-        All or nothing: as long as not enough of them may leave, nobody is asked to. Returns whether they are coming.
+        All or nothing: as long as not enough of them may leave, none is asked to. Returns whether frames are coming.
         """
         plan = _Plan(self._ledger, beneficiary)
         enough = True
@@ -50,14 +50,14 @@ class Room:
             self._order(plan)
         return enough
 
-    def within_reach(self, device: str, who: Replica, now_s: float) -> int:
+    def within_reach(self, device: str, replica: Replica, now_s: float) -> int:
         """Frames that are free, coming, or held by replicas that could be asked for them now."""
         on_device = self._ledger.on(device)
-        victims, _ = eviction.victims(on_device, who, {}, now_s, self._regret)
+        victims, _ = eviction.victims(on_device, replica, {}, now_s, self._regret)
         held = sum(frames for _, frames in victims)
         asked = {id(victim) for victim, _ in victims}
         held += sum(
-            r.recallable_frames for r in on_device if r is not who and eviction.can_recall(r) and id(r) not in asked
+            r.recallable_frames for r in on_device if r is not replica and eviction.can_recall(r) and id(r) not in asked
         )
         return self._ledger.free_frames(device) + eviction.coming_frames(on_device) + held
 
@@ -95,7 +95,7 @@ class Room:
 
 
 class _Plan:
-    """Who is to give back how much, on all devices, before anybody is asked."""
+    """How much each replica is to give back, on all devices, before any is asked."""
 
     def __init__(self, ledger: Ledger, beneficiary: Replica) -> None:
         self._ledger = ledger

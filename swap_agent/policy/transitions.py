@@ -23,13 +23,13 @@ class Transitions:
         self.actions: list[act.Action] = []
         """What the event at hand has led to, in order."""
         self.starting = ""
-        """The replica whose engine starts; one at a time."""
+        """The replica that starts its engine; one at a time."""
         self.owed: set[str] = set()
-        """Resident replicas whose request was raised beyond what is reserved for them."""
+        """Resident replicas with less reserved than their raised request."""
         self.borrowers: set[str] = set()
         """Replicas that have frames on loan, or want some."""
         self._promised: list[str] = []
-        """Replicas whose swap-in began before all of their frames were free, in that order."""
+        """Replicas being swapped in before all of their frames are free, in the order of their swap-ins."""
 
     def order(self, action: act.Action) -> None:
         """Order this after what was ordered before."""
