@@ -179,7 +179,7 @@ class Coordinator:
             ev.ResidueMeasured: self._residue_measured,
             ev.MirrorWanted: mirrors.wanted,
             ev.MirrorKept: mirrors.kept,
-            ev.MirrorInvalidated: mirrors.voided,
+            ev.MirrorInvalidated: mirrors.invalidated,
             ev.EngineReady: transitions.engine_ready,
             ev.Drained: transitions.drained,
             ev.DrainRefused: transitions.drain_refused,

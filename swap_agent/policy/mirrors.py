@@ -49,7 +49,7 @@ class Mirrors:
         self._budget.kept(replica.name, event.bytes)
         self._own((replica.name, event.rank), event.mirror)
 
-    def voided(self, replica: Replica, event: ev.MirrorInvalidated) -> None:
+    def invalidated(self, replica: Replica, event: ev.MirrorInvalidated) -> None:
         """No engine may be restored from it any more."""
         self._mirrors_changed = True
         if event.mirror in self._ledger.mirrors:
