@@ -61,7 +61,7 @@ class Policy(RuleBasedStateMachine):
         residue_budget=st.sampled_from([None, 0, 15, 30]),
         preempt=st.booleans(),
         crowded=st.sampled_from([None, 30, 60]),
-        bursting=st.booleans(),
+        lending=st.booleans(),
         models=st.lists(st.tuples(budgets(), st.sampled_from([1, 1, 2, 3])), min_size=len(NAMES), max_size=len(NAMES)),
     )
     def begin(
@@ -70,14 +70,14 @@ class Policy(RuleBasedStateMachine):
         residue_budget: int | None,
         preempt: bool,
         crowded: int | None,
-        bursting: bool,
+        lending: bool,
         models: list[tuple[dict[str, object], int]],
     ) -> None:
         self.world = World(*DEVICES, host_limit_bytes=host_limit, residue_budget_bytes=residue_budget, preempt=preempt)
         self.mirrors = 0
         for name, (budget, ranks) in zip(NAMES, models, strict=True):
             if crowded:  # they have all been served before, and take turns
-                budget |= {"request_frames": crowded, "limit_frames": 100 if bursting else None}
+                budget |= {"request_frames": crowded, "limit_frames": 100 if lending else None}
             self.world.register(ev.Registered(0.0, name, ranks=ranks, **budget))  # type: ignore[arg-type]
         for name in NAMES if crowded else ():
             self.world.load(name)
