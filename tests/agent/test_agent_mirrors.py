@@ -110,7 +110,7 @@ async def test_replicas_share_one_mirror_for_as_long_as_one_wants_it(tmp_path: P
         await first.kill()
         await second.swap()
         await agent.unload(second.replica, purge=True)
-        await asyncio.sleep(0.3)
+        assert second.report["state"] == "COLD"
         assert agent.mirrors.resident_bytes() == alone, "the other one may want it again"
         assert await first.start(frames=9) == "recalled\nrestored\n"
         await agent.unload(first.replica, purge=True)

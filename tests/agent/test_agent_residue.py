@@ -19,6 +19,7 @@ from support.devices import CUDA, FRAME_BYTES, NAME
 
 from swap_agent.cli import ps
 from swap_agent.daemon.agent import Agent
+from swap_agent.daemon.residue.limits import GrowthLimits, Measurement
 from swap_agent.device.cuda_driver import call
 from swap_agent.observe.decisions import Kind
 from swap_agent.wire import control
@@ -31,6 +32,30 @@ MIB = 1 << 20
 ALLOWANCE = 64 * MIB
 HOARD = 100 * MIB
 GRACE_S = 1.0
+
+
+class Readings:
+    """Counts what was measured of all engines."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.taken = 0
+        note = GrowthLimits.note
+
+        def counted(limits: GrowthLimits, now_s: float, measured: Measurement) -> object:
+            self.taken += 1
+            return note(limits, now_s, measured)
+
+        monkeypatch.setattr(GrowthLimits, "note", counted)
+
+    async def more(self, count: int) -> None:
+        """Return after so many that begin from now on: three come in GRACE_S."""
+        enough = self.taken + count + 1  # one may be under way
+        await until(lambda: self.taken >= enough)
+
+
+@pytest.fixture
+def readings(monkeypatch: pytest.MonkeyPatch) -> Readings:
+    return Readings(monkeypatch)
 
 
 class Hoard:
@@ -85,7 +110,7 @@ async def start(agent: Agent, model: str, hoard: Hoard, **more: object) -> tuple
 
 
 async def test_who_stays_beyond_the_allowance_is_named_then_stopped_and_its_neighbour_is_not(
-    agent: Agent, hoard: Hoard, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    agent: Agent, hoard: Hoard, readings: Readings, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     a, first = await start(agent, "a", hoard)
     b, neighbour = await start(agent, "b", hoard)
@@ -97,11 +122,11 @@ async def test_who_stays_beyond_the_allowance_is_named_then_stopped_and_its_neig
     hoard.grow(first)
     hoard.grow(neighbour)
     await until(lambda: bool(a.report["outside_exceeded"] and b.report["outside_exceeded"]))
+    assert a.report["state"] == b.report["state"] == "RESIDENT"
     hoard.shrink(neighbour)  # in time
     await asyncio.to_thread(ps.print_models, agent.config.runtime, as_json=False)
     shown = r"a/1#0 takes [0-9.]+ MiB \(\+1[0-9.]+ MiB\) outside of frames, beyond --outside-allowance"
     assert re.search(shown, capsys.readouterr().out)
-    assert a.report["state"] == b.report["state"] == "RESIDENT"
     grown = a.report
     assert HOARD - 8 * MIB < int(str(grown["residue_bytes"])) - int(str(before["residue_bytes"])) < HOARD + 8 * MIB
     assert HOARD - 8 * MIB < int(str(grown["residue_growth_bytes"])) < HOARD + 16 * MIB
@@ -118,7 +143,7 @@ async def test_who_stays_beyond_the_allowance_is_named_then_stopped_and_its_neig
     assert re.search(f"told to stop: {stopped}", told), "the host tells its clients"
     (pool,) = agent.pools.values()
     assert pool.held_by(a.replica) == 0 and pool.held_by(b.replica) == 6
-    await asyncio.sleep(GRACE_S)
+    await readings.more(4)
     assert (b.report["state"], b.report["engine_pid"], b.report["outside_exceeded"]) == ("RESIDENT", neighbour, False)
 
     _, second = await start(agent, "a", hoard)
@@ -146,7 +171,7 @@ async def test_a_parked_engine_shows_its_residue_and_is_stopped_for_it_too(agent
 
 
 async def test_beyond_the_residue_budget_the_engine_parked_for_longest_ends_and_its_mirror_stays(
-    tmp_path: Path, hoard: Hoard, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, hoard: Hoard, readings: Readings, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     budget = (750 if CUDA else 200) * MIB  # two engines, one of which has grown
@@ -157,7 +182,7 @@ async def test_beyond_the_residue_budget_the_engine_parked_for_longest_ends_and_
         for stub in (a, b):
             await agent.unload(stub.replica, purge=False)
         hoard.grow(first)
-        await asyncio.sleep(GRACE_S)  # measured again
+        await readings.more(3)
         assert (a.report["engine_pid"], b.report["engine_pid"]) == (first, second)
 
         hoard.grow(second)
@@ -180,10 +205,10 @@ async def test_beyond_the_residue_budget_the_engine_parked_for_longest_ends_and_
 
 @pytest.mark.skipif(not CUDA, reason="the memory of a simulated device is all frames")
 async def test_growth_of_a_gpu_that_no_engine_is_proven_of_is_reported_and_stops_nobody(
-    agent: Agent, hoard: Hoard, caplog: pytest.LogCaptureFixture
+    agent: Agent, hoard: Hoard, readings: Readings, caplog: pytest.LogCaptureFixture
 ) -> None:
     a, pid = await start(agent, "a", hoard)
-    await asyncio.sleep(2 * GRACE_S / 3)  # what is in use with it is known
+    await readings.more(1)  # what is in use with it is known
 
     def device() -> dict[str, object]:
         return agent.views.devices()[0]
@@ -195,7 +220,7 @@ async def test_growth_of_a_gpu_that_no_engine_is_proven_of_is_reported_and_stops
     assert int(str(device()["outside_bytes"])) == before + HOARD
     await until(lambda: bool(device()["outside_exceeded"]))
     assert sum("none of its 1 engines is proven to be the one" in line for line in caplog.messages) == 1
-    await asyncio.sleep(2 * GRACE_S)
+    await readings.more(7)
     assert (a.report["state"], a.report["engine_pid"], a.report["outside_exceeded"]) == ("RESIDENT", pid, False)
     call("cuMemFree", address)
     await until(lambda: not device()["outside_exceeded"])

@@ -40,6 +40,11 @@ class World:
         path.with_suffix(".new").rename(path)
         return path
 
+    async def look(self, times: int) -> None:
+        """So many looks at the repository, and what comes of them."""
+        for _ in range(times):
+            await self.agent.live_settings.refresh()
+
     async def stub(self, model: str, **options: object) -> tuple[Stub, control.Attached]:
         """Attached with 8 frames, of which the file says what it likes."""
         stub = await Stub.connect(self.agent, model)
@@ -130,7 +135,7 @@ async def test_an_edit_is_in_force_within_one_poll_interval_and_the_engine_goes_
     assert (await world.stub("a", request=frames(9)))[1] == attached, "neither engine nor settings are others"
     assert shown(stub) == SHOWN
     await until(lambda: "told to limit: 5 20.0" in log.read_text())
-    await asyncio.sleep(2 * POLL_S)
+    await world.look(2)
     (_, event) = heard  # of each change once
     assert (event.request_frames, event.limit_frames, event.keep_alive_s) == (8, 12, 420)
     assert (event.priority, event.pinned, event.min_residency_s, event.allowed_devices) == (10, True, 3, (NAME,))
@@ -184,7 +189,7 @@ async def test_a_file_that_cannot_be_used_leaves_the_last_good_in_force_and_says
         else:
             world.write("a", **{"KEEPALIVE" if damage == "misspelt" else "KEEP_ALIVE": "soon"})
         await until(lambda: stub.report["config_error"])
-        await asyncio.sleep(3 * POLL_S)
+        await world.look(3)
     assert words in str(stub.report["config_error"]) and str(stub.report["config_error"]).startswith("model a: ")
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 1 and said[0].endswith("; what it said before stays in force")
@@ -279,16 +284,16 @@ async def test_a_parked_engine_ends_when_its_model_leaves_the_repository(world: 
     await world.agent.unload(used.replica, purge=False)
     hidden = world.models.with_name("hidden")
     world.models.rename(hidden)  # not the model has gone, but the whole repository
-    await asyncio.sleep(4 * POLL_S)
+    await world.look(4)
     world.models.mkdir()  # the folder on which it was mounted
-    await asyncio.sleep(4 * POLL_S)
+    await world.look(4)
     assert parked.report["state"] == "SWAPPED"
     world.models.rmdir()
     hidden.rename(world.models)
     for model in ("a", "b"):
         shutil.rmtree(world.models / model)
     await until(lambda: parked.report["state"] == "COLD")
-    await asyncio.sleep(2 * POLL_S)
+    await world.look(2)
     assert used.report["state"] == "SWAPPED", "a stub may still send requests to it"
     await used.detach()
     await until(lambda: used.report["state"] == "COLD")
@@ -298,7 +303,7 @@ async def test_a_pin_by_hand_counts_until_the_file_changes(world: World) -> None
     world.write("a", PINNED="0")
     stub, _ = await world.stub("a")
     world.agent.live_settings.pin("a", True)
-    await asyncio.sleep(2 * POLL_S)
+    await world.look(2)
     assert stub.report["pinned"] is True
     assert (await world.stub("a"))[0].report["pinned"] is True, "a load changes nothing"
     world.write("a", PINNED="0", PRIORITY="1")

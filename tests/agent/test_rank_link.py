@@ -212,9 +212,18 @@ async def _grow_and_shrink(first: Rank, second: Rank) -> None:
     await asyncio.wait_for(growing, 5)
     assert first.peer.receive(5)[0] == memory.Filled(2) and second.receive_grants() == 2
     assert [each.space.held["kv"] for each in (first, second)] == [3, 3]
+    heard, unmapped = asyncio.Event(), first.link.unmapped
+    loop = asyncio.get_running_loop()
+
+    def hear(*arguments: float | None, **more: float | None) -> None:
+        unmapped(*arguments, **more)  # type: ignore[arg-type]
+        loop.call_soon_threadsafe(heard.set)
+
+    first.link.unmapped = hear  # type: ignore[method-assign]
     shrinking = asyncio.create_task(_shrink(links, 3, 2))
     first.peer.send(memory.Unmapped(3))
-    await asyncio.sleep(0.1)
+    await asyncio.wait_for(heard.wait(), 5)
+    first.link.unmapped = unmapped  # type: ignore[method-assign]
     assert first.space.held["kv"] == 3, "no frame goes before every rank's ack"
     second.peer.send(memory.Unmapped(3))
     await asyncio.wait_for(shrinking, 5)

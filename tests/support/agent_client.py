@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
 from support.devices import FRAME_BYTES, spec
+from support.waiting import until as until
 from swap_agent.daemon.agent import Agent
 from swap_agent.daemon.api.views import measure_engines
 from swap_agent.daemon.config import AgentConfig, RuntimeDir
@@ -86,10 +86,3 @@ def host_bytes(agent: Agent) -> int:
     """Host memory that mirrors and engine processes take."""
     used: int = agent.views.host(measure_engines(agent.engines))["used_bytes"]
     return used
-
-
-async def until(condition, timeout_s: float = 10) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "did not happen in time"
-        await asyncio.sleep(0.01)

@@ -30,7 +30,8 @@ NAME = "cuda:0" if CUDA else "cpu:0"
 FRAME_BYTES = 2 << 20
 FRAMES = 8
 """Of the device that tests of memory share (tests/agent/conftest.py)."""
-cuda.FRAME_BYTES = FRAME_BYTES  # of every device that is opened in this process
+if CUDA:
+    cuda.FRAME_BYTES = FRAME_BYTES  # of every device that is opened in this process
 
 
 def make_device(frames: int) -> DeviceMemory:

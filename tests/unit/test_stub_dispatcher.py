@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from support.waiting import until
 
 from swap_agent.errors import Unavailable
 from swap_agent.wire.control import Attach, Attached, FromStub
@@ -54,7 +56,7 @@ class Lost:
             await asyncio.start_unix_server(self.engine, sock=listen(self.path / "engine.sock")),
         ]
         await self.dispatcher.start()
-        await asyncio.sleep(0.05)
+        await until(lambda: self.dispatcher._engine is None)
 
     async def agent(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.agent_channel: AsyncChannel[FromStub] = AsyncChannel(reader, writer, FromStub)
@@ -96,9 +98,9 @@ async def test_a_full_queue_refuses_at_once(lost: Lost) -> None:
 async def test_a_wait_ends_with_its_deadline(lost: Lost) -> None:
     each, reply = call()
     lost.dispatcher.submit(each)
-    await asyncio.sleep(0.3)
-    assert not reply.errors
-    await asyncio.sleep(0.4)
+    submitted_s = time.monotonic()
+    await until(lambda: reply.errors)
+    assert time.monotonic() - submitted_s > 0.45, "not before its time"
     assert [code for code, _ in reply.errors] == ["UNAVAILABLE"]
     assert "did not come back" in reply.errors[0][1]
     assert lost.attaches == 1
@@ -109,7 +111,7 @@ async def test_a_cancelled_wait_makes_room(lost: Lost) -> None:
     lost.dispatcher.submit(calls[0][0])
     lost.dispatcher.submit(calls[1][0])
     calls[0][1].cancelled = True
-    await asyncio.sleep(0.1)
+    await until(lambda: calls[0][1].errors)
     assert calls[0][1].errors == [("CANCELLED", "Request was cancelled")]
     lost.dispatcher.submit(calls[2][0])
     assert not calls[2][1].errors
