@@ -110,3 +110,20 @@ def test_what_an_engine_asked_before_it_died_counts_no_more() -> None:
     machine.post(ev.EngineExited, "a", "killed")
     assert ask(machine, "a", epoch) == []
     assert machine.state("a") is State.FAILED and machine.policy.waiting == []
+
+
+@pytest.mark.parametrize("state", State)
+def test_ensure_resident_is_idempotent_in_every_state(state: State) -> None:
+    machine = machinery(a=100, b=100)
+    residency, replica = machine.policy._residency, machine.replica("a")
+    machine.replica("b").wishes.activate = replica.wishes.activate = True
+    replica.state = state
+    there = state in (State.RESIDENT, State.STARTING, State.SWAPPING_IN)
+    for _ in range(2):
+        residency.ensure_resident(replica, 0.0)
+        residency.ensure_resident(machine.replica("b"), 1.0)
+        assert machine.policy.waiting == (["b"] if there else ["a", "b"]), "it keeps the place that it has"
+    replica.wishes.activate = False
+    for _ in range(2):
+        residency.ensure_resident(replica, 2.0)
+        assert machine.policy.waiting == ["b"], "it is not wanted any more"
