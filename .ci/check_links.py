@@ -1,8 +1,8 @@
 """Check what the repository's Markdown names: exit code 1 lists what is not there.
 
 1. A relative link leads to a file.
-2. A path in backticks that begins with a folder of ours is there. A CamelCase name in backticks occurs in the code.
-   Not in docs/adr, docs/benchmarks and CHANGELOG.md, which tell of their day.
+2. A path in backticks that begins with a folder of ours is there. A CamelCase name, a flag or an UPPER_CASE setting in
+   backticks occurs in the code. Not in docs/adr, docs/benchmarks and CHANGELOG.md, which tell of their day.
 """
 
 import re
@@ -17,14 +17,14 @@ BASES = [ROOT, ROOT / "backend", ROOT / "swap_agent"]
 FOLDERS = ["swap_agent", "backend", "triton_backend", "vllm_engine", "loadtest", "tests", "requirements", "docs", ".ci"]
 FOLDERS += ["policy", "daemon", "device", "models", "wire", "plan", "simulate", "cli"]
 PATH = re.compile(rf"(?:{'|'.join(map(re.escape, FOLDERS))})/[\w./-]*\w/?")
-NAME = re.compile(r"[A-Z][a-z0-9]+(?:[A-Z][a-z0-9]*)+")
+NAME = re.compile(r"[A-Z][a-z0-9]+(?:[A-Z][a-z0-9]*)+|[A-Z]+_[A-Z_]+|--[a-z][a-z-]+")
 HISTORY = ("docs/adr/", "docs/benchmarks/", "CHANGELOG.md")
 
 
 def main() -> int:
     """Print how many links, paths and names were followed."""
-    pages, sources = _listed("*.md"), _listed("*.py", "*.c", "*.toml", "*.in", "requirements/*.txt")
-    words = set(re.findall(r"\w+", " ".join((ROOT / name).read_text("utf-8") for name in sources)))
+    pages, sources = _listed("*.md"), _listed("*.py", "*.c", "*.sh", "*.toml", "*.in", "requirements/*.txt")
+    words = set(re.findall(r"\w+|--[a-z-]+", " ".join((ROOT / name).read_text("utf-8") for name in sources)))
     followed, broken = 0, []
     for page in pages:
         text = (ROOT / page).read_text("utf-8")
