@@ -49,13 +49,14 @@ class SwappableWorker(_platform_worker()):  # type: ignore[misc]  # chosen at ru
 
     def __init__(self, vllm_config: VllmConfig, local_rank: int, rank: int, *args: Any, **kwargs: Any) -> None:
         """Connect to the agent, then as vLLM's worker. Raises TritonSwapError, of which the agent is told."""
-        versions.check("swap", "cuda" if current_platform.is_cuda() else "cpu")
         read_past_cache()  # as in the engine host: vLLM looks again when it copies its configuration
         world_size = vllm_config.parallel_config.world_size
         if world_size > 1:
             message_queue.wait_asleep()
         self._agent = RankConnection(Endpoint.from_environment(), rank, world_size)
         self._on_gpu = current_platform.is_cuda()
+        with self._agent.reporting("create the worker"):
+            versions.check("swap", "cuda" if self._on_gpu else "cpu")
         cuda = self._agent.welcome.device.startswith("cuda")
         if self._on_gpu and not cuda:
             raise Unsupported("this vLLM computes on the GPU, the agent has simulated devices: use --device cuda")
