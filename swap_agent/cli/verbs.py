@@ -199,8 +199,8 @@ SECTIONS: Mapping[str, Sequence[Verb]] = {
         Verb(
             "pin",
             "keep a model in device memory",
-            "Keeps a model in device memory while it is resident, whatever its config.pbtxt says, until that file "
-            "changes or the agent ends.",
+            "Keeps a model in device memory once it is there, regardless of its config.pbtxt, until that file changes "
+            "or the agent ends. Use it for a model whose requests must never wait for a swap.",
             "MODEL",
             _model,
             "triton-swap pin smollm2-135m",
@@ -209,7 +209,8 @@ SECTIONS: Mapping[str, Sequence[Verb]] = {
         Verb(
             "unpin",
             "let a model be swapped out again",
-            "Lets a model be swapped out, whatever its config.pbtxt says, until that file changes or the agent ends.",
+            "Lets a model be swapped out, regardless of its config.pbtxt, until that file changes or the agent ends. "
+            "Use it to undo `pin`, or to overrule PINNED in the file.",
             "MODEL",
             _model,
             "triton-swap unpin smollm2-135m",

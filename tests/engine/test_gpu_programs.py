@@ -18,6 +18,10 @@ PROGRAMS = sorted({path.stem for path in (ROOT / "tests" / "gpu").glob("*.py")} 
 def test_every_program_imports() -> None:
     paths = [str(path) for path in (ROOT / "tests" / "gpu", ROOT, ROOT / "backend", ROOT / "tests")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-c", f"import {', '.join(PROGRAMS)}"]
+    command = [
+        sys.executable,
+        "-c",
+        f"import {', '.join(PROGRAMS)}; assert all(path.exists() for path in run.CONTRACT)",
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stderr

@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -153,5 +152,5 @@ def code(function: str, *arguments: Any) -> str:
 
 
 QUESTIONS: tuple[str, ...] = tuple(
-    name for name, value in vars(Question).items() if isinstance(value, Callable) and not name.startswith("_")
+    name for name, value in vars(Question).items() if callable(value) and not name.startswith("_")
 )

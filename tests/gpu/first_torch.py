@@ -97,7 +97,7 @@ def torch_graph_pool(request: Request) -> dict[str, Any]:
 
 
 class _Graphs:
-    """Two CUDA graphs of a little of everything that a model does, captured in one pool."""
+    """Two CUDA graphs, captured in one pool, with the kinds of kernels that a model runs."""
 
     def __init__(self, pool: Any) -> None:
         self._weights = [torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16) for _ in range(4)]

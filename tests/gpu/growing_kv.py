@@ -54,7 +54,7 @@ async def answers(engine: AsyncChannel[requests.Step]) -> list[str]:
 
 
 async def resize(agent: Agent, frames: int) -> float:
-    """Have the KV cache of the model have so many frames; returns how long it took, seconds."""
+    """Resize the KV cache of the model to that many frames; the seconds that this takes."""
     engine = agent.engines[REPLICA]
     assert engine.kv
     began_s = time.monotonic()

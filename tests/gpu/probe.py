@@ -50,9 +50,9 @@ def table(report: dict[str, Any]) -> str:
         width = max((len(what) for what, _ in rows), default=0)
         lines += [f"  {what:<{width}}  {value}" for what, value in rows]
         for view in step.get("nvml", []):
-            who = "".join(f"; {one} {used}" for one, used in view.get("processes_mib", {}).items())
+            processes = "".join(f"; {one} {used}" for one, used in view.get("processes_mib", {}).items())
             if "error" not in view:
-                lines.append(f"  NVML, {view['when']}: {view['device_mib']} MiB used{who}")
+                lines.append(f"  NVML, {view['when']}: {view['device_mib']} MiB used{processes}")
             elif (line := f"  NVML: {view['error']}") not in lines:
                 lines.append(line)
     return "\n".join(lines)
@@ -67,7 +67,7 @@ def run(step: Callable[[Scene], None], open_scene: Callable[[], Scene], *, skip:
         if not skip:
             with open_scene() as scene:
                 step(scene)
-    except Exception as error:  # of whatever kind: the rest runs
+    except Exception as error:  # any error: the other steps run
         entry |= {"outcome": "failed", "error": "".join(traceback.format_exception(error))}
     if scene:
         entry |= {"result": scene.found, "nvml": scene.views}

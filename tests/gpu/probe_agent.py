@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import probe_driver as driver
+from cuda.bindings import driver as cuda
 from probe_party import Party
 
 
@@ -27,7 +28,6 @@ class Agent(Party):
         self.host: driver.HostMemory | None = None
 
     def facts(self) -> dict[str, Any]:
-        cuda = driver.cuda
         uuid = driver.ok(cuda.cuDeviceGetUuid(0)).bytes.hex()
         name = driver.ok(cuda.cuDeviceGetName(128, 0)).partition(b"\0")[0].decode()
         return {
@@ -157,7 +157,7 @@ class Agent(Party):
     def copies(self, size: int, repeats: int, direction: str) -> dict[str, list[float]]:
         """GB/s of copying `size` bytes between host memory and frames, a frame at a time, each time from the start."""
         assert self.host
-        stream = driver.ok(driver.cuda.cuStreamCreate(driver.cuda.CUstream_flags.CU_STREAM_NON_BLOCKING))
+        stream = driver.ok(cuda.cuStreamCreate(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING))
         rates: dict[str, list[float]] = {"GB/s": [], "µs to submit one copy": []}
         step = min(self.frame_bytes, size)
         for _ in range(repeats):
@@ -165,19 +165,18 @@ class Agent(Party):
             for offset in range(0, size, step):
                 host, device = self.host.address + offset, self.address + offset
                 if direction == "to device":
-                    driver.ok(driver.cuda.cuMemcpyHtoDAsync(device, host, step, stream))
+                    driver.ok(cuda.cuMemcpyHtoDAsync(device, host, step, stream))
                 else:
-                    driver.ok(driver.cuda.cuMemcpyDtoHAsync(host, device, step, stream))
+                    driver.ok(cuda.cuMemcpyDtoHAsync(host, device, step, stream))
             submitted = time.perf_counter()
-            driver.ok(driver.cuda.cuStreamSynchronize(stream))
+            driver.ok(cuda.cuStreamSynchronize(stream))
             rates["GB/s"].append(size / (time.perf_counter() - started) / 1e9)
             rates["µs to submit one copy"].append((submitted - started) * 1e6 / (size // step))
-        driver.ok(driver.cuda.cuStreamDestroy(stream))
+        driver.ok(cuda.cuStreamDestroy(stream))
         return rates
 
     def plain_copies(self, size: int, repeats: int) -> list[float]:
         """GB/s to the device from memory that the driver itself allocated and pinned, in one copy."""
-        cuda = driver.cuda
         pinned, device = driver.ok(cuda.cuMemHostAlloc(size, 0)), driver.ok(cuda.cuMemAlloc(size))
         rates = []
         for _ in range(repeats):

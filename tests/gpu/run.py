@@ -26,6 +26,11 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+CONTRACT = tuple(
+    ROOT / "tests" / "agent" / name
+    for name in ("test_device_memory.py", "test_frame_pool.py", "test_rank_space.py", "test_rank_link.py")
+)
+"""Tests of device memory that run on the real device."""
 
 
 def run(name: str, command: list[str], limit_s: float, figures: Path | None, **environment: str) -> dict[str, Any]:
@@ -69,12 +74,10 @@ def main() -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     names = ("tiny", "kv", "families", "swap", "sleep", "probe")
     tiny, kv, families, swap, sleep, probe = (out.with_name(f"{out.stem}-{name}.json") for name in names)
-    names = ("test_device_memory.py", "test_frame_pool.py", "test_rank_space.py", "test_rank_link.py")
-    tests = [str(ROOT / "tests" / "agent" / name) for name in names]
     pytest = ["-m", "pytest", "-q", "-c", str(HERE / "pytest.ini"), f"--rootdir={ROOT}", "-p", "no:cacheprovider"]
     steps = {
         "probe": run("probe", [*pytest, str(HERE / "test_probe.py")], 420, probe, TRITON_SWAP_PROBE_OUT=str(probe)),
-        "contract": run("contract", [*pytest, *tests], 300, None, TRITON_SWAP_TEST_DEVICE="cuda"),
+        "contract": run("contract", [*pytest, *map(str, CONTRACT)], 300, None, TRITON_SWAP_TEST_DEVICE="cuda"),
         "correct": run("correct", [str(HERE / "swap.py"), "--out", str(tiny), "--model", "tiny"], 300, tiny),
         "kv": run("kv", [str(HERE / "growing_kv.py"), "--out", str(kv)], 300, kv),
         "families": run("families", [str(HERE / "families.py"), "--out", str(families)], 600, families),

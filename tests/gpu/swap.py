@@ -176,6 +176,7 @@ async def measure(model_size: str, device: str, folder: Path) -> dict[str, Any]:
             gpu.context.use()
             for model in models:
                 await agent.unload(model.replica, purge=True)
+            assert swap is not None
             result["plain_copy_gb_per_s"] = plain_copy_gb_per_s(min(4 << 30, swap.bytes))
         for model in models:
             await model.engine.closed()

@@ -134,6 +134,14 @@ def test_every_option_has_a_help_text_and_says_its_default(verb: str) -> None:
             assert "(default: " in action.help, action
 
 
+@pytest.mark.parametrize("verb", RUN)
+def test_every_option_is_in_the_documents(verb: str) -> None:
+    page = Path(__file__).parents[2] / "docs" / ("simulate.md" if verb == "simulate" else "configuration.md")
+    words = set(re.findall(r"--[a-z-]+", page.read_text("utf-8")))
+    options = {option for action in verbs()[verb]._actions for option in action.option_strings if option != "-h"}
+    assert options - {"--help", "--runtime-dir"} <= words
+
+
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("verb", ["", *RUN])
 def test_help_keeps_to_the_terminal(
