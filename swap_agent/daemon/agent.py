@@ -112,10 +112,10 @@ class Agent:
 
     async def _open_devices(self) -> None:
         """Raises InvalidUsage, Unsupported."""
-        latencies = SLOW if self.config.poison else INSTANT
+        latencies, busy_s = SLOW if self.config.poison else INSTANT, self.config.timeouts.busy_s
         self.pools = {}
-        for device in await asyncio.to_thread(open_devices, self.config.device, latencies):
-            pool = FramePool(device, poison=self.config.poison, busy_s=self.config.timeouts.busy_s)
+        for device in await asyncio.to_thread(open_devices, self.config.device, latencies, busy_s):
+            pool = FramePool(device, poison=self.config.poison, busy_s=busy_s)
             self.pools[device.name] = pool
             pool.start_cleaning()
         self._raise_file_limit()

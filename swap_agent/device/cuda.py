@@ -51,10 +51,10 @@ class CudaFrame:
 class CudaDevice:
     """One GPU; implements `DeviceMemory`."""
 
-    def __init__(self, name: str, ordinal: int, size_bytes: int | None = None) -> None:
+    def __init__(self, name: str, ordinal: int, size_bytes: int | None = None, busy_s: float = BUSY_S) -> None:
         """`size_bytes` of the GPU are for frames; None: what is free now but for max(1 GiB, 2 %).
 
-        Raises InvalidUsage when there is not that much, also not after `BUSY_S`: processes of an agent before this one
+        Raises InvalidUsage when there is not that much, also not after `busy_s`: processes of an agent before this one
         may have been killed just now. Raises Unsupported, CudaError.
         """
         self.name = name
@@ -63,7 +63,7 @@ class CudaDevice:
         self.context = Context(ordinal)
         self.visible_name = self.context.visible_name()
         self.pci_bus_id: str | None = self.context.pci_bus_id()
-        free_bytes, total_bytes = self._await_free(size_bytes or 0)
+        free_bytes, total_bytes = self._await_free(size_bytes or 0, busy_s)
         headroom_bytes = max(_LEAST_HEADROOM_BYTES, total_bytes // 50)
         if size_bytes is None:
             size_bytes = max(0, free_bytes - headroom_bytes)
@@ -84,16 +84,16 @@ class CudaDevice:
         self._background_stream = call("cuStreamCreateWithPriority", flags, lowest)
         self._registrar = Registrar(self.context, self.pace)
 
-    def _await_free(self, size_bytes: int) -> tuple[int, int]:
+    def _await_free(self, size_bytes: int, busy_s: float) -> tuple[int, int]:
         """Free and total bytes, as soon as `size_bytes` are free. For more than the GPU has it does not wait."""
-        deadline_s = time.monotonic() + BUSY_S
+        deadline_s = time.monotonic() + busy_s
         said = False
         while True:
             free_bytes, total_bytes = self.context.free_and_total_bytes()
             if free_bytes >= size_bytes or size_bytes > total_bytes or time.monotonic() >= deadline_s:
                 return free_bytes, total_bytes
             if not said:
-                log.info("%s has %d bytes free, waiting for %d: up to %g s", self.name, free_bytes, size_bytes, BUSY_S)
+                log.info("%s has %d bytes free, waiting for %d: up to %g s", self.name, free_bytes, size_bytes, busy_s)
                 said = True
             time.sleep(_RETRY_S)
 

@@ -164,12 +164,10 @@ def test_a_gpu_that_is_being_cleared_away_is_waited_for(
         used = make_device(FRAMES)
         for _ in range(FRAMES):
             used.create()
-        monkeypatch.setattr("swap_agent.device.cuda.BUSY_S", 0.3)
         started_s = time.monotonic()
         with pytest.raises(InvalidUsage, match="0 bytes free, 16777216 were asked for"):
-            make_device(FRAMES)
+            CudaDevice("cuda:0", 0, FRAMES * FRAME_BYTES, busy_s=0.3)
         assert time.monotonic() > started_s + 0.25
-        monkeypatch.setattr("swap_agent.device.cuda.BUSY_S", 30)
         with pytest.raises(InvalidUsage):  # no GPU has that much
-            make_device(1 << 20)
+            CudaDevice("cuda:0", 0, FRAME_BYTES << 20, busy_s=30)
         used.close()
