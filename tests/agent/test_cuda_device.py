@@ -18,7 +18,7 @@ pytestmark = pytest.mark.timeout(300)
 
 UNMAP = f"""
 import sys; sys.path.insert(0, {str(TESTS)!r})
-from support.driver_scenes import *
+from support.driver_calls import *
 from vllm_engine.rank.mapper import CudaMapper
 from vllm_engine.rank.space import Space
 begin()

@@ -36,7 +36,7 @@ def test_devices_contexts_and_forks(fake_cuda: FakeCuda) -> None:
 def test_visible_devices_and_the_context_s_own_memory(fake_cuda: FakeCuda) -> None:
     fake_cuda.devices = "3x64MiB"
     count = (
-        f"import sys; sys.path.insert(0, {TESTS!r}); from support.driver_scenes import *; begin();"
+        f"import sys; sys.path.insert(0, {TESTS!r}); from support.driver_calls import *; begin();"
         "print(ok(cuda.cuDeviceGetCount()), ok(cuda.cuDeviceGetUuid(0)).bytes[-2:], free_bytes() // MIB)"
     )
     environment = fake_cuda.environment(CUDA_VISIBLE_DEVICES="2,0", FAKE_CUDA_CONTEXT="10MiB")

@@ -1,5 +1,6 @@
 """A real vLLM engine under a small agent: answers, memory and manners over swaps. One engine for the whole module.
 
+Longer than 350 lines: another file would start another engine.
 The order of the tests matters at the end only: the last one takes the agent away.
 """
 

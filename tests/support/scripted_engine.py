@@ -20,283 +20,17 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import signal
-import subprocess
 import sys
-import threading
-import time
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scripted_rank import Rank, RemoteRank
 
-from swap_agent.device import mmap
 from swap_agent.errors import PeerGone
-from swap_agent.wire import control, memory, requests
-from swap_agent.wire.framing import DATA_LIMIT_BYTES, AsyncChannel, Channel, listen
-from swap_agent.wire.regions import Extent, Region
-from vllm_engine.rank.mapper import CudaMapper, HostMapper, Mapper
-
-
-class Refused(Exception):
-    """The agent's answer to a rank that waits for frames."""
-
-
-class Rank:
-    """One rank: three regions at fixed addresses."""
-
-    def __init__(self, ranks_socket: str, replica: str, token: str, number: int, model: dict[str, Any]) -> None:
-        world_size = model.get("tensor_parallel_size", 1)
-        names = [fault.partition("@") for fault in model.get("faults", [])]
-        self.faults = [name for name, _, rank in names if int(rank or 0) == number]
-        self.channel: Channel[memory.ToRank] = Channel.connect(ranks_socket, memory.ToRank)
-        hello = (0, 1) if "alone" in self.faults else (number, world_size)
-        self.channel.send(memory.RankHello(replica, token, *hello))
-        welcome, _ = self.channel.receive(10)
-        if isinstance(welcome, memory.Refused):
-            sys.exit(welcome.message)
-        assert isinstance(welcome, memory.RankWelcome), welcome
-        print("may have:", welcome.request_bytes, welcome.limit_bytes, file=sys.stderr, flush=True)
-        assert world_size == 1 or welcome.device.endswith(f":{number}"), welcome
-        if "refuses" in self.faults:
-            self.channel.send(memory.RankFailed("INVALID_ARG", "refused for a test"))
-            sys.exit(1)
-        self.frame_bytes = welcome.frame_bytes
-        cuda = welcome.device.startswith("cuda")  # the tests' imitation: its memory is the host's
-        self.device: Mapper = CudaMapper(number) if cuda else HostMapper()
-        self.map_s = float(model.get("map_s", 0))
-        self.seed = zlib.crc32(f"{replica.partition('#')[0]} {number}".encode())
-        self.addresses: dict[Region, int] = {}
-        self.counts: dict[Region, int] = {}
-        self.swaps = 0
-        self.held: dict[Region, int] = {}
-        """Frames of each region that are mapped."""
-        self.kept: dict[Region, int] = {}
-        """Of these, the ones that stayed over the last swap-out."""
-        weights_bytes = model["weights"] - number * self.frame_bytes
-        self.number = number
-        self.load(model, weights_bytes, model.get("state", 0), model.get("kv_frames", 0))
-
-    def take(self, epoch: int) -> None:
-        """Receive and map grants until every region is complete."""
-        while self.held != self.counts:
-            message, fds = self.channel.receive(10)
-            if isinstance(message, memory.Refused):
-                raise Refused(message.message)
-            assert isinstance(message, memory.Grant) and message.epoch == epoch, message
-            assert message.first == self.held[message.region] and message.count == len(fds)
-            start = self.addresses[message.region] + message.first * self.frame_bytes
-            time.sleep(self.map_s * len(fds))
-            self.device.map(start, fds, self.frame_bytes, touch=False)
-            for fd in fds:
-                os.close(fd)
-            self.held[message.region] += len(fds)
-
-    def reserve(self, region: Region, frames: int, most: int = 0) -> None:
-        self.counts[region] = frames
-        self.addresses[region] = self.device.reserve(max(frames, most) * self.frame_bytes)
-        self.held[region] = 0
-        if frames:
-            self.channel.send(memory.Reserve(region, frames, most))
-            self.take(0)
-
-    def view(self, region: Region) -> np.ndarray:
-        return mmap.bytes_at(self.addresses[region], self.counts[region] * self.frame_bytes)
-
-    def tensors(self) -> list[tuple[str, np.ndarray]]:
-        """Three of unlike sizes, the same for all replicas of a model, in the order in which they lie."""
-        rng = np.random.default_rng(self.seed)
-        size = self.weights_bytes
-        content = np.split(rng.integers(0, 256, size, dtype=np.uint8), [size // 7, size // 2])
-        return [(f"w{index}", part) for index, part in enumerate(content)][:: -1 if self.reversed else 1]
-
-    def pattern(self) -> np.ndarray:
-        return np.concatenate([content for _, content in self.tensors()])
-
-    def load(self, model: dict[str, object], weights_bytes: int, state_bytes: int, kv_frames: int) -> None:
-        self.weights_bytes = weights_bytes
-        self.reversed = bool(model.get("reversed"))
-        weights: list[Extent] = []
-        offset = 0
-        for name, content in self.tensors():
-            dtype = str(model.get("dtype", "uint8"))
-            weights.append(Extent(name, dtype, (content.size,), (1,), offset, content.size))
-            offset += content.size
-        del content  # it holds all of them
-        state = [Extent("s", "uint8", (state_bytes,), (1,), 0, state_bytes)] if state_bytes else []
-        fingerprint = f"{model['fingerprint']}{self.number or ''}" if model.get("fingerprint") else ""
-        found = self.recall(fingerprint)
-        for region, size in (("weights", weights_bytes), ("state", state_bytes)):
-            self.reserve(region, -(-size // self.frame_bytes))
-            assert not self.view(region).any(), f"{region} is not zeroed at start"
-        if not (found and self.restored(weights, state)):
-            self.view("weights")[:weights_bytes] = self.pattern()
-            if state_bytes:
-                self.view("state")[8:16] = 0x5A
-            self.channel.send(memory.Loaded(weights, state, fingerprint, "digest"))
-            message, _ = self.channel.receive(30)
-            assert isinstance(message, memory.Mirrored) and message.bytes == weights_bytes, message
-        self.least_kv, self.most_kv = kv_frames, int(str(model.get("most_kv_frames", 0)))
-        self.reserve("kv", kv_frames, self.most_kv)
-        self.check()
-
-    def recall(self, fingerprint: str) -> bool:
-        if not fingerprint:
-            return False
-        self.channel.send(memory.Recall(fingerprint))
-        message, _ = self.channel.receive(30)
-        assert isinstance(message, memory.Recalled)
-        print("recalled" if message.weights else "nothing to recall", file=sys.stderr, flush=True)
-        assert message.model_digest == ("digest" if message.weights else "")
-        return bool(message.weights)
-
-    def restored(self, weights: list[Extent], state: list[Extent]) -> bool:
-        self.channel.send(memory.Restore(weights, state))
-        message, _ = self.channel.receive(30)
-        print(
-            "restored" if isinstance(message, memory.Mirrored) else f"not restored: {message}",
-            file=sys.stderr,
-            flush=True,
-        )
-        return isinstance(message, memory.Mirrored)
-
-    def check(self) -> None:
-        """Everything is where and what it was."""
-        weights = self.view("weights")
-        assert np.array_equal(weights[: self.weights_bytes], self.pattern()), "weights differ"
-        assert not weights[self.weights_bytes :].any(), "the tail of the weights is not zero"
-        if self.counts["state"]:
-            assert int(self.view("state")[:8].view(np.uint64)[0]) == self.swaps, "state differs"
-            assert (self.view("state")[8:16] == 0x5A).all(), "state differs"
-        kept = self.kept.get("kv", 0) * self.frame_bytes
-        assert not self.view("kv")[kept:].any(), "KV is not zeroed"
-        assert (self.view("kv")[:kept] == 0xAB).all(), "kept KV was touched"
-
-    def swap_out(self, epoch: int, steps: list[dict[Region, int]]) -> None:
-        if "no_unmap_ack" in self.faults:
-            threading.Event().wait()
-        if "dies_in_swap_out" in self.faults:
-            os._exit(1)
-        if self.held == self.counts:
-            self.swaps += 1
-            self.view("state")[:8].view(np.uint64)[0] = self.swaps
-            self.view("kv").fill(0xAB)
-        for step in steps:
-            self.unmap(step)
-            assert step.get("kv", 0) <= self.least_kv, "of what it has grown by nothing stays"
-            self.kept = dict(self.held)
-            if step is steps[-1]:
-                self.counts["kv"] = self.least_kv
-            self.channel.send(memory.Unmapped(epoch))
-        if "dies_when_unmapped" in self.faults:
-            os._exit(1)
-
-    def unmap(self, keep: dict[Region, int]) -> None:
-        for region, count in self.held.items():
-            kept = self.held[region] = keep.get(region, 0)
-            assert kept <= count, f"{region}: {kept} frames to keep, {count} held"
-            time.sleep(self.map_s * (count - kept))
-            if kept < count:
-                start = self.addresses[region] + kept * self.frame_bytes
-                self.device.vacate([(start, (count - kept) * self.frame_bytes)])
-
-    def swap_in(self, epoch: int) -> str | None:
-        """Returns why not, when it was taken back."""
-        if "dies_in_swap_in" in self.faults:
-            os._exit(1)
-        try:
-            self.map_and_wait(epoch)
-        except Refused as refused:
-            if "no_taken_back_ack" in self.faults:
-                threading.Event().wait()
-            self.unmap(self.kept)
-            self.channel.send(memory.Unmapped(epoch))
-            return str(refused)
-        self.check()
-        return None
-
-    def grow_kv(self, epoch: int, frames: int) -> str | None:
-        """Returns why not, when it was taken back."""
-        had = self.counts["kv"]
-        self.counts["kv"] = max(had, min(frames, self.most_kv))
-        try:
-            self.map_and_wait(epoch)
-        except Refused as refused:
-            self.unmap({**self.held, "kv": had})
-            self.counts["kv"] = had
-            self.channel.send(memory.Unmapped(epoch))
-            return str(refused)
-        new = self.view("kv")[had * self.frame_bytes :]
-        assert not new.any(), "KV is not zeroed"
-        new.fill(0xAB)  # used
-        return None
-
-    def shrink_kv(self, epoch: int, frames: int) -> None:
-        assert self.least_kv <= frames <= self.counts["kv"]
-        self.unmap({**self.held, "kv": frames})
-        self.counts["kv"] = frames
-        self.channel.send(memory.Unmapped(epoch))
-
-    def map_and_wait(self, epoch: int) -> None:
-        if "cannot_map" in self.faults:
-            self.faults.remove("cannot_map")
-            self.channel.send(memory.MapFailed(epoch, "out of addresses"))
-            while isinstance((received := self.channel.receive(10))[0], memory.Grant):
-                for fd in received[1]:
-                    os.close(fd)
-            assert isinstance(received[0], memory.Refused), received
-            raise Refused(received[0].message)
-        self.take(epoch)
-        if "no_map_ack" in self.faults:
-            threading.Event().wait()
-        self.channel.send(memory.Mapped(epoch))
-        if "dies_when_mapped" in self.faults:
-            os._exit(1)
-        message, _ = self.channel.receive(30)
-        if isinstance(message, memory.Refused):
-            raise Refused(message.message)
-        assert message == memory.Filled(epoch), message
-
-
-class RemoteRank:
-    """A rank in a process of its own, which dies with its engine's process group."""
-
-    def __init__(self, *arguments: Any) -> None:
-        command = [sys.executable, __file__, "--as-rank", json.dumps(arguments)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
-
-    def started(self) -> None:
-        """Return when it is loaded; one that cannot start ends the engine."""
-        assert self.process.stdout
-        if not self.process.stdout.readline():
-            os._exit(1)
-
-    def answer(self) -> Any:
-        """The next answer. Where vLLM would end itself without one, this engine leaves that to the agent."""
-        assert self.process.stdout
-        line = self.process.stdout.readline()
-        if not line:
-            threading.Event().wait()
-        return json.loads(line)
-
-    def __getattr__(self, order: str) -> Any:
-        def call(*arguments: Any) -> Any:
-            assert self.process.stdin
-            print(json.dumps([order, *arguments]), file=self.process.stdin)
-            return self.answer()
-
-        return call
-
-
-def serve_as_rank(arguments: list[Any]) -> None:
-    """Obey a RemoteRank."""
-    rank = Rank(*arguments)
-    print("null", flush=True)
-    for line in sys.stdin:
-        order, *values = json.loads(line)
-        print(json.dumps(getattr(rank, order)(*values)), flush=True)
+from swap_agent.wire import control, requests
+from swap_agent.wire.framing import DATA_LIMIT_BYTES, AsyncChannel, listen
 
 
 async def start_ranks(welcome: control.HostWelcome, replica: str, token: str, model: dict[str, Any]) -> list[Any]:
@@ -365,14 +99,68 @@ async def serve_requests(gate: Gate, reader: asyncio.StreamReader, writer: async
             running[message.id] = asyncio.create_task(answer(message))
 
 
+class Host:
+    """Obeys the agent."""
+
+    def __init__(self, agent: AsyncChannel[control.ToHost], model: dict[str, Any], ranks: list[Any]) -> None:
+        self.agent, self.model, self.ranks = agent, model, ranks
+        self.gate = Gate(agent, model)
+        self.least, self.most = model.get("kv_frames", 0), model.get("most_kv_frames", 0)
+        self.uses = [0]
+
+    async def obey(self, message: control.ToHost) -> None:
+        match message:
+            case control.Drain():
+                self.drain(message)
+            case control.SwapOut():
+                self.gate.epoch = message.epoch
+                keeps = message.keep or [[{}] for _ in self.ranks]
+                await in_all(self.ranks, "swap_out", [(message.epoch, steps) for steps in keeps])
+                self.agent.send(control.SwappedOut(message.epoch))
+            case control.SwapIn():
+                await self.swap_in(message.epoch)
+            case control.GrowKv():
+                await self.grow_kv(message)
+            case control.ShrinkKv():
+                await self.shrink_kv(message)
+            case control.QueueLimits():
+                print("told to limit:", message.max_queue, message.queue_timeout_s, flush=True)
+            case control.RefuseWaiting():
+                print("told to refuse:", message.message, flush=True)
+
+    def drain(self, message: control.Drain) -> None:
+        busy = self.model.get("busy", False) and not message.wait
+        if not busy:
+            self.gate.opened.clear()
+            self.gate.epoch = message.epoch
+        self.agent.send(control.DrainRefused(message.epoch) if busy else control.Drained(message.epoch))
+
+    async def swap_in(self, epoch: int) -> None:
+        self.gate.epoch = epoch
+        undone = await in_all(self.ranks, "swap_in", [(epoch,) for _ in self.ranks])
+        assert all(undone) or not any(undone), undone
+        self.agent.send(control.SwapInFailed(epoch, undone[0]) if undone[0] else control.SwappedIn(epoch))
+        if not undone[0]:
+            self.gate.opened.set()
+
+    async def grow_kv(self, message: control.GrowKv) -> None:
+        undone = await in_all(self.ranks, "grow_kv", [(message.epoch, message.frames)] * len(self.ranks))
+        assert all(undone) or not any(undone), undone
+        grown = control.KvGrown(message.epoch, min(message.frames, self.most))
+        self.agent.send(control.KvGrowFailed(message.epoch, undone[0]) if undone[0] else grown)
+
+    async def shrink_kv(self, message: control.ShrinkKv) -> None:
+        kept = max(message.frames, self.uses[-1]) if message.within_s is None else message.frames
+        await in_all(self.ranks, "shrink_kv", [(message.epoch, kept)] * len(self.ranks))
+        self.agent.send(control.KvShrunk(message.epoch, kept, kept, int(self.uses[-1] > kept)))
+        self.uses.append(min(self.uses[-1], kept))
+
+
 async def main() -> None:
     parser = argparse.ArgumentParser()
-    for name in ("--runtime-dir", "--replica", "--token", "--as-rank"):
+    for name in ("--runtime-dir", "--replica", "--token"):
         parser.add_argument(name)
     options = parser.parse_args()
-    if options.as_rank:
-        serve_as_rank(json.loads(options.as_rank))
-        return
     agent: AsyncChannel[control.ToHost] = await AsyncChannel.connect(
         f"{options.runtime_dir}/agent.sock", control.ToHost
     )
@@ -390,58 +178,22 @@ async def main() -> None:
     ranks = await start_ranks(welcome, options.replica, options.token, model)
     if "garbage" in faults:
         agent._writer.write(b"\xff\xff\xff\xff")
-    gate = Gate(agent, model)
+    host = Host(agent, model, ranks)
     server = await asyncio.start_unix_server(
-        lambda reader, writer: serve_requests(gate, reader, writer), sock=listen(Path(welcome.engine_socket))
+        lambda reader, writer: serve_requests(host.gate, reader, writer), sock=listen(Path(welcome.engine_socket))
     )
     print("limits at first:", welcome.max_queue, welcome.queue_timeout_s, flush=True)
-    least, most = model.get("kv_frames", 0), model.get("most_kv_frames", 0)
-    agent.send(control.HostReady(1024, control.KvCache(least, most, least, most, 1) if most else None))
+    kv = control.KvCache(host.least, host.most, host.least, host.most, 1) if host.most else None
+    agent.send(control.HostReady(1024, kv))
     for delay_s, frames in model.get("wants", []):
         loop.call_later(delay_s, agent.send, control.KvWanted(frames))
-    uses = [0]
     for delay_s, frames in model.get("uses", []):
-        loop.call_later(delay_s, uses.append, frames)
-    while True:
-        message = await agent.receive()
-        match message:
-            case control.Drain():
-                busy = model.get("busy", False) and not message.wait
-                if not busy:
-                    gate.opened.clear()
-                    gate.epoch = message.epoch
-                agent.send(control.DrainRefused(message.epoch) if busy else control.Drained(message.epoch))
-            case control.SwapOut():
-                gate.epoch = message.epoch
-                keeps = message.keep or [[{}] for _ in ranks]
-                await in_all(ranks, "swap_out", [(message.epoch, steps) for steps in keeps])
-                agent.send(control.SwappedOut(message.epoch))
-            case control.SwapIn():
-                epoch = gate.epoch = message.epoch
-                undone = await in_all(ranks, "swap_in", [(epoch,) for _ in ranks])
-                assert all(undone) or not any(undone), undone
-                agent.send(control.SwapInFailed(epoch, undone[0]) if undone[0] else control.SwappedIn(epoch))
-                if not undone[0]:
-                    gate.opened.set()
-            case control.GrowKv():
-                undone = await in_all(ranks, "grow_kv", [(message.epoch, message.frames)] * len(ranks))
-                assert all(undone) or not any(undone), undone
-                grown = control.KvGrown(message.epoch, min(message.frames, most))
-                agent.send(control.KvGrowFailed(message.epoch, undone[0]) if undone[0] else grown)
-            case control.ShrinkKv():
-                kept = max(message.frames, uses[-1]) if message.within_s is None else message.frames
-                await in_all(ranks, "shrink_kv", [(message.epoch, kept)] * len(ranks))
-                agent.send(control.KvShrunk(message.epoch, kept, kept, int(uses[-1] > kept)))
-                uses.append(min(uses[-1], kept))
-            case control.QueueLimits():
-                print("told to limit:", message.max_queue, message.queue_timeout_s, flush=True)
-            case control.RefuseWaiting():
-                print("told to refuse:", message.message, flush=True)
-            case control.Shutdown():
-                print("told to stop:", message.message, flush=True)
-                await asyncio.sleep(model.get("lingers", 0))
-                server.close()
-                return
+        loop.call_later(delay_s, host.uses.append, frames)
+    while not isinstance(message := await agent.receive(), control.Shutdown):
+        await host.obey(message)
+    print("told to stop:", message.message, flush=True)
+    await asyncio.sleep(model.get("lingers", 0))
+    server.close()
 
 
 if __name__ == "__main__":
