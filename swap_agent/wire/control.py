@@ -127,7 +127,7 @@ class Activate(Message, frozen=True):
 
     Sent once: when the first request has to wait, right after the `Report` that counts it, or at `Drain.preempt`. Sent
     again when an order of another epoch leaves the gate closed; the agent may have dropped what the older epoch asked.
-    A `Report` that counts no request withdraws it.
+    A `Report` with none of these requests withdraws it.
     """
 
     epoch: int
