@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import statistics
 import time
@@ -16,9 +15,6 @@ from loadtest.models import MODELS_DIR
 from loadtest.server import Server
 
 REPEATS = 3
-_TIMES = re.compile(
-    r"weights (.+) in ([0-9.]+) s, beside ([0-9.]+) s for building the model and ([0-9.]+) s for frames"
-)
 _DIED_TIMEOUT_S = 30.0
 
 
@@ -55,7 +51,7 @@ def _measure(server: Server, name: str, step: Callable[[str], None]) -> Restore:
     for number in range(1, REPEATS + 1):
         step(f"{name}, from disk, {number}/{REPEATS}")
         server.park(name, purge=True)
-        cold.append(_start(server, name, "loaded from disk"))
+        cold.append(_start(server, name, restored=False))
         step(f"{name}, from the mirror, {number}/{REPEATS}")
         pid = int(server.model(name)["engine_pid"])
         os.kill(pid, signal.SIGKILL)
@@ -64,7 +60,7 @@ def _measure(server: Server, name: str, step: Callable[[str], None]) -> Restore:
             if time.monotonic() > deadline_s:
                 raise RuntimeError(f"{name}: its killed engine has not ended")
             time.sleep(0.05)
-        restored.append(_start(server, name, "restored from the mirror"))
+        restored.append(_start(server, name, restored=True))
 
     def median(starts: list[tuple[float, float]], index: int) -> float:
         return statistics.median(one[index] for one in starts)
@@ -72,17 +68,15 @@ def _measure(server: Server, name: str, step: Callable[[str], None]) -> Restore:
     return Restore(name, median(cold, 0), median(restored, 0), median(cold, 1), median(restored, 1))
 
 
-def _start(server: Server, name: str, how: str) -> tuple[float, float]:
+def _start(server: Server, name: str, *, restored: bool) -> tuple[float, float]:
     """Start its engine; seconds of its weights alone, and with building the model and obtaining frames."""
     for path in (MODELS_DIR / name).rglob("*.safetensors"):
         _drop_from_cache(path)
     server.load(name)
-    (log,) = server.runtime_dir.glob(f"logs/{name}-*.log")
-    found = _TIMES.search(log.read_text("utf-8", errors="replace"))
-    if found is None or found[1] != how:
-        raise RuntimeError(f"{name}: weights were to be {how}, they were {found[1] if found else 'not there'}")
-    alone, build, frames = (float(found[number]) for number in (2, 3, 4))
-    return alone, alone + build + frames
+    start = server.model(name)["start"]
+    if start is None or start["restored"] != restored:
+        raise RuntimeError(f"{name}: its weights did not come from {'a mirror' if restored else 'disk'}: {start}")
+    return start["weights_s"], start["weights_s"] + start["build_s"] + start["frames_s"]
 
 
 def _drop_from_cache(path: Path) -> None:

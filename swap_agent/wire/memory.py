@@ -99,6 +99,19 @@ class Mirrored(Message, frozen=True):
     bytes: int
 
 
+class WeightsBrought(Message, frozen=True):
+    """How long it took until this rank's weights were in its frames and in a mirror. Sent once; no answer."""
+
+    restored: bool
+    """From a mirror; else loaded from disk."""
+    weights_s: float
+    """Of the weights alone."""
+    build_s: float
+    """Before that, for building the model."""
+    frames_s: float
+    """And for obtaining frames."""
+
+
 class RankFailed(Message, frozen=True):
     """The rank cannot start or swap; `message` becomes the reason that users read. The rank raises after this."""
 
@@ -157,5 +170,17 @@ class Refused(Message, frozen=True):
     message: str
 
 
-FromRank = RankHello | Recall | Reserve | Restore | Loaded | RankFailed | Mapped | MapFailed | KvPreserved | Unmapped
+FromRank = (
+    RankHello
+    | Recall
+    | Reserve
+    | Restore
+    | Loaded
+    | WeightsBrought
+    | RankFailed
+    | Mapped
+    | MapFailed
+    | KvPreserved
+    | Unmapped
+)
 ToRank = RankWelcome | Recalled | Grant | Mirrored | Filled | Refused

@@ -69,6 +69,8 @@ async def test_an_engine_that_was_killed_is_restored_by_name(tmp_path: Path, rev
     async with agent.running():
         model = await Model.of(agent, "a")
         assert await model.start() == "nothing to recall\n"
+        times = {"weights_s": 0.25, "build_s": 0.5, "frames_s": 0.75}
+        assert model.report["start"] == {"restored": False, **times}
         (device,) = (pool.device for pool in agent.pools.values())
         copied = device.device_to_host["weights", "mirror"]
         await model.swap()  # the state is another than right after load
@@ -76,6 +78,7 @@ async def test_an_engine_that_was_killed_is_restored_by_name(tmp_path: Path, rev
         assert model.mirror_bytes >= 11 * FRAME_BYTES - 100 and model.report["device_bytes"] == 0
         assert host_bytes(agent) == model.mirror_bytes, "counted once, without any engine"
         assert await model.start(reversed=reverse) == "recalled\nrestored\n"
+        assert model.report["start"] == {"restored": True, **times}
         assert device.device_to_host["weights", "mirror"] == copied, "no mirror is made of what came from one"
         (rank,) = agent.engines[model.replica].ranks
         assert (rank.space.stored is None) is reverse

@@ -41,6 +41,7 @@ class FakeAgent:
         self.host: Channel[Any]
         self.rank: Channel[Any]
         self.rank_failure: memory.RankFailed | None = None
+        self.brought: memory.WeightsBrought
         self.reports: list[control.Report] = []
         self.activations: list[int] = []
         """Epochs at which the host asked to be swapped in."""
@@ -240,6 +241,8 @@ class FakeAgent:
                 self.weights, self.state = message.weights, message.state
                 self.mirror["weights"] = [_read(frame) for frame in self.frames["weights"]]
                 self.rank.send(memory.Mirrored(len(self.mirror["weights"]) * FRAME_BYTES))
+            case memory.WeightsBrought():
+                self.brought = message
             case memory.RankFailed():
                 self.rank_failure = message
             case memory.KvPreserved():

@@ -111,13 +111,15 @@ class Rank:
         for region, size in (("weights", weights_bytes), ("state", state_bytes)):
             self.reserve(region, -(-size // self.frame_bytes))
             assert not self.view(region).any(), f"{region} is not zeroed at start"
-        if not (found and self.restored(weights, state)):
+        restored = found and self.restored(weights, state)
+        if not restored:
             self.view("weights")[:weights_bytes] = self.pattern()
             if state_bytes:
                 self.view("state")[8:16] = 0x5A
             self.channel.send(memory.Loaded(weights, state, fingerprint, "digest"))
             message, _ = self.channel.receive(30)
             assert isinstance(message, memory.Mirrored) and message.bytes == weights_bytes, message
+        self.channel.send(memory.WeightsBrought(restored, 0.25, 0.5, 0.75))
         self.least_kv, self.most_kv = kv_frames, int(str(model.get("most_kv_frames", 0)))
         self.reserve("kv", kv_frames, self.most_kv)
         self.check()

@@ -133,6 +133,10 @@ class RankConnection:
         self._channel.send(memory.Loaded(weights, state, fingerprint, model_digest))
         self._answer(memory.Mirrored)
 
+    def brought(self, times: memory.WeightsBrought) -> None:
+        """Say how the weights came, and how long that took."""
+        self._channel.send(times)
+
     def swap_in(self, space: Space, epoch: int) -> RankSwapInTimes:
         """Map the grants of every region, acknowledge, and wait until they are filled.
 

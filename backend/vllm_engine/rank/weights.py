@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 
 from swap_agent.errors import MirrorMismatch, Refusal
-from swap_agent.wire.memory import Recalled
+from swap_agent.wire.memory import Recalled, WeightsBrought
 from vllm_engine.rank import model_digest, relocate
 from vllm_engine.rank.agent_link import RankConnection
 from vllm_engine.rank.relocate import Layout
@@ -69,15 +69,16 @@ class Weights:
         gc.freeze()  # a collection looks at 700,000 objects otherwise, of which none is the model's; vLLM freezes, too
         begin_s = time.monotonic()
         found = self._agent.recall(self._fingerprint())
-        how = "restored from the mirror"
         layout = self._restored(found) if found.weights else None
+        restored = layout is not None
         if layout is None:
-            how = "loaded from disk"
             layout = self._from_disk()
         build_s = self._loader.build_s
+        weights_s = time.monotonic() - begin_s - build_s - self._frames_s
+        self._agent.brought(WeightsBrought(restored, weights_s, build_s, self._frames_s))
         log.info(
             "weights %s in %.3f s, beside %.3f s for building the model and %.3f s for frames",
-            how, time.monotonic() - begin_s - build_s - self._frames_s, build_s, self._frames_s,
+            "restored from the mirror" if restored else "loaded from disk", weights_s, build_s, self._frames_s,
         )  # fmt: skip
         return layout
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from swap_agent.daemon.engines.engine import Engine
 from swap_agent.daemon.live_settings import LiveSettings
 from swap_agent.daemon.memory.frame_pool import FramePool
@@ -141,6 +143,7 @@ class Views:
             "weights_bytes": sum(rank.startup.weights_bytes for rank in ranks),
             "state_bytes": sum(rank.startup.state_bytes for rank in ranks),
             "kv_bytes": sum(rank.space.region_bytes("kv") for rank in ranks),
+            "start": _start(engine) if engine else None,
             "kv": _kv(engine, frame_bytes) if engine else None,
             "preserved_kv_bytes": engine.preserved_kv_bytes if engine else 0,
             "swaps_in": engine.swaps_in if engine else 0,
@@ -192,6 +195,12 @@ class Views:
                 },
             },
         }
+
+
+def _start(engine: Engine) -> dict[str, Any] | None:
+    """How the weights of the first rank came when the engine started, seconds. None: they have not yet."""
+    brought = engine.ranks[0].startup.brought if engine.ranks else None
+    return msgspec.structs.asdict(brought) if brought else None
 
 
 def _kv(engine: Engine, frame_bytes: int) -> dict[str, int] | None:

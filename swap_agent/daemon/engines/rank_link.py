@@ -63,7 +63,9 @@ class RankLink:
                 for fd in fds:
                     os.close(fd)
                 match message:
-                    case memory.Reserve() | memory.Recall() | memory.Restore() | memory.Loaded() | memory.RankFailed():
+                    case memory.Reserve() | memory.Recall() | memory.Restore() | memory.Loaded():
+                        self.startup.take(message)
+                    case memory.WeightsBrought() | memory.RankFailed():
                         self.startup.take(message)
                     case memory.KvPreserved():
                         self.space.choose_kv(message.parts)

@@ -24,7 +24,7 @@ from swap_agent.wire.regions import Extent, Region
 
 log = logging.getLogger(__name__)
 
-Message = memory.Reserve | memory.Recall | memory.Restore | memory.Loaded | memory.RankFailed
+Message = memory.Reserve | memory.Recall | memory.Restore | memory.Loaded | memory.WeightsBrought | memory.RankFailed
 
 
 class RankStartup:
@@ -54,6 +54,8 @@ class RankStartup:
         self.state_bytes = 0
         self.most_kv_frames = 0
         """To how many region `kv` may grow; 0: it keeps its size."""
+        self.brought: memory.WeightsBrought | None = None
+        """How the weights came, as the rank says."""
 
     def take(self, message: Message) -> None:
         """Do what the rank asks for, and answer. Raises PeerGone, ProtocolError, Unavailable."""
@@ -66,6 +68,8 @@ class RankStartup:
                 self._restore(message)
             case memory.Loaded():
                 self._mirror(message)
+            case memory.WeightsBrought():
+                self.brought = message
             case memory.RankFailed():
                 self._on_failure(message.message)
 
