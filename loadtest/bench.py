@@ -167,7 +167,7 @@ def _print_switches(console: Console, switches: list[bandwidth.Switch]) -> None:
     console.print(table)
 
 
-def _print_restores(console: Console, restores: list[restore.Restore]) -> None:
+def _print_restores(console: Console, restores: list[restore.RestoreTimes]) -> None:
     table = Table("weights of", "from disk", "from the mirror", "gain", "with model and frames", "gain", box=None)
     for each in restores:
         table.add_row(

@@ -63,7 +63,7 @@ class Done:
 
 
 @dataclass(frozen=True)
-class Figures:
+class ModelFigures:
     """Of one model in one way."""
 
     model: str
@@ -75,7 +75,7 @@ class Figures:
     swap_ins: int
 
     @classmethod
-    def of(cls, model: str, together: bool, done: list[Done], swap_ins: int) -> Figures:
+    def of(cls, model: str, together: bool, done: list[Done], swap_ins: int) -> ModelFigures:
         """Summarise what was answered."""
         counted = sum(each.answer.output_tokens for each in done if SETTLE_S <= each.at_s < DURATION_S)
         ttft_s = sorted(each.answer.ttft_s for each in done)
@@ -121,7 +121,7 @@ async def play(client: Client, model: str, load: list[Arrival]) -> list[Done]:
     return await asyncio.gather(*(one(arrival) for arrival in load))
 
 
-async def _alone(server: Server, step: Callable[[str], None]) -> tuple[dict[str, list[Arrival]], list[Figures]]:
+async def _alone(server: Server, step: Callable[[str], None]) -> tuple[dict[str, list[Arrival]], list[ModelFigures]]:
     loads, figures = {}, []
     async with Client(server.grpc_url, server.http_url) as client:
         for seed, model in enumerate(NAMES, 23):
@@ -131,11 +131,13 @@ async def _alone(server: Server, step: Callable[[str], None]) -> tuple[dict[str,
             step(f"{model} alone, {rate:.2f} requests/s")
             swap_ins = server.model(model)["swaps_in"]
             done = await play(client, model, loads[model])
-            figures.append(Figures.of(model, False, done, server.model(model)["swaps_in"] - swap_ins))
+            figures.append(ModelFigures.of(model, False, done, server.model(model)["swaps_in"] - swap_ins))
     return loads, figures
 
 
-async def _together(server: Server, loads: Mapping[str, list[Arrival]], step: Callable[[str], None]) -> list[Figures]:
+async def _together(
+    server: Server, loads: Mapping[str, list[Arrival]], step: Callable[[str], None]
+) -> list[ModelFigures]:
     step("all at once, on half of the memory")
     before = {model: server.model(model)["swaps_in"] for model in NAMES}
     async with Client(server.grpc_url, server.http_url) as client:
@@ -144,7 +146,7 @@ async def _together(server: Server, loads: Mapping[str, list[Arrival]], step: Ca
         done = await asyncio.gather(*(play(client, model, loads[model]) for model in NAMES))
     check_ledger(server)
     return [
-        Figures.of(model, True, each, server.model(model)["swaps_in"] - before[model])
+        ModelFigures.of(model, True, each, server.model(model)["swaps_in"] - before[model])
         for model, each in zip(NAMES, done, strict=True)
     ]
 
@@ -158,7 +160,7 @@ def claimed_bytes() -> int:
     return total
 
 
-def ratios(figures: list[Figures]) -> dict[str, float]:
+def ratios(figures: list[ModelFigures]) -> dict[str, float]:
     """Throughput together over that alone: of each model, and `all` of their sums."""
     by = {(one.model, one.together): one.output_tokens_per_s for one in figures}
     each = {model: by[model, True] / by[model, False] for model in NAMES}
@@ -186,7 +188,7 @@ def bench(console: Console, out: Path) -> dict[str, Any]:
     }
 
 
-def _print(console: Console, figures: list[Figures], claimed: int) -> None:
+def _print(console: Console, figures: list[ModelFigures], claimed: int) -> None:
     what = f"{len(NAMES)} models that claim {format_bytes(claimed)}, on half of it"
     console.print(f"{what}; each gets {SHARE:.0%} of the load that it can bear", soft_wrap=True)
     table = Table("model", "", "requests", "output tokens/s", "TTFT p50", "TTFT p95", "swap-ins", box=None)

@@ -19,7 +19,8 @@ from swap_agent.policy import actions as act
 from swap_agent.policy import events as ev
 from swap_agent.policy.coordinator import Coordinator
 from swap_agent.policy.ledger import Device
-from swap_agent.policy.obedient_node import Engine, ObedientNode, Region
+from swap_agent.policy.obedient_engine import ObedientEngine, Region
+from swap_agent.policy.obedient_node import ObedientNode
 from swap_agent.policy.states import State
 
 MODELS = 1_000
@@ -51,7 +52,7 @@ class Decisions:
         return asdict(self) | {"models": MODELS, "devices": DEVICES}
 
 
-class _Node(ObedientNode[Coordinator, Engine]):
+class _Node(ObedientNode[Coordinator, ObedientEngine]):
     """A policy, and engines that obey some orders late; those of one engine in the order in which they came."""
 
     def __init__(self, seed: int, host_limit_bytes: int | None) -> None:
@@ -87,13 +88,13 @@ class _Node(ObedientNode[Coordinator, Engine]):
         else:
             self.orders.append(order)
 
-    def new_engine(self, order: act.StartEngine) -> Engine:
+    def new_engine(self, order: act.StartEngine) -> ObedientEngine:
         """It takes all of its request."""
         ranks = len(order.devices)
         frames = self.policy.ledger.replicas[order.name].settings.request_frames or 0
-        return Engine(order.name, regions=deque([Region([frames] * ranks)]), host_bytes=1, mirror_bytes=1)
+        return ObedientEngine(order.name, regions=deque([Region([frames] * ranks)]), host_bytes=1, mirror_bytes=1)
 
-    def tell_counts(self, engine: Engine) -> None:
+    def tell_counts(self, engine: ObedientEngine) -> None:
         """Tell the counts, also those that have not changed: what is cheap to decide is a part of the mixture."""
         engine.reported = (-1, engine.reported[1])
         super().tell_counts(engine)

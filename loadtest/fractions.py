@@ -57,7 +57,7 @@ _ENGINE = {
 
 
 @dataclass(frozen=True)
-class Figures:
+class ModeFigures:
     """Of one mode at one concurrency: medians over the rounds."""
 
     mode: str
@@ -76,7 +76,7 @@ class Figures:
 class Run:
     """One level of one mode in one round."""
 
-    figures: Figures
+    figures: ModeFigures
     answers: tuple[Answer, ...]
     span: timeline.Span
 
@@ -129,7 +129,7 @@ async def _level(server: Server, client: Client, mode: str, work: Round) -> Run:
     finally:
         sampling.cancel()
     latencies_s = sorted(answer.total_s for answer in outcome.answers)
-    figures = Figures(
+    figures = ModeFigures(
         mode=mode,
         concurrency=work.concurrency,
         requests=len(outcome.answers),
@@ -149,7 +149,7 @@ async def _sample(server: Server, span: timeline.Span) -> None:
         await asyncio.sleep(SAMPLE_S)
 
 
-def medians(runs: Sequence[Run]) -> list[Figures]:
+def medians(runs: Sequence[Run]) -> list[ModeFigures]:
     """Over the rounds, by mode and concurrency."""
     found = []
     for mode in MODES:
@@ -158,11 +158,11 @@ def medians(runs: Sequence[Run]) -> list[Figures]:
                 each.figures for each in runs if (each.figures.mode, each.figures.concurrency) == (mode, concurrency)
             ]
 
-            def median(name: str, same: list[Figures] = same) -> float:
+            def median(name: str, same: list[ModeFigures] = same) -> float:
                 return float(statistics.median(getattr(one, name) for one in same))
 
             found.append(
-                Figures(
+                ModeFigures(
                     mode, concurrency, same[0].requests, median("output_tokens_per_s"), median("latency_p50_s"),
                     median("latency_p95_s"), median("ttft_p50_s"), max(one.most_bytes for one in same),
                 )
@@ -170,7 +170,7 @@ def medians(runs: Sequence[Run]) -> list[Figures]:
     return found
 
 
-def ratios(found: Sequence[Figures]) -> list[dict[str, float]]:
+def ratios(found: Sequence[ModeFigures]) -> list[dict[str, float]]:
     """Dynamic over static throughput, static over dynamic latency, per concurrency: above 1 is better."""
     by = {(one.mode, one.concurrency): one for one in found}
     return [
@@ -219,7 +219,7 @@ def bench(console: Console, out: Path) -> dict[str, Any]:
     }
 
 
-def _print(console: Console, found: Sequence[Figures]) -> None:
+def _print(console: Console, found: Sequence[ModeFigures]) -> None:
     console.print(f"{models.KV_HEAVY.name}, {PROMPT_TOKENS} tokens in, {OUTPUT_TOKENS} out; {REQUEST} of {DEVICE}")
     table = Table("concurrent", "fraction", "output tokens/s", "p50", "p95", "TTFT p50", "at most", box=None)
     gains = {row["concurrency"]: row for row in ratios(found)}

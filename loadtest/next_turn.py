@@ -41,7 +41,7 @@ _ENGINE = {"dtype": "bfloat16", "enforce_eager": True, "max_model_len": 4096, "m
 
 
 @dataclass
-class Turns:
+class NextTurns:
     """Next turns of one mode after first turns of one length. Seconds to the first token."""
 
     mode: str
@@ -67,13 +67,13 @@ def write_repository(folder: Path) -> None:
         models.write(folder / mode, MODEL, _ENGINE, parameters)
 
 
-def measure(server: Server, step: Callable[[str], None]) -> list[Turns]:
+def measure(server: Server, step: Callable[[str], None]) -> list[NextTurns]:
     """Both modes in alternation, `REPEATS` times per length. Raises NotAsExpected, RequestFailed."""
     return asyncio.run(_measure(server, step))
 
 
-async def _measure(server: Server, step: Callable[[str], None]) -> list[Turns]:
-    found = {(mode, tokens): Turns(mode, tokens) for tokens in TURNS for mode in MODES}
+async def _measure(server: Server, step: Callable[[str], None]) -> list[NextTurns]:
+    found = {(mode, tokens): NextTurns(mode, tokens) for tokens in TURNS for mode in MODES}
     async with Client(server.grpc_url, server.http_url) as client:
         prompts = Prompts(models.MODELS_DIR / MODEL, seed=11)
         for tokens in TURNS:
@@ -126,7 +126,7 @@ def bench(console: Console, out: Path) -> dict[str, Any]:
     }
 
 
-def _print(console: Console, found: Sequence[Turns]) -> None:
+def _print(console: Console, found: Sequence[NextTurns]) -> None:
     console.print(f"{MODEL}, next turn of {_QUESTION_TOKENS} tokens after a swap; TTFT, medians of {REPEATS}")
     table = Table("first turn", "KV", "swapped", "resident", "swap-in", "MB", box=None)
     for turns in found:

@@ -19,7 +19,7 @@ _DIED_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
-class Restore:
+class RestoreTimes:
     """Medians of several starts of one model, seconds; its weight files were not in the page cache."""
 
     model: str
@@ -41,12 +41,12 @@ class Restore:
         return asdict(self) | {"cold_over_restored": self.gain}
 
 
-def measure(server: Server, step: Callable[[str], None]) -> list[Restore]:
+def measure(server: Server, step: Callable[[str], None]) -> list[RestoreTimes]:
     """Every model of `server`, `REPEATS` times. Raises RuntimeError when an engine did not start as it should."""
     return [_measure(server, name, step) for name in server.models]
 
 
-def _measure(server: Server, name: str, step: Callable[[str], None]) -> Restore:
+def _measure(server: Server, name: str, step: Callable[[str], None]) -> RestoreTimes:
     cold, restored = [], []
     for number in range(1, REPEATS + 1):
         step(f"{name}, from disk, {number}/{REPEATS}")
@@ -65,7 +65,7 @@ def _measure(server: Server, name: str, step: Callable[[str], None]) -> Restore:
     def median(starts: list[tuple[float, float]], index: int) -> float:
         return statistics.median(one[index] for one in starts)
 
-    return Restore(name, median(cold, 0), median(restored, 0), median(cold, 1), median(restored, 1))
+    return RestoreTimes(name, median(cold, 0), median(restored, 0), median(cold, 1), median(restored, 1))
 
 
 def _start(server: Server, name: str, *, restored: bool) -> tuple[float, float]:

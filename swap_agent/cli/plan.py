@@ -14,7 +14,7 @@ from swap_agent.errors import InvalidUsage
 from swap_agent.plan import repository_scan
 from swap_agent.plan.described_devices import describe_devices
 from swap_agent.plan.packing import Packing
-from swap_agent.plan.repository_scan import Reading, Wanted
+from swap_agent.plan.repository_scan import RepositoryScan, WantedReplica
 from swap_agent.units import DeviceSpec, format_bytes
 
 
@@ -23,15 +23,15 @@ def run(repository: Path, spec: DeviceSpec, *, as_json: bool) -> int:
     if not repository.is_dir():
         raise InvalidUsage(f"--model-repository {repository} is no directory")
     devices, frame_bytes = describe_devices(spec)
-    reading = repository_scan.read(repository, devices, frame_bytes)
+    scan = repository_scan.read(repository, devices, frame_bytes)
     packing = Packing(devices)
-    packing.load(reading.wanted)
-    answer = describe(reading, packing, frame_bytes)
+    packing.load(scan.wanted)
+    answer = describe(scan, packing, frame_bytes)
     print(json.dumps(answer, indent=2)) if as_json else show(answer)
     return 1 if answer["refused"] or answer["errors"] or answer["unknown"] else 0
 
 
-def describe(reading: Reading, packing: Packing, frame_bytes: int) -> dict[str, Any]:
+def describe(scan: RepositoryScan, packing: Packing, frame_bytes: int) -> dict[str, Any]:
     """The plan as plain JSON values; sizes in bytes, of each device."""
     turns = {turn.device: turn for turn in packing.turns()}
     devices = []
@@ -58,17 +58,17 @@ def describe(reading: Reading, packing: Packing, frame_bytes: int) -> dict[str, 
     return {
         "frame_bytes": frame_bytes,
         "devices": devices,
-        "models": [_model(one, packing, frame_bytes) for one in reading.wanted],
+        "models": [_model(one, packing, frame_bytes) for one in scan.wanted],
         "together": packing.together(),
         "refused": dict(sorted(packing.refused.items())),
-        "errors": reading.errors,
-        "unknown": reading.unknown,
-        "other_backends": reading.others,
-        "notes": list(dict.fromkeys(one.note for one in reading.wanted if one.note)),
+        "errors": scan.errors,
+        "unknown": scan.unknown,
+        "other_backends": scan.others,
+        "notes": list(dict.fromkeys(one.note for one in scan.wanted if one.note)),
     }
 
 
-def _model(one: Wanted, packing: Packing, frame_bytes: int) -> dict[str, Any]:
+def _model(one: WantedReplica, packing: Packing, frame_bytes: int) -> dict[str, Any]:
     placed = {replica.name: replica for replica in packing.placed}.get(one.name)
     size = one.size
     return {

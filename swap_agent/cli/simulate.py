@@ -14,7 +14,7 @@ from swap_agent.simulate import cluster as clusters
 from swap_agent.simulate import plot, report, seeds, trace
 from swap_agent.simulate.cluster import Cluster
 from swap_agent.simulate.policies import POLICIES, Policy
-from swap_agent.simulate.trace import Load, Trace
+from swap_agent.simulate.trace import Trace, TraceSpec
 
 
 def run(options: argparse.Namespace) -> int:
@@ -89,8 +89,8 @@ def _trace(options: argparse.Namespace, cluster: Cluster, seed: int) -> tuple[Tr
     if options.rate is not None and options.requests is not None:
         raise InvalidUsage("--rate and --requests say the same; give one")
     per_s = options.rate if options.requests is None else options.requests / hours / 3600
-    load = Load(seed, hours, 2.0 if per_s is None else per_s, zipf, burst, options.daily)
-    requests = trace.draw(load, models)
+    spec = TraceSpec(seed, hours, 2.0 if per_s is None else per_s, zipf, burst, options.daily)
+    requests = trace.draw(spec, models)
     if not len(requests):
         raise InvalidUsage("no request was drawn: raise --hours or --rate")
     return requests, hours * 3600

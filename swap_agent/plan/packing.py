@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from swap_agent.errors import AccountingError
-from swap_agent.plan.repository_scan import Wanted
+from swap_agent.plan.repository_scan import WantedReplica
 from swap_agent.policy import actions as act
 from swap_agent.policy import events as ev
 from swap_agent.policy.coordinator import Coordinator
 from swap_agent.policy.ledger import Device
-from swap_agent.policy.obedient_node import Engine, ObedientNode, Region
+from swap_agent.policy.obedient_engine import ObedientEngine, Region
+from swap_agent.policy.obedient_node import ObedientNode
 from swap_agent.policy.replica import Replica
 from swap_agent.policy.states import State
 
@@ -23,7 +24,7 @@ _MOST_TICKS = 100_000
 
 
 @dataclass(frozen=True)
-class Turns:
+class SharedDevice:
     """A device whose engines need more than it has."""
 
     device: str
@@ -34,7 +35,7 @@ class Turns:
     never_together: tuple[tuple[str, str], ...]
 
 
-class Packing(ObedientNode[Coordinator, Engine]):
+class Packing(ObedientNode[Coordinator, ObedientEngine]):
     """Loads one replica after the other; then says what came of it."""
 
     def __init__(self, devices: Sequence[Device]) -> None:
@@ -52,7 +53,7 @@ class Packing(ObedientNode[Coordinator, Engine]):
         replicas = self.policy.ledger.replicas.values()
         return [replica for replica in replicas if replica.devices and replica.name not in self.refused]
 
-    def load(self, wanted: Sequence[Wanted]) -> None:
+    def load(self, wanted: Sequence[WantedReplica]) -> None:
         """Load all in order. Who was displaced by a pinned model is asked for again, and counts as refused."""
         frames = {one.name: one.frames for one in wanted}
         for one in wanted:
@@ -70,7 +71,7 @@ class Packing(ObedientNode[Coordinator, Engine]):
         replicas = self.policy.ledger.on(device)
         return sorted((replica for replica in replicas if replica.name in names), key=lambda replica: replica.name)
 
-    def turns(self) -> list[Turns]:
+    def turns(self) -> list[SharedDevice]:
         """Of each device whose engines need more than it has."""
         found = []
         for device in self.policy.ledger.devices.values():
@@ -105,10 +106,10 @@ class Packing(ObedientNode[Coordinator, Engine]):
         self.policy.ledger.check_integrity()
         return actions
 
-    def new_engine(self, order: act.StartEngine) -> Engine:
+    def new_engine(self, order: act.StartEngine) -> ObedientEngine:
         """It asks for its frames as its settings, or its estimate, say."""
-        ranks = len(order.devices)
-        return Engine(order.name, regions=deque(Region([frames] * ranks) for frames in self._regions[order.name]))
+        regions = [Region([frames] * len(order.devices)) for frames in self._regions[order.name]]
+        return ObedientEngine(order.name, regions=deque(regions))
 
     def activated(self, name: str) -> None:
         """Its load has come to an end."""
@@ -119,11 +120,11 @@ class Packing(ObedientNode[Coordinator, Engine]):
         self._answers[order.name] = order.message
 
 
-def _turns(device: str, room: int, needs: Mapping[str, int]) -> Turns:
+def _turns(device: str, room: int, needs: Mapping[str, int]) -> SharedDevice:
     """Who takes turns in `room` frames."""
     fitting, used = 0, 0
     for need in sorted(needs.values()):
         used += need
         fitting += used <= room
     never = [pair for pair in itertools.combinations(sorted(needs), 2) if needs[pair[0]] + needs[pair[1]] > room]
-    return Turns(device, tuple(sorted(needs)), fitting, tuple(never))
+    return SharedDevice(device, tuple(sorted(needs)), fitting, tuple(never))

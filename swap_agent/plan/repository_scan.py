@@ -21,7 +21,7 @@ from swap_agent.units import format_bytes
 
 
 @dataclass(frozen=True)
-class Wanted:
+class WantedReplica:
     """One replica."""
 
     registered: ev.Registered
@@ -40,10 +40,10 @@ class Wanted:
 
 
 @dataclass
-class Reading:
+class RepositoryScan:
     """What was found in a repository."""
 
-    wanted: list[Wanted] = field(default_factory=list)
+    wanted: list[WantedReplica] = field(default_factory=list)
     """In the order in which `serve` loads them."""
     errors: dict[str, str] = field(default_factory=dict)
     """Why a model cannot be loaded, one line, by model."""
@@ -53,7 +53,7 @@ class Reading:
     """Backends of models that are not ours, by model."""
 
 
-def read(repository: Path, devices: Sequence[Device], frame_bytes: int) -> Reading:
+def read(repository: Path, devices: Sequence[Device], frame_bytes: int) -> RepositoryScan:
     """Read every model folder; what is wrong with one does not stop the others.
 
     Raises InvalidUsage when the repository cannot be read.
@@ -62,20 +62,20 @@ def read(repository: Path, devices: Sequence[Device], frame_bytes: int) -> Readi
         folders = sorted(path for path in repository.iterdir() if path.is_dir() and not path.name.startswith("."))
     except OSError as error:
         raise InvalidUsage(f"--model-repository {repository}: {error.strerror}") from error
-    reading = Reading()
+    scan = RepositoryScan()
     for folder in folders:
         model = folder.name
         try:
             config = _config(folder)
             if config.backend != "vllm":
-                reading.others[model] = config.backend
+                scan.others[model] = config.backend
             else:
-                _add(reading, folder, config, devices, frame_bytes)
+                _add(scan, folder, config, devices, frame_bytes)
         except InvalidModel as error:
-            reading.errors[model] = str(error)
+            scan.errors[model] = str(error)
         except OSError as error:
-            reading.errors[model] = f"model {model}: {folder} cannot be read ({error.strerror})"
-    return reading
+            scan.errors[model] = f"model {model}: {folder} cannot be read ({error.strerror})"
+    return scan
 
 
 def _config(folder: Path) -> Any:
@@ -90,13 +90,13 @@ def _config(folder: Path) -> Any:
         raise InvalidModel(f"model {model}: {CONFIG} {' '.join(str(error).split())}") from error
 
 
-def _add(reading: Reading, folder: Path, config: Any, devices: Sequence[Device], frame_bytes: int) -> None:
+def _add(scan: RepositoryScan, folder: Path, config: Any, devices: Sequence[Device], frame_bytes: int) -> None:
     """All replicas of one model. Raises InvalidModel."""
     model = folder.name
     group = only_group(model, _groups(config))
     sizes = {device.name: device.frames * frame_bytes for device in devices}
     settings = read_settings(model, string_parameters(config), next(iter(sizes.values())))
-    found: list[Wanted] = []
+    found: list[WantedReplica] = []
     for version in _versions(folder, config):
         text, arguments = _model_json(model, version)
         ranks = read_ranks(model, text)
@@ -112,12 +112,12 @@ def _add(reading: Reading, folder: Path, config: Any, devices: Sequence[Device],
             frames = _frames(size, frame_bytes)
             note = f"model {model}: its KV cache is not counted: {size.kv_unknown}" if size.kv_unknown else ""
         else:
-            reading.unknown[model] = f"model {model}: size unknown: it declares no GPU_MEMORY_REQUEST, and {size}"
+            scan.unknown[model] = f"model {model}: size unknown: it declares no GPU_MEMORY_REQUEST, and {size}"
             return
         for number in range(max(1, group.count)):
             spec = ModelSpec(f"{model}/{version.name}#{number}", str(version), text, settings, group.gpu)
-            found.append(Wanted(registered(spec, fitted), frames, settings, estimated, note))
-    reading.wanted += found
+            found.append(WantedReplica(registered(spec, fitted), frames, settings, estimated, note))
+    scan.wanted += found
 
 
 def _frames(size: Size, frame_bytes: int) -> tuple[int, ...]:

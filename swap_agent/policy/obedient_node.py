@@ -8,75 +8,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from swap_agent.errors import AccountingError
 from swap_agent.policy import actions as act
 from swap_agent.policy import events as ev
+from swap_agent.policy.decider import Decider
 from swap_agent.policy.ledger import Device
-
-
-class Decider(Protocol):
-    """The coordinator, or what stands in for it in a comparison."""
-
-    def on_event(self, event: ev.Event) -> list[act.Action]:
-        """Decide."""
-        ...
-
-    @property
-    def next_tick_s(self) -> float:
-        """When time alone will change something."""
-        ...
-
-
-class Region(NamedTuple):
-    """Frames that a starting engine asks for together."""
-
-    frames: Sequence[int]
-    """Of each rank."""
-    discardable: bool = False
-    """What they hold need not come back after a swap, as the KV cache."""
-
-
-@dataclass(eq=False)
-class Engine:
-    """One engine: the frames of its ranks, its gate, and how many requests are on either side of that."""
-
-    name: str
-    devices: tuple[str, ...] = ()
-    """Of each rank."""
-    regions: deque[Region] = field(default_factory=deque)
-    """What it has yet to ask for while it starts."""
-    host_bytes: int = 0
-    """Host memory that it asks for while it starts, after its frames; 0: it asks for none."""
-    mirror_bytes: int = 0
-    """Of each rank's mirror, which is made then; 0: none is."""
-    asked: dict[int, int] = field(default_factory=dict)
-    """Frames that ranks of the starting engine wait for."""
-    held: list[int] = field(default_factory=list)
-    """Frames of each rank."""
-    sizes: list[int] = field(default_factory=list)
-    """Frames of each rank while it is resident, without what it has on loan."""
-    may_hold: int = 0
-    """Frames of each rank, as last ordered while it is swapped in."""
-    extra: int = 0
-    """Frames of each rank on loan."""
-    gate_open: bool = False
-    epoch: int = 0
-    """Of the last order that opens or closes the gate."""
-    draining: act.Drain | None = None
-    """A drain that waits for what is in flight."""
-    stands_still: bool = False
-    """It was preempted: what is in flight cannot go on before it is resident again."""
-    in_flight: int = 0
-    waiting: int = 0
-    reported: tuple[int, int] = (0, 0)
-    """In flight and waiting, as the policy knows them."""
-
+from swap_agent.policy.obedient_engine import ObedientEngine
 
 P = TypeVar("P", bound=Decider)
-E = TypeVar("E", bound=Engine)
+E = TypeVar("E", bound=ObedientEngine)
 
 
 class ObedientNode(Generic[P, E]):
@@ -119,33 +61,30 @@ class ObedientNode(Generic[P, E]):
         An order for an engine that has ended meanwhile means nothing: the policy is about to hear of that.
         Raises AccountingError for frames that are not there and for orders that it does not know.
         """
-        engine = self.engines.get(order.name)
         match order:
             case act.Activated():
                 self.activated(order.name)
             case act.Refuse():
                 self.refuse(order)
             case act.StartEngine():
-                engine = self.new_engine(order)
-                self.engines[order.name] = engine
+                engine = self.engines[order.name] = self.new_engine(order)
                 engine.devices, engine.held = order.devices, [0] * len(order.devices)
                 self.start_on(engine)
             case act.DropMirror():
                 self.tell(ev.MirrorDropped(self.now_s, order.name))
-            case _ if engine is None:
-                pass
+            case _ if order.name in self.engines:
+                self._obey(self.engines[order.name], order)
+
+    def _obey(self, engine: E, order: act.Action) -> None:
+        """Orders to an engine that there is."""
+        match order:
             case act.GrantFrames():
-                del engine.asked[order.rank]
-                self._hold(engine, order.rank, engine.held[order.rank] + order.frames)
-                if not engine.asked:
-                    self.start_on(engine)
+                self._granted(engine, order)
+            case act.GrantHostMemory():
+                self._make_mirrors(engine)
+                self.boot(engine)
             case act.RefuseFrames() | act.RefuseHostMemory():
                 self.end(engine, f"model {engine.name}: {order.message}")
-            case act.GrantHostMemory():
-                for rank in range(len(engine.devices) if engine.mirror_bytes else 0):
-                    mirror = f"mirror of {engine.name}, rank {rank}"
-                    self.tell(ev.MirrorKept(self.now_s, engine.name, mirror, engine.mirror_bytes, rank))
-                self.boot(engine)
             case act.StopEngine():
                 self.end(engine, order.reason)
             case act.Drain():
@@ -206,7 +145,18 @@ class ObedientNode(Generic[P, E]):
         engine.in_flight, engine.waiting = engine.in_flight + engine.waiting, 0
         self.counts_changed(engine)
 
-    # --- frames -------------------------------------------------------------------------------------------------------
+    # --- frames and mirrors -------------------------------------------------------------------------------------------
+
+    def _granted(self, engine: E, order: act.GrantFrames) -> None:
+        del engine.asked[order.rank]
+        self._hold(engine, order.rank, engine.held[order.rank] + order.frames)
+        if not engine.asked:
+            self.start_on(engine)
+
+    def _make_mirrors(self, engine: E) -> None:
+        for rank in range(len(engine.devices) if engine.mirror_bytes else 0):
+            mirror = f"mirror of {engine.name}, rank {rank}"
+            self.tell(ev.MirrorKept(self.now_s, engine.name, mirror, engine.mirror_bytes, rank))
 
     def _hold(self, engine: E, rank: int, frames: int) -> None:
         device = engine.devices[rank]

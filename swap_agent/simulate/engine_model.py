@@ -10,7 +10,7 @@ import heapq
 from collections import deque
 from dataclasses import dataclass, field
 
-from swap_agent.policy.obedient_node import Engine, Region
+from swap_agent.policy.obedient_engine import ObedientEngine, Region
 from swap_agent.simulate.cluster import Model
 
 REPORT_INTERVAL_S = 0.05
@@ -30,7 +30,7 @@ class Copying:
 
 
 @dataclass(eq=False, kw_only=True)
-class ModelEngine(Engine):
+class ModelEngine(ObedientEngine):
     """Counts and clocks of one model; the world moves them. They stay when its engine ends."""
 
     model: Model

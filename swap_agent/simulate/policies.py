@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from swap_agent.policy.coordinator import Coordinator
+from swap_agent.policy.decider import Decider
 from swap_agent.policy.eviction import least_recently_used
 from swap_agent.policy.ledger import Device
-from swap_agent.policy.obedient_node import Decider
 from swap_agent.simulate.cluster import Cluster
 from swap_agent.simulate.metrics import Metrics
 from swap_agent.simulate.static import Static

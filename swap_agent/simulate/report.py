@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -79,20 +80,34 @@ def _by_model(
     return rows
 
 
+def console() -> Console:
+    """The terminal; a pipe has no width to fit, and gets a wide one."""
+    found = Console()
+    if not found.is_terminal:
+        found.width = 200
+    return found
+
+
+def table(columns: Sequence[str], *, left: int) -> Table:
+    """An empty one: the first `left` columns are texts, the others numbers."""
+    empty = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    for column in empty.columns[left:]:
+        column.justify = "right"
+    return empty
+
+
 def show(report: dict[str, Any]) -> None:
-    """Print the table."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200  # a pipe has no width to fit
+    """Print a row for each policy."""
+    terminal = console()
     trace, cluster = report["trace"], report["cluster"]
-    console.print(
+    terminal.print(
         f"{trace['requests']:,} requests for {cluster['models']} models in {trace['hours']:.3g} h "
         f"({trace['source']}) on {cluster['devices']} devices",
         highlight=False,
         soft_wrap=True,
     )
     if trace["left_out"]:
-        console.print(f"{trace['left_out']:,} rows of the trace have no output and were left out", highlight=False)
+        terminal.print(f"{trace['left_out']:,} rows of the trace have no output and were left out", highlight=False)
     columns = (
         "POLICY",
         "TTFT p50",
@@ -107,11 +122,9 @@ def show(report: dict[str, Any]) -> None:
         "GPU h",
         "in use",
     )
-    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    rows = table(columns, left=1)
     for run in report["policies"].values():
-        table.add_row(
+        rows.add_row(
             run["policy"],
             *(_seconds(run["ttft_s"][key]) for key in ("p50", "p90", "p99")),
             f"{run['waited'] / max(1, run['requests']):.1%}",
@@ -122,12 +135,12 @@ def show(report: dict[str, Any]) -> None:
             f"{run['gpu_hours']:,.1f}",
             f"{run['gpu_hours_resident']:,.1f}",
         )
-    console.print(table)
+    terminal.print(rows)
     for run in report["policies"].values():
         text = f"{run['policy']}: {POLICIES[run['policy']].text}"
         for reason, count in run["refused_why"].items():
             text += f"; {count:,} {reason}"
-        console.print(text, style="dim", highlight=False, soft_wrap=True)
+        terminal.print(text, style="dim", highlight=False, soft_wrap=True)
 
 
 def _seconds(value: float | None) -> str:

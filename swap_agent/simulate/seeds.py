@@ -6,12 +6,9 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from swap_agent.simulate import report
 from swap_agent.simulate.cluster import Cluster
 from swap_agent.simulate.policies import Policy
-from swap_agent.simulate.report import figures
 from swap_agent.simulate.trace import Trace
 
 
@@ -25,7 +22,10 @@ def run(
     rows = []
     for seed in seeds:
         trace, span_s, zipf, burst = make(seed)
-        runs = {policy.name: figures(policy, cluster, trace, policy.run(cluster, trace, span_s)) for policy in policies}
+        runs = {
+            policy.name: report.figures(policy, cluster, trace, policy.run(cluster, trace, span_s))
+            for policy in policies
+        }
         rows.append(
             {
                 "seed": seed,
@@ -60,16 +60,12 @@ def against(rows: list[dict[str, Any]], names: list[str], base: str) -> dict[str
 
 def show(answer: dict[str, Any]) -> None:
     """Print a row for each seed, and what they come to."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200  # a pipe has no width to fit
+    terminal = report.console()
     names = answer["policies"]
     columns = ("SEED", "ZIPF", "BURST", "REQUESTS", *(f"p99 {name}" for name in names), "REFUSED")
-    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
-    for column in table.columns:
-        column.justify = "right"
+    rows = report.table(columns, left=0)
     for row in answer["seeds"]:
-        table.add_row(
+        rows.add_row(
             str(row["seed"]),
             f"{row['zipf']:.2f}",
             f"{row['burst']:.1f}x",
@@ -77,9 +73,9 @@ def show(answer: dict[str, Any]) -> None:
             *("-" if row["p99_s"][name] is None else f"{row['p99_s'][name]:.3f} s" for name in names),
             " ".join(f"{row['refused'][name]:,}" for name in names),
         )
-    console.print(table)
+    terminal.print(rows)
     for name, ratios in answer["against_lru"].items():
-        console.print(
+        terminal.print(
             f"{name}: p99 over lru's: median {ratios['median_ratio']:.3f}, best {ratios['best_ratio']:.3f}, "
             f"worst {ratios['worst_ratio']:.3f}",
             highlight=False,

@@ -66,7 +66,7 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class Load:
+class TraceSpec:
     """What to draw. Each model has Poisson arrivals and bursts of its own, in which they come `burst` times faster."""
 
     seed: int = 1
@@ -80,14 +80,14 @@ class Load:
     """0…1: how far the rate swings around its mean over 24 hours, lowest at the start."""
 
 
-def draw(load: Load, models: Sequence[str]) -> Trace:
-    """The same load and models give the same trace (NumPy's PCG64). Which model is how popular is drawn as well."""
-    rng = np.random.default_rng(load.seed)
-    span_s = load.hours * 3600
-    shares = zipf_shares(load.zipf, len(models))
+def draw(spec: TraceSpec, models: Sequence[str]) -> Trace:
+    """The same spec and models give the same trace (NumPy's PCG64). Which model is how popular is drawn as well."""
+    rng = np.random.default_rng(spec.seed)
+    span_s = spec.hours * 3600
+    shares = zipf_shares(spec.zipf, len(models))
     arrivals, places = [], []
     for place, share in zip(rng.permutation(len(models)), shares, strict=True):
-        times = _arrivals(rng, load, share * load.per_s, span_s)
+        times = _arrivals(rng, spec, share * spec.per_s, span_s)
         arrivals.append(times)
         places.append(np.full(len(times), place, dtype=np.int64))
     arrival_s, model = np.concatenate(arrivals), np.concatenate(places)
@@ -99,7 +99,7 @@ def draw(load: Load, models: Sequence[str]) -> Trace:
         model=model[order],
         prompt_tokens=_tokens(rng, count, *_PROMPT),
         output_tokens=_tokens(rng, count, *_OUTPUT),
-        source=f"seed {load.seed}, Zipf {load.zipf:.3g}, bursts {load.burst:.3g}x",
+        source=f"seed {spec.seed}, Zipf {spec.zipf:.3g}, bursts {spec.burst:.3g}x",
     )
 
 
@@ -117,9 +117,9 @@ def zipf_shares(exponent: float, count: int) -> npt.NDArray[np.float64]:
     return shares
 
 
-def _arrivals(rng: np.random.Generator, load: Load, per_s: float, span_s: float) -> npt.NDArray[np.float64]:
-    """Quiet times and bursts in turn, exponentially long; the mean rate is `per_s` whatever `load.burst` is."""
-    quiet_per_s = per_s / (1 - BURST_SHARE + BURST_SHARE * load.burst)
+def _arrivals(rng: np.random.Generator, spec: TraceSpec, per_s: float, span_s: float) -> npt.NDArray[np.float64]:
+    """Quiet times and bursts in turn, exponentially long; the mean rate is `per_s` whatever `spec.burst` is."""
+    quiet_per_s = per_s / (1 - BURST_SHARE + BURST_SHARE * spec.burst)
     quiet_s = BURST_S * (1 - BURST_SHARE) / BURST_SHARE
     lengths: list[float] = []
     total_s, bursting = 0.0, bool(rng.random() < BURST_SHARE)
@@ -131,11 +131,11 @@ def _arrivals(rng: np.random.Generator, load: Load, per_s: float, span_s: float)
     length_s = np.array(lengths)
     start_s = np.concatenate(([0.0], np.cumsum(length_s)[:-1]))
     in_burst = (np.arange(len(lengths)) % 2 == 0) == starts_bursting
-    rates = quiet_per_s * np.where(in_burst, load.burst, 1.0) * (1 + load.daily)
+    rates = quiet_per_s * np.where(in_burst, spec.burst, 1.0) * (1 + spec.daily)
     counts = rng.poisson(rates * length_s)
     times = np.repeat(start_s, counts) + rng.random(int(counts.sum())) * np.repeat(length_s, counts)
-    if load.daily:
-        kept = (1 - load.daily * np.cos(times * (2 * math.pi / 86400))) / (1 + load.daily)
+    if spec.daily:
+        kept = (1 - spec.daily * np.cos(times * (2 * math.pi / 86400))) / (1 + spec.daily)
         times = times[rng.random(len(times)) < kept]
     return np.sort(times[times < span_s])
 

@@ -14,8 +14,9 @@ from typing import Any
 from swap_agent.errors import AccountingError
 from swap_agent.policy import actions as act
 from swap_agent.policy import events as ev
+from swap_agent.policy.decider import Decider
 from swap_agent.policy.ledger import Device
-from swap_agent.policy.obedient_node import Decider, ObedientNode
+from swap_agent.policy.obedient_node import ObedientNode
 from swap_agent.simulate.cluster import Cluster
 from swap_agent.simulate.engine_model import REPORT_INTERVAL_S, Copying, ModelEngine
 from swap_agent.simulate.metrics import Metrics

@@ -13,7 +13,8 @@ from swap_agent.policy.coordinator import Coordinator
 from swap_agent.policy.eviction import LEAST_IDLE_S, coming_frames
 from swap_agent.policy.kv_loans import RETURN_AGAIN_S
 from swap_agent.policy.ledger import Device
-from swap_agent.policy.obedient_node import Engine, ObedientNode
+from swap_agent.policy.obedient_engine import ObedientEngine
+from swap_agent.policy.obedient_node import ObedientNode
 from swap_agent.policy.replica import Replica
 from swap_agent.policy.states import MOVES, State
 
@@ -26,7 +27,7 @@ Answer = ev.Drained | ev.DrainRefused | ev.SwappedOut | ev.SwappedIn | ev.SwapIn
 
 
 @dataclass(eq=False)
-class FakeEngine(Engine):
+class FakeEngine(ObedientEngine):
     """A process tree that starts, maps, serves, swaps and dies when the world lets it."""
 
     host_asked: bool = False

@@ -11,12 +11,13 @@ from swap_agent.policy import actions as act
 from swap_agent.policy import events as ev
 from swap_agent.policy.coordinator import Coordinator
 from swap_agent.policy.ledger import Device
-from swap_agent.policy.obedient_node import Engine, ObedientNode, Region
+from swap_agent.policy.obedient_engine import ObedientEngine, Region
+from swap_agent.policy.obedient_node import ObedientNode
 from swap_agent.policy.replica import MIN_RESIDENCY_S, Replica
 from swap_agent.policy.states import State
 
 
-class Machinery(ObedientNode[Coordinator, Engine]):
+class Machinery(ObedientNode[Coordinator, ObedientEngine]):
     """A node whose orders stay open until a test has them obeyed.
 
     A test may also answer for the node. So before an order is obeyed, its engine is made to be what the policy takes it
@@ -59,11 +60,11 @@ class Machinery(ObedientNode[Coordinator, Engine]):
     def register(self, name: str, frames: int | None, keep_alive_s: float | None = None, ranks: int = 1) -> None:
         self.post(ev.Registered, name, frames, keep_alive_s, ranks)
 
-    def new_engine(self, order: act.StartEngine) -> Engine:
+    def new_engine(self, order: act.StartEngine) -> ObedientEngine:
         """It takes its request, each next rank a frame less: they need not be of one size."""
         frames = self.replica(order.name).settings.request_frames
         regions = [Region([frames - rank for rank in range(len(order.devices))])] if frames else []
-        return Engine(order.name, regions=deque(regions), host_bytes=self.host_bytes.get(order.name, 0))
+        return ObedientEngine(order.name, regions=deque(regions), host_bytes=self.host_bytes.get(order.name, 0))
 
     def report(self, name: str, in_flight: int = 0, waiting: int = 0) -> list[act.Action]:
         """The host tells its counts, and asks for its model when the first request has to wait."""
@@ -94,12 +95,12 @@ class Machinery(ObedientNode[Coordinator, Engine]):
         if engine:
             self.busy[order.name], self.waiting[order.name] = engine.in_flight, engine.waiting
 
-    def _engine(self, name: str) -> Engine | None:
+    def _engine(self, name: str) -> ObedientEngine | None:
         replica = self.policy.ledger.replicas.get(name)
         if not replica or not replica.devices:
             self.engines.pop(name, None)
             return None
-        engine = self.engines.setdefault(name, Engine(name))
+        engine = self.engines.setdefault(name, ObedientEngine(name))
         engine.devices, engine.epoch = replica.devices, replica.epoch
         engine.sizes = [replica.measured.footprints.get(rank, 0) for rank in range(len(replica.devices))]
         if replica.state is not State.STARTING:

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from loadtest import consolidation
-from loadtest.consolidation import DURATION_S, NAMES, SETTLE_S, Done, Figures, arrivals, claimed_bytes, ratios
+from loadtest.consolidation import DURATION_S, NAMES, SETTLE_S, Done, ModelFigures, arrivals, claimed_bytes, ratios
 from loadtest.prompts import Prompts
 from loadtest.workload import Answer
 
@@ -37,14 +37,14 @@ def test_requests_come_at_random_but_the_same_times_at_the_rate_asked_for() -> N
 def test_what_ends_while_it_settles_or_after_the_last_arrival_does_not_count() -> None:
     ends_s = (SETTLE_S - 1, SETTLE_S + 1, DURATION_S - 1, DURATION_S + 1)
     done = [Done(at_s, Answer("", at_s / 100, 9.0, 128, 35)) for at_s in ends_s]
-    figures = Figures.of("a", True, done, 3)
+    figures = ModelFigures.of("a", True, done, 3)
     assert figures.output_tokens_per_s == pytest.approx(2 * 35 / (DURATION_S - SETTLE_S))
     assert (figures.requests, figures.ttft_p50_s) == (4, ends_s[1] / 100)
 
 
 def test_ratios_are_of_each_model_and_of_all_tokens() -> None:
-    def one(model: str, together: bool, speed: float) -> Figures:
-        return Figures(model, together, 1, speed, 1.0, 1.0, 0)
+    def one(model: str, together: bool, speed: float) -> ModelFigures:
+        return ModelFigures(model, together, 1, speed, 1.0, 1.0, 0)
 
     alone = [one(model, False, 10.0 * number) for number, model in enumerate(NAMES, 1)]
     together = [one(NAMES[0], True, 5.0), one(NAMES[1], True, 20.0), one(NAMES[2], True, 30.0)]

@@ -10,7 +10,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from loadtest import fractions, next_turn, timeline
-from loadtest.fractions import LEVELS, MODES, Figures, Run, medians, ratios, same_answers
+from loadtest.fractions import LEVELS, MODES, ModeFigures, Run, medians, ratios, same_answers
 from loadtest.models import KV_HEAVY, MODELS_DIR
 from loadtest.workload import Answer
 
@@ -21,7 +21,7 @@ def _parameters(config: Path) -> dict[str, str]:
 
 
 def _run(mode: str, concurrency: int, speed: float, text: str = "a") -> Run:
-    figures = Figures(mode, concurrency, 2, speed, 4.0 / speed, 8.0 / speed, 1.0, int(speed))
+    figures = ModeFigures(mode, concurrency, 2, speed, 4.0 / speed, 8.0 / speed, 1.0, int(speed))
     return Run(figures, (Answer(text, 1.0, 2.0, 1, 1), Answer("b", 1.0, 2.0, 1, 1)), timeline.Span(mode, concurrency))
 
 

@@ -18,7 +18,7 @@ from swap_agent.simulate.metrics import Metrics
 from swap_agent.simulate.policies import POLICIES, Policy
 from swap_agent.simulate.report import figures
 from swap_agent.simulate.shared_bandwidth import Link
-from swap_agent.simulate.trace import Load, Trace
+from swap_agent.simulate.trace import Trace, TraceSpec
 from swap_agent.simulate.world import World
 from swap_agent.units import GIB, MIB
 
@@ -188,7 +188,7 @@ class Audited(Coordinator):
 def test_the_books_balance_after_every_event() -> None:
     models = (replace(SMALL.model[0], copies=8), replace(SMALL.model[0], name="pair", ranks=2, copies=3))
     cluster = replace(SMALL, model=(*models, replace(models[0], name="large", weights=60 * GIB, copies=3)))
-    trace = traces.draw(Load(seed=2, hours=0.1, per_s=3.0, burst=20), list(cluster.models))
+    trace = traces.draw(TraceSpec(seed=2, hours=0.1, per_s=3.0, burst=20), list(cluster.models))
     policy = Policy("default", "", lambda cluster, trace: Audited(cluster.devices))
     tally = policy.run(cluster, trace, 0.0)
     assert not tally.refused and len(tally.swaps_in) > 10 and tally.turns > 0
@@ -198,7 +198,7 @@ def test_the_books_balance_after_every_event() -> None:
 @pytest.mark.parametrize("policy", ["default", "no-sharing", "always-on", "scale-from-zero"])
 def test_every_request_is_answered_or_refused_once_and_a_seed_repeats(policy: str) -> None:
     cluster = replace(SMALL, max_queue=3, queue_timeout=4.0)
-    trace = traces.draw(Load(seed=7, hours=0.1, per_s=4.0), list(cluster.models))
+    trace = traces.draw(TraceSpec(seed=7, hours=0.1, per_s=4.0), list(cluster.models))
     runs = [POLICIES[policy].run(cluster, trace, 360.0) for _ in range(2)]
     answered = int((~np.isnan(np.array(runs[0].ttft_s))).sum())
     assert answered + sum(runs[0].refused.values()) == len(trace) > 1000

@@ -18,7 +18,7 @@ from swap_agent.errors import InvalidUsage
 from swap_agent.simulate import cluster as clusters
 from swap_agent.simulate import policies, seeds
 from swap_agent.simulate import trace as traces
-from swap_agent.simulate.trace import BURST_S, Load
+from swap_agent.simulate.trace import BURST_S, TraceSpec
 from swap_agent.units import GIB, MIB
 
 MODELS = ("x", "y", "z")
@@ -94,10 +94,10 @@ def test_bad_traces_name_line_and_column(tmp_path: Path, text: str, message: str
 
 def test_a_drawn_trace_has_the_rate_popularity_and_bursts_asked_for() -> None:
     names = [f"m{number}" for number in range(10)]
-    load = Load(seed=5, hours=48, per_s=2.0, zipf=1.0, burst=10.0)
-    trace, again = traces.draw(load, names), traces.draw(load, names)
+    spec = TraceSpec(seed=5, hours=48, per_s=2.0, zipf=1.0, burst=10.0)
+    trace, again = traces.draw(spec, names), traces.draw(spec, names)
     assert all(np.array_equal(getattr(trace, c), getattr(again, c)) for c in ("arrival_s", "model", "prompt_tokens"))
-    assert not np.array_equal(traces.draw(Load(seed=6, hours=48, per_s=2.0), names).model[:100], trace.model[:100])
+    assert not np.array_equal(traces.draw(TraceSpec(seed=6, hours=48, per_s=2.0), names).model[:100], trace.model[:100])
     assert len(trace) / (48 * 3600) == pytest.approx(2.0, rel=0.05)
     assert np.all(np.diff(trace.arrival_s) >= 0)
     counts = np.sort(np.bincount(trace.model))[::-1]
@@ -109,7 +109,7 @@ def test_a_drawn_trace_has_the_rate_popularity_and_bursts_asked_for() -> None:
 
 
 def test_a_daily_swing_is_lowest_at_the_start() -> None:
-    trace = traces.draw(Load(seed=1, hours=24, per_s=2.0, daily=0.8), MODELS)
+    trace = traces.draw(TraceSpec(seed=1, hours=24, per_s=2.0, daily=0.8), MODELS)
     by_quarter = np.bincount((trace.arrival_s / 21600).astype(int))
     assert by_quarter[1:3].sum() > 2 * (by_quarter[0] + by_quarter[3])
     assert len(trace) / 86400 == pytest.approx(2.0, rel=0.1)
