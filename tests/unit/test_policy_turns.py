@@ -31,6 +31,8 @@ from swap_agent.policy import events as ev
 from swap_agent.policy.coordinator import Coordinator
 from swap_agent.policy.eviction import LEAST_IDLE_S
 from swap_agent.policy.ledger import Device
+from swap_agent.policy.obedient_engine import ObedientEngine, Region
+from swap_agent.policy.obedient_node import ObedientNode
 from swap_agent.policy.states import State
 
 FRAMES = 100
@@ -63,38 +65,35 @@ class Request:
     answered_s: float = math.inf
 
 
-@dataclass
-class Model:
+@dataclass(eq=False)
+class Model(ObedientEngine):
     """An engine with its gate."""
 
-    open: bool = False
-    running: int = 0
     held_back: list[Request] = field(default_factory=list)
-    drain: act.Drain | None = None
     closed_s: float = 0.0
 
 
-class Driver:
+class Driver(ObedientNode[Coordinator, Model]):
     """Plays requests, engines and time against the policy, in simulated seconds; ticks come when it asked for them."""
 
     def __init__(self, count: int, fit: int, min_residency_s: float, priorities: Sequence[int] = ()) -> None:
+        device = Device("cpu:0", FRAMES)
+        super().__init__(Coordinator([device]), [device])
         self.timings = Timings()
-        self.policy = Coordinator([Device("cpu:0", FRAMES)])
-        self.now_s = 0.0
         self.requests: list[Request] = []
         self.swap_ins: list[tuple[float, str]] = []
         self.drains: list[tuple[float, act.Drain]] = []
         self.drain_times_s: list[float] = []
-        self.models = {f"m{index}": Model() for index in range(count)}
+        self.models = {f"m{index}": Model(f"m{index}") for index in range(count)}
         self.on_answer: Callable[[Request], None] = lambda request: None
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         for name, priority in itertools.zip_longest(self.models, priorities, fillvalue=0):
             budget = {"request_frames": FRAMES // fit, "keep_alive_s": None}
-            self.post(ev.Registered(0.0, str(name), **budget, priority=int(priority), min_residency_s=min_residency_s))
+            self.tell(ev.Registered(0.0, str(name), **budget, priority=int(priority), min_residency_s=min_residency_s))
         for name in self.models:  # every engine starts; the last ones stay resident
             self.now_s += 60.0
-            self.post(ev.ActivateRequested(self.now_s, name))
+            self.tell(ev.ActivateRequested(self.now_s, name))
             self.run_until(self.now_s + 60.0)
         self.begin_s = self.now_s
         self.swap_ins.clear()
@@ -116,75 +115,59 @@ class Driver:
             if agenda_s <= self.policy.next_tick_s:
                 heapq.heappop(self._agenda)[2]()
             else:
-                self.post(ev.Tick(self.now_s))
+                self.tell(ev.Tick(self.now_s))
         self.now_s = until_s
 
-    def post(self, event: ev.Event) -> None:
-        actions = self.policy.on_event(event)
+    def tell(self, event: ev.Event) -> None:
+        if isinstance(event, ev.Drained):
+            self.drain_times_s.append(self.now_s - self.models[event.name].closed_s)
+        super().tell(event)
+
+    def decide(self, event: ev.Event) -> list[act.Action]:
+        actions = super().decide(event)
         self.policy.ledger.check_integrity()
-        for action in actions:
-            self._obey(action)
+        return actions
 
     # --- engines ------------------------------------------------------------------------------------------------------
 
-    def _obey(self, action: act.Action) -> None:
-        name = action.name
-        model, timings = self.models[name], self.timings
-        match action:
-            case act.StartEngine():
-                self.at(self.now_s, lambda: self._started(name))
+    def take(self, order: act.Action) -> None:
+        match order:
             case act.Drain():
-                self.drains.append((self.now_s, action))
-                self.at(self.now_s, lambda: self._close(name, action))
-            case act.SwapOut(epoch=epoch):
-                self.at(self.now_s + timings.swap_out_s, lambda: self.post(ev.SwappedOut(self.now_s, name, epoch)))
-            case act.SwapIn(epoch=epoch) | act.MoreFrames(epoch=epoch):
-                if isinstance(action, act.SwapIn):
-                    self.swap_ins.append((self.now_s, name))
-                if action.frames == self.policy.ledger.replicas[name].need_frames:
-                    self.at(self.now_s + timings.swap_in_s, lambda: self._swapped_in(name, epoch))
+                self.drains.append((self.now_s, order))
+                self.at(self.now_s, lambda: self.close(order))
+            case act.SwapIn():
+                self.swap_ins.append((self.now_s, order.name))
+                self.obey(order)
             case act.Activated():
-                assert model.open or self.state(name) is State.RESIDENT
-            case act.GrantFrames():
-                pass
+                assert self.models[order.name].gate_open or self.state(order.name) is State.RESIDENT
             case _:
-                raise AssertionError(action)
+                self.obey(order)
 
-    def _started(self, name: str) -> None:
-        self.post(ev.FramesWanted(self.now_s, name, self.policy.ledger.replicas[name].settings.request_frames or 0))
-        self.models[name].open = True
-        self.post(ev.EngineReady(self.now_s, name))
+    def close(self, order: act.Drain) -> None:
+        self.models[order.name].closed_s = self.now_s
+        self.obey(order)
 
-    def _close(self, name: str, drain: act.Drain) -> None:
-        model = self.models[name]
-        if model.running and not drain.wait:
-            self.post(ev.DrainRefused(self.now_s, name, drain.epoch))
-            return
-        model.open, model.drain, model.closed_s = False, drain, self.now_s
-        self._drained(name)
+    def new_engine(self, order: act.StartEngine) -> Model:
+        model = self.models[order.name]
+        model.regions.append(Region([self.policy.ledger.replicas[order.name].settings.request_frames or 0]))
+        return model
 
-    def _drained(self, name: str) -> None:
-        model = self.models[name]
-        if model.drain and not model.running:
-            drain, model.drain = model.drain, None
-            self.drain_times_s.append(self.now_s - model.closed_s)
-            self.post(ev.Drained(self.now_s, name, drain.epoch))
+    def unmap(self, engine: Model, order: act.SwapOut) -> None:
+        unmap = super().unmap
+        self.at(self.now_s + self.timings.swap_out_s, lambda: unmap(engine, order))
 
-    def _swapped_in(self, name: str, epoch: int) -> None:
-        model = self.models[name]
-        model.open = True
-        self.post(ev.SwappedIn(self.now_s, name, epoch))
-        held_back, model.held_back = model.held_back, []
-        for request in held_back:
-            self._enter(request)
-        self._report(name)
+    def fill(self, engine: Model, epoch: int) -> None:
+        fill = super().fill
+        self.at(self.now_s + self.timings.swap_in_s, lambda: fill(engine, epoch))
+
+    def open_gate(self, engine: Model) -> None:
+        while engine.held_back:
+            self._enter(engine.held_back.pop(0))
+        engine.waiting = 0
+        super().open_gate(engine)
 
     def state(self, name: str) -> State:
         return self.policy.ledger.replicas[name].state
-
-    def _report(self, name: str) -> None:
-        model = self.models[name]
-        self.post(ev.TrafficReported(self.now_s, name, model.running, len(model.held_back)))
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -193,24 +176,25 @@ class Driver:
         leaving = self.state(name) in (State.DRAINING, State.SWAPPING_OUT)
         request = Request(name, self.now_s, leaving)
         self.requests.append(request)
-        if model.open:
+        if model.gate_open:
             self._enter(request)
         else:
             model.held_back.append(request)
-        self._report(name)
-        if len(model.held_back) == 1:
-            self.post(ev.RequestsHeld(self.now_s, name, self.policy.ledger.replicas[name].epoch))
+            model.waiting += 1
+        self.counts_changed(model)
 
     def _enter(self, request: Request) -> None:
         request.entered_s = self.now_s
-        self.models[request.model].running += 1
+        self.models[request.model].in_flight += 1
         self.at(self.now_s + self.timings.service_s, lambda: self._answer(request))
 
     def _answer(self, request: Request) -> None:
         request.answered_s = self.now_s
-        self.models[request.model].running -= 1
-        self._report(request.model)
-        self._drained(request.model)
+        model = self.models[request.model]
+        model.in_flight -= 1
+        self.counts_changed(model)
+        if not model.in_flight:
+            self.emptied(model)
         self.on_answer(request)
 
     # --- load ---------------------------------------------------------------------------------------------------------
