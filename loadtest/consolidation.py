@@ -7,8 +7,8 @@ for a device of its own. *Together*: on a device of half the size all get their 
 come at random times (exponential gaps) whatever becomes of those before them, each model at `SHARE` of what it answers
 when it is asked as fast as it can: together less than the machine can compute.
 
-Throughput is that of tokens whose request was answered between `SETTLE_S` and the last arrival. Whoever waits for its
-turn answers later, not less: what sharing costs a request shows in TTFT.
+Throughput is that of tokens whose request was answered between `SETTLE_S` and the last arrival. A request
+that waits for the turn of its model is answered later, not less: what sharing costs a request shows in TTFT.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Decisions:
     check_us: float
     """Of that the check of the books, on average, microseconds."""
     report_us: float
-    """A report of a resident model on a device for which nobody waits, on average, microseconds."""
+    """A report of a resident model on a device for which no model waits, on average, microseconds."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -174,7 +174,7 @@ def measure(step: Callable[[str], None], events: int = EVENTS, host_limit_bytes:
 
 
 def _report_us(host_limit_bytes: int | None) -> float:
-    """The usual event: a resident model tells its counts, and nobody waits."""
+    """The usual event: a resident model tells its counts, and no model waits."""
     node = _Node(1, host_limit_bytes)
     for name in node.names[:100]:
         node.tell(ev.ActivateRequested(node.now_s, name))

@@ -29,7 +29,7 @@ class Story:
         self._large = large
 
     async def on_request(self) -> None:
-        """Requests over gRPC and HTTP bring models in; who has to leave is the one that was idle longest."""
+        """Requests over gRPC and HTTP bring models in; the model that was idle for longest leaves."""
         self._console.rule("a request brings a model back; idle ones make room", align="left")
         table = Table("model", "through", "was", "first token", "swapped in", "made room", "answer", box=None)
         first, second = self._large

@@ -1,6 +1,6 @@
 """Locust users of a repository of language models: tritonclient's gRPC stream, and HTTP server-sent events.
 
-Both ask random models with prompts that nobody asked before and report, per model, `ttft` (until the first token) and
+Both ask random models with prompts that were not used before and report, per model, `ttft` (until the first token) and
 `answer` (until the last). `python -m loadtest.load` runs this file against a server of its own; by hand:
 
     locust -f loadtest/locustfile.py --host http://127.0.0.1:8000 --grpc-url 127.0.0.1:8001

@@ -29,7 +29,7 @@ class NotAsExpected(Exception):
 
 
 def check_tokens(model: str, answer: Answer, prompt_tokens: int, output_tokens: int) -> None:
-    """Raise NotAsExpected unless `answer` is to so many tokens, and has as many as were asked for."""
+    """Raise NotAsExpected unless prompt and answer have the numbers of tokens that were asked for."""
     if (answer.input_tokens, answer.output_tokens) != (prompt_tokens, output_tokens):
         raise NotAsExpected(
             f"{model}: asked with {prompt_tokens} tokens for {output_tokens}, "

@@ -46,7 +46,7 @@ class Ports:
 
     @classmethod
     def free(cls) -> Ports:
-        """Four ports that nobody listens on just now."""
+        """Four ports that are free just now."""
         sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(4)]
         numbers = [sock.getsockname()[1] for sock in sockets]
         for sock in sockets:

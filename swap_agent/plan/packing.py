@@ -19,7 +19,7 @@ from swap_agent.policy.replica import Replica
 from swap_agent.policy.states import State
 
 START_S = 10.0
-"""How long an engine takes to start: whoever was loaded before it has been idle, and may give up its frames."""
+"""How long an engine takes to start. Models loaded before it have been idle for that long, and may be evicted."""
 _MOST_TICKS = 100_000
 
 
@@ -29,9 +29,9 @@ class SharedDevice:
 
     device: str
     names: tuple[str, ...]
-    """Who takes turns; pinned models do not."""
+    """Replicas that take turns; pinned ones do not."""
     most_together: int
-    """So many of them fit at the same time, if they are the smallest."""
+    """How many of them fit at the same time, the smallest first."""
     never_together: tuple[tuple[str, str], ...]
 
 
@@ -54,7 +54,7 @@ class Packing(ObedientNode[Coordinator, ObedientEngine]):
         return [replica for replica in replicas if replica.devices and replica.name not in self.refused]
 
     def load(self, wanted: Sequence[WantedReplica]) -> None:
-        """Load all in order. Who was displaced by a pinned model is asked for again, and counts as refused."""
+        """Load all in order, then those again that a pinned model displaced; where that fails, they are refused."""
         frames = {one.name: one.frames for one in wanted}
         for one in wanted:
             self.tell(one.registered)
@@ -66,13 +66,13 @@ class Packing(ObedientNode[Coordinator, ObedientEngine]):
                 self.now_s += START_S
 
     def on(self, device: str) -> list[Replica]:
-        """Who is placed there, by name."""
+        """Replicas that are placed there, by name."""
         names = {replica.name for replica in self.placed}
         replicas = self.policy.ledger.on(device)
         return sorted((replica for replica in replicas if replica.name in names), key=lambda replica: replica.name)
 
     def turns(self) -> list[SharedDevice]:
-        """Of each device whose engines need more than it has."""
+        """Every device whose engines need more than it has."""
         found = []
         for device in self.policy.ledger.devices.values():
             replicas = self.on(device.name)
@@ -83,7 +83,7 @@ class Packing(ObedientNode[Coordinator, ObedientEngine]):
         return found
 
     def together(self) -> list[str]:
-        """Replicas that are all resident at the same time, whoever else is."""
+        """Replicas that are all resident at the same time, whichever others are."""
         full = {turn.device for turn in self.turns()}
         return sorted(r.name for r in self.placed if r.settings.pinned or full.isdisjoint(r.devices))
 
@@ -121,7 +121,7 @@ class Packing(ObedientNode[Coordinator, ObedientEngine]):
 
 
 def _turns(device: str, room: int, needs: Mapping[str, int]) -> SharedDevice:
-    """Who takes turns in `room` frames."""
+    """Replicas that take turns in `room` frames."""
     fitting, used = 0, 0
     for need in sorted(needs.values()):
         used += need

@@ -48,7 +48,7 @@ class RepositoryScan:
     errors: dict[str, str] = field(default_factory=dict)
     """Why a model cannot be loaded, one line, by model."""
     unknown: dict[str, str] = field(default_factory=dict)
-    """Why nobody can tell how large a model is, one line, by model."""
+    """Why the size of a model is not known, one line, by model."""
     others: dict[str, str] = field(default_factory=dict)
     """Backends of models that are not ours, by model."""
 

@@ -1,4 +1,4 @@
-"""A node that obeys the policy, without processes, memory or clock: shared by all who play the policy through.
+"""A node that obeys the policy, without processes, memory or clock: shared by all that play the policy through.
 
 What agent, engine hosts and ranks answer to an order is in `ObedientNode.obey`, one case each. By default every order
 is obeyed when it comes, and nothing takes any time; a subclass that knows better overrides the methods below it.
@@ -52,7 +52,7 @@ class ObedientNode(Generic[P, E]):
         """Go on to the time of which the policy wants to hear. Raises AccountingError when there is none."""
         self.now_s = max(self.now_s, self.policy.next_tick_s)
         if self.now_s == float("inf"):
-            raise AccountingError("somebody waits, and nothing is going to happen")
+            raise AccountingError("a replica waits, and nothing is going to happen")
         self.tell(ev.Tick(self.now_s))
 
     def obey(self, order: act.Action) -> None:
@@ -166,7 +166,7 @@ class ObedientNode(Generic[P, E]):
             raise AccountingError(f"{device}: {-self.free_frames[device]} frames more are held than it has")
 
     def hold(self, engine: E, frames: Sequence[int]) -> None:
-        """Each rank holds so many from now on."""
+        """Each rank holds `frames` from now on."""
         for rank, its_frames in enumerate(frames):
             self._hold(engine, rank, its_frames)
 
@@ -185,7 +185,7 @@ class ObedientNode(Generic[P, E]):
         raise NotImplementedError
 
     def activated(self, name: str) -> None:
-        """Who waited for it may go on."""
+        """The replica is RESIDENT."""
 
     def refuse(self, order: act.Refuse) -> None:
         """Requests that wait, or stand still, are answered with an error."""
@@ -233,7 +233,7 @@ class ObedientNode(Generic[P, E]):
         self.tell(ev.SwappedIn(self.now_s, engine.name, epoch))
 
     def resize(self, engine: E, order: act.Resize) -> None:
-        """It has so many frames on loan from now on."""
+        """It has `order.frames` on loan from now on."""
         engine.extra = order.frames
         self.hold(engine, [size + engine.extra for size in engine.sizes])
         self.tell(ev.Resized(self.now_s, engine.name, order.epoch, engine.extra))

@@ -9,7 +9,7 @@ A description is TOML or JSON. Sizes are written as everywhere (`141GiB`), durat
     link_per_s = "50GiB"       # host to device, of each device
     [[model]]
     name = "8b"
-    copies = 40                # so many models of this kind: 8b-1 … 8b-40
+    copies = 40                # 40 models of this kind: 8b-1 … 8b-40
     weights = "15GiB"          # per rank
     kv = "8GiB"                # per rank
     prefill_tokens_per_s = 20000

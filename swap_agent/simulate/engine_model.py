@@ -26,7 +26,7 @@ class Copying:
     size_bytes: int
     """Of all ranks together."""
     ranks_left: int
-    """Whose copies are not done."""
+    """Ranks that still copy."""
 
 
 @dataclass(eq=False, kw_only=True)

@@ -1,4 +1,4 @@
-"""The least that must be copied by whoever knows all requests before: no policy can beat it. Small cases only."""
+"""The least that must be copied when all requests are known before: no policy can copy less. Small cases only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def least_copied(
 
     `weights` and `kv` are the frames of each model, `held` those of its weights that are there at first. Exact, by
     dynamic programming over what each model holds: while a model runs it holds all of its own, others keep what fits,
-    in any parts. To hold less than fits, or to copy before somebody asks, never copies less.
+    in any parts. To hold less than fits, or to copy before a request comes, never copies less.
     """
     costs = {tuple(held): 0}
     for wanted in requests:

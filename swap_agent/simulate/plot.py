@@ -26,7 +26,7 @@ _BUCKETS = 60
 def draw_runs(
     path: Path, trace: Trace, span_s: float, answer: Mapping[str, Any], metrics_of: Mapping[str, Metrics]
 ) -> None:
-    """One trace under each policy: who waits how long, when, and what it takes. Raises Unavailable, InvalidUsage."""
+    """One trace under each policy: how long requests wait, and when; GPU hours. Raises Unavailable, InvalidUsage."""
     figure, (slow, when, hours) = _figure(18, 3)
     ttft_s = {name: np.array(metrics.ttft_s) for name, metrics in metrics_of.items()}
     for name, times_s in ttft_s.items():

@@ -24,7 +24,7 @@ class Link:
         del self._left[name]
 
     def next_end(self) -> tuple[float, str] | None:
-        """When the next copy will be done, if none starts before, and whose it is."""
+        """When the next copy will be done, if none starts before, and the model that it is for."""
         if not self._left:
             return None
         name = min(self._left, key=self._left.__getitem__)

@@ -23,7 +23,7 @@ class Static:
 
     @property
     def next_tick_s(self) -> float:
-        """When the next engine is to end, if nobody asks for its model before."""
+        """When the next engine is to end, if no request for its model comes before."""
         ends_s = (since_s + self._scale_down_s[name] for name, since_s in self._idle_since_s.items())
         return min(ends_s, default=float("inf"))
 

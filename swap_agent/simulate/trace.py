@@ -189,7 +189,7 @@ def read(path: Path, models: Sequence[str], seed: int, zipf: float, limit: int |
     known = [name in places for name in named]
     if named and all(known):
         model = np.array([places[name] for name in named], dtype=np.int64)
-        whose = "its own models"
+        models_from = "its own models"
     elif any(known):
         wrong = known.index(False)
         raise InvalidUsage(
@@ -200,7 +200,7 @@ def read(path: Path, models: Sequence[str], seed: int, zipf: float, limit: int |
         rng = np.random.default_rng(seed)
         popular = rng.permutation(len(models))
         model = popular[rng.choice(len(models), size=len(times), p=zipf_shares(zipf, len(models)))].astype(np.int64)
-        whose = f"models by Zipf {zipf:.3g}, seed {seed}"
+        models_from = f"models by Zipf {zipf:.3g}, seed {seed}"
     arrival_s = np.array(times) - min(times)
     order = np.argsort(arrival_s, kind="stable")
     return Trace(
@@ -210,7 +210,7 @@ def read(path: Path, models: Sequence[str], seed: int, zipf: float, limit: int |
         prompt_tokens=np.array(prompts, dtype=np.int64)[order],
         output_tokens=np.array(outputs, dtype=np.int64)[order],
         left_out=left_out,
-        source=f"{path}, {whose}",
+        source=f"{path}, {models_from}",
     )
 
 
