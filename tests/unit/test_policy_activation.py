@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 from support.policy_machinery import Machinery, kinds, machinery
+from support.policy_world import World
 
 from swap_agent.policy import actions as act
 from swap_agent.policy import events as ev
+from swap_agent.policy.ledger import Device
 from swap_agent.policy.states import State
 
 
@@ -127,3 +129,24 @@ def test_ensure_resident_is_idempotent_in_every_state(state: State) -> None:
     for _ in range(2):
         residency.ensure_resident(replica, 2.0)
         assert machine.policy.waiting == ["b"], "it is not wanted any more"
+
+
+def test_no_request_is_forgotten_when_an_order_crosses() -> None:
+    world = World(Device("cpu:0", 100))
+    for name in ("a", "b"):
+        world.register(ev.Registered(0.0, name, 60, None))
+        world.load(name)
+        while name not in world.engines:
+            world.carry_out("a")
+        world.ask_frames(name, 0, 60)
+        world.ready(name)
+        world.pass_time(5.0)
+    assert (world.replica("a").state, world.replica("a").reservation.frames) == (State.SWAPPED, 40)
+    world.unload("a", False)  # the order to give up the rest is on its way
+    world.arrive("a", 1)
+    world.report("a")
+    assert not world.replica("a").activation_wanted, "what it asks for is stale"
+    world.carry_out("a")
+    assert world.replica("a").activation_wanted, "it asks again"
+    world.settle()
+    assert world.engines["a"].gate_open
