@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from support.engine_agent import FRAME_BYTES, FakeAgent, Stub, frame_addresses
+from support.engine_agent import FRAME_BYTES, FakeAgent, Stub
+from support.mapped_frames import frame_addresses
 from support.tiny_llama import make_tiny_llama, prompt
 
 from swap_agent.wire import control, requests

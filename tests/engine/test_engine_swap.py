@@ -16,15 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.engine_agent import (
-    FRAME_BYTES,
-    ROOT,
-    FakeAgent,
-    Stub,
-    frame_addresses,
-    resident_bytes,
-    resident_frame_bytes,
-)
+from support.engine_agent import FRAME_BYTES, ROOT, FakeAgent, Stub
+from support.mapped_frames import frame_addresses, resident_bytes, resident_frame_bytes
 from support.tiny_llama import make_tiny_llama, prompt
 
 from swap_agent.wire import control, requests

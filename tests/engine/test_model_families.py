@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.engine_agent import FRAME_BYTES, FakeAgent, Stub, frame_addresses
+from support.engine_agent import FRAME_BYTES, FakeAgent, Stub
+from support.mapped_frames import frame_addresses
 from support.model_families import COMMON, FAMILIES, make_tiny
 from support.optional import needed
 from support.tiny_llama import make_tiny_llama, prompt

@@ -81,3 +81,14 @@ def test_every_package_is_in_the_wheel() -> None:
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     folders = {path.parent for top in ("swap_agent", "backend") for path in (ROOT / top).rglob("__init__.py")}
     assert listed == {".".join(folder.relative_to(ROOT).parts).removeprefix("backend.") for folder in folders}
+
+
+def test_files_are_short_or_say_why_not() -> None:
+    """A module of the policy has at most 250 lines, every other 350: its first lines give the reason for more."""
+    too_long = []
+    for path in [path for folder in ("swap_agent", "backend", "loadtest", "tests") for path in sources(folder)]:
+        lines = path.read_text("utf-8").splitlines()
+        most = 250 if path.parent.name == "policy" else 350
+        if len(lines) > most and not any(word in " ".join(lines[:10]) for word in ("350 lines", "is long because")):
+            too_long.append(f"{path.relative_to(ROOT)}: {len(lines)}")
+    assert too_long == []
