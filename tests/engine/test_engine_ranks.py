@@ -116,7 +116,7 @@ async def check_growth(pair: Model, answers: list[str]) -> None:
         assert await asking == answers
         assert await kv_resize.shrink(engine, epoch + 2, kv.frames, None) == kv.frames
         assert [rank.space.device_bytes for rank in engine.ranks] == sizes and engine.kv_blocks == kv.blocks
-    record.reservation.frames, pair.agent.accounting_errors = reserved, 0  # these orders were not the policy's
+    record.reservation.frames, pair.agent.audit.errors = reserved, 0  # these orders were not the policy's
 
 
 async def check_preserved(pair: Model) -> None:
