@@ -21,14 +21,8 @@ from loadtest.workload import Round
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Who shares the server runs in one process, and beside it the files with a tritonserver and scripts (.ci/tiers).
-
-    What kills engines or the agent runs last, so that no other test waits for new ones to start.
-    """
+    """What kills engines or the agent runs last, so that nobody else waits for new ones to start."""
     items.sort(key=lambda item: item.path.name == "test_deaths.py")
-    for item in [item for item in items if item.path.parent == Path(__file__).parent]:
-        name = item.path.stem
-        item.add_marker(pytest.mark.xdist_group(name if name.startswith("test_triton_") else "server"))
 
 
 @pytest.fixture(scope="session")
