@@ -332,7 +332,7 @@ def test_cancelling_or_leaving_while_waiting_leaves_nothing_behind(
     agent: FakeAgent, stub: Stub, epoch: Callable[[], int]
 ) -> None:
     first, later = epoch(), epoch()
-    agent.swap_out(first)
+    agent.swap_out(first, {"weights": 1, "state": agent.sizes["state"]})
     request = stub.submit(PROMPTS[0], GREEDY)
     wait_for_report(agent, 0, 1)
     stub.channel.send(requests.Abort(request))
