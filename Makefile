@@ -29,7 +29,7 @@ test-fast: check ## what to run before every commit: check and the unit tests (a
 	@$(BIN)/python -m pytest -q tests/unit -n 2
 
 test-agent: $(READY) ## the agent against scripted engines: no Triton, no vLLM (4 minutes)
-	@$(BIN)/python -m pytest -q tests/agent -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -q tests/agent -n 2 --dist worksteal
 
 test-engine: $(STAMP) ## real vLLM engines against a small agent (5 minutes)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/engine -n 2 --dist loadfile

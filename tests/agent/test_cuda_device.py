@@ -53,11 +53,10 @@ def test_ten_thousand_cycles(fake_cuda: FakeCuda) -> None:
     assert fake_cuda.used_bytes() == 0
 
 
-def test_the_agent_and_its_deaths(fake_cuda: FakeCuda) -> None:
+@pytest.mark.parametrize("name", ["swaps", "attach", "failed_swaps", "lost_engines", "kv", "ranks", "killed"])
+def test_the_agent_and_its_deaths(fake_cuda: FakeCuda, name: str) -> None:
     fake_cuda.devices = "2x512MiB"
-    names = ("swaps", "attach", "failed_swaps", "lost_engines", "kv", "ranks", "killed")
-    files = [str(TESTS / "agent" / f"test_agent_{name}.py") for name in names]
-    run_suite(fake_cuda, *files, TRITON_SWAP_TEST_KILLS="5")
+    run_suite(fake_cuda, str(TESTS / "agent" / f"test_agent_{name}.py"), TRITON_SWAP_TEST_KILLS="5")
     assert fake_cuda.used_bytes() == 0
 
 
