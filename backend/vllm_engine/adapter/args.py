@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from swap_agent.errors import InvalidModel, TritonSwapError, Unsupported
-from vllm_engine.adapter.vllm_types import VllmConfig
-
-SWAPPABLE_WORKER = "vllm_engine.adapter.worker.SwappableWorker"
+from vllm_engine.adapter.vllm_types import SWAPPABLE_WORKER, VllmConfig
 
 _OURS = {
     "worker_cls": "triton-swap sets it",

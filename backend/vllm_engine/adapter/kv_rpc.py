@@ -13,9 +13,8 @@ from enum import StrEnum
 from typing import Any
 
 from swap_agent.errors import TritonSwapError
-from vllm_engine.adapter.args import SWAPPABLE_WORKER
 from vllm_engine.adapter.kv_scheduler import SchedulerBlocks
-from vllm_engine.adapter.vllm_types import KVCacheConfig, Scheduler, VllmConfig
+from vllm_engine.adapter.vllm_types import SWAPPABLE_WORKER, KVCacheConfig, Scheduler, VllmConfig
 
 PREFIX = "triton_swap:"
 """No method of a worker has such a name."""

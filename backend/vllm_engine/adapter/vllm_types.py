@@ -10,6 +10,9 @@ from typing import Any, Protocol
 
 import torch
 
+SWAPPABLE_WORKER = "vllm_engine.adapter.worker.SwappableWorker"
+"""`worker_cls` in the config of a swappable engine."""
+
 
 class ModelConfig(Protocol):
     """Part of VllmConfig."""
