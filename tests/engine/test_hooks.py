@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,6 +74,34 @@ def test_a_hook_whose_name_is_gone_or_takes_something_else_is_named(monkeypatch:
     assert hooks.missing("cpu") == [changed] and changed.problem() == "is gone"
     with pytest.raises(Unsupported, match=r"vLLM .* does not fit: .*:dispatch_cpu_unquantized_gemm is gone: no engi"):
         versions.check("swap", "cpu")
+
+
+ROOT = Path(__file__).parents[2]
+ASK = """
+import importlib, sys
+from vllm_engine.adapter import hooks
+for module in {first}:
+    importlib.import_module(module)
+before = set(sys.modules)
+for feature in {features}:
+    hooks.missing(feature)
+print(*sorted(set(sys.modules) - before))
+"""
+
+
+def imported_when_asked(features: list[str], first: Sequence[str] = ()) -> list[str]:
+    """Modules that a new process, after it has imported `first`, imports to find out what of `features` is missing."""
+    need("vllm")
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'backend'}"}
+    command = [sys.executable, "-c", ASK.format(first=list(first), features=features)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.split()
+
+
+def test_a_rank_on_a_gpu_does_not_import_the_worker_of_the_cpu_which_takes_torch_cuda_apart() -> None:
+    features = ["serve", "swap", "cuda", "ranks", "kv_loans", "preserve_kv", "read_past_cache"]
+    assert [module for module in imported_when_asked(features) if module.startswith("vllm.v1.worker.cpu")] == []
 
 
 class Base:

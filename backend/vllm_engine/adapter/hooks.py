@@ -80,7 +80,11 @@ class Hook(NamedTuple):
 
 
 def missing(feature: str) -> list[Hook]:
-    """The hooks of `feature`, and of what it rests on, that the installed vLLM does not have as they are known here."""
+    """The hooks of `feature`, and of what it rests on, that the installed vLLM does not have as they are known here.
+
+    Imports their modules. Of a feature for GPUs none may be of the CPU's worker, whose import replaces parts of
+    `torch.cuda`.
+    """
     features = {feature, *_RESTS_ON.get(feature, ())}
     return [hook for hook in HOOKS if hook.feature in features and hook.problem()]
 
@@ -130,7 +134,6 @@ def _worker(feature: str, if_missing: str, owner: str) -> Iterable[Hook]:
         feature, if_missing, Kind.FREE, owner,
         "swap_out", "swap_in", "kv_size", "kv_blocks", "kv_frames", "preserved_blocks", "grow_kv", "shrink_kv",
     )  # fmt: skip
-    yield from _hooks("kv_loans", _NO_LOANS, Kind.OVERRIDE, owner, "get_supported_kv_cache_layouts()")
 
 
 _NO_ENGINE = "no engine can run: use a supported version"
@@ -292,7 +295,11 @@ HOOKS: tuple[Hook, ...] = (
         "ranks", _NO_RANKS, Kind.ATTRIBUTE, "vllm.distributed.device_communicators.shm_broadcast:ShmRingBuffer",
         "is_creator", "shared_memory",
     ),
-    # block_pool.py, kv_scheduler.py, kv_rpc.py, kv_frames.py: blocks that come and go
+    # worker.py, block_pool.py, kv_scheduler.py, kv_rpc.py, kv_frames.py: blocks that come and go, on CPU and on GPUs
+    *_hooks(
+        "kv_loans", _NO_LOANS, Kind.OVERRIDE, "vllm.v1.worker.worker_base:WorkerBase",
+        "get_supported_kv_cache_layouts()",
+    ),
     *_hooks(
         "kv_loans", _NO_LOANS, Kind.OVERRIDE, "vllm.v1.core.block_pool:BlockPool",
         "free_blocks(ordered_blocks)", "get_new_blocks(num_blocks)", "get_num_free_blocks()", "reset_prefix_cache()",
