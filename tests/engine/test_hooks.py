@@ -104,6 +104,14 @@ def test_a_rank_on_a_gpu_does_not_import_the_worker_of_the_cpu_which_takes_torch
     assert [module for module in imported_when_asked(features) if module.startswith("vllm.v1.worker.cpu")] == []
 
 
+def test_what_engine_core_asks_for_was_imported_before_it_was_forked() -> None:
+    need("vllm")
+    from vllm_engine.adapter import start
+
+    features = ["swap", "cpu", "kv_loans", "preserve_kv", "read_past_cache"]
+    assert imported_when_asked(features, [start.__name__, *start.ONLY_IN_ENGINE_CORE]) == []
+
+
 class Base:
     declared: int
 

@@ -23,12 +23,14 @@ from vllm_engine.rank.agent_link import Endpoint
 
 _LONGEST_SOCKET_FOLDER = 107 - len("/123e4567-e89b-12d3-a456-426614174000")
 """unix(7) allows 107 bytes for a path; vLLM names its sockets by UUIDs."""
+ONLY_IN_ENGINE_CORE = ("vllm_engine.adapter.worker", "vllm.v1.core.sched.scheduler")
+"""Modules that EngineCore needs and the host does not: its fork imports them while the host gets ready."""
 
 
 def run(runtime_dir: Path, replica: str, token: str) -> int:
     """Run a host to its end. Returns the exit status: 0 when told to stop, else 1."""
     # First thing. Not on a GPU: CUDA does not survive a fork, and that nothing has touched it by now was not seen.
-    fork = PreparedFork(["vllm_engine.adapter.worker"]) if current_platform.is_cpu() else None
+    fork = PreparedFork(ONLY_IN_ENGINE_CORE) if current_platform.is_cpu() else None
     return serve(runtime_dir, replica, token, partial(start_engine, replica, token, fork))
 
 
