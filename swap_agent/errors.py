@@ -4,10 +4,10 @@ TritonSwapError
 ├── InvalidModel       a model's configuration cannot work: the user has to change it
 ├── InvalidUsage       a flag, a device, a path or a port cannot work: the user has to change it
 ├── Unavailable        cannot be served now; trying later can succeed
-├── Unsupported        this version does not do it
 │   ├── OutOfDeviceMemory  a device has not that many free frames
 │   ├── OutOfHostMemory    the machine has not that much memory left
 │   └── RolledBack         a swap-in failed and was undone: the model is SWAPPED as before
+├── Unsupported        this version does not do it
 ├── MirrorMismatch     a mirror is not of what an engine has: its weights come from disk
 ├── WeightsCorrupted   weights in memory are not what they were: bad memory, or a bug
 ├── AccountingError    frames were lost or counted twice: a bug
