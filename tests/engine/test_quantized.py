@@ -73,7 +73,7 @@ def test_a_quantisation_that_was_not_seen_in_frames_is_refused_by_name(linear: A
     from swap_agent.errors import Unsupported
     from vllm_engine.adapter import quantized
 
-    quantized.check_method("awq")
+    quantized.check_method("compressed-tensors")
     with pytest.raises(Unsupported, match=r"quantized \(fp8\).* only AWQ, GPTQ and compressed-tensors"):
         quantized.check_method("fp8")
 
@@ -90,3 +90,16 @@ def test_a_weight_that_a_kernel_keeps_to_itself_is_refused(torch: Any, linear: A
     layer.quant_method.kernel.packed = torch.zeros(64, 64)
     with pytest.raises(Unsupported, match=r"0 \(SimpleNamespace\) keeps 16384 bytes in packed"):
         quantized.check_all_registered(model)
+
+
+def test_int4_is_refused_where_vllm_has_no_kernel_for_it(linear: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from swap_agent.errors import Unsupported
+    from vllm_engine.adapter import quantized
+
+    monkeypatch.setattr(quantized, "int4_kernel_exists", lambda: False)
+    for method in ("awq", "auto_gptq"):
+        with pytest.raises(Unsupported, match=f"quantized \\({method}\\), and vLLM computes .* with AVX512 only"):
+            quantized.check_method(method)
+    quantized.check_method("compressed-tensors")
+    monkeypatch.setattr(quantized, "int4_kernel_exists", lambda: True)
+    quantized.check_method("awq")

@@ -4,7 +4,8 @@ vLLM's CPU kernels repack a layer's weights into parameters of it, which move in
 alone gives them to oneDNN, unless the CPU has AMX; the packed kernel that it uses then needs no more than AVX512-VNNI.
 
 Tried on vLLM 0.32.0 and 0.26.0, which uses that kernel only with VLLM_CPU_SGL_KERNEL=1. The operators
-`_C.convert_weight_packed` and `_C.int8_scaled_mm_with_quant` are tried at run time.
+`_C.convert_weight_packed` and `_C.int8_scaled_mm_with_quant` are tried at run time. Without AVX512, vLLM's build has no
+`_C.cpu_gemm_wna16`: an engine with int4 weights would start, and die of its first request.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from vllm_engine.adapter.patch import Patch
 
 METHODS = ("auto_gptq", "awq", "compressed-tensors")
 """vLLM's names (`ModelConfig.quantization`) of the methods whose weights were seen in frames."""
+_INT4 = ("auto_gptq", "awq")
+"""Methods of `METHODS` that always run on vLLM's int4 kernel. Of compressed-tensors, int4 schemes do."""
 TRY_ANYWAY = "TRITON_SWAP_TRY_ANY_QUANTIZATION"
 """Environment variable; `1` lets any method load. Weights that no swap would reach are refused all the same."""
 SMALL_BYTES = 4096
@@ -47,6 +50,16 @@ def check_method(method: str) -> None:
             f"the weights are quantized ({method}), and of quantized weights only AWQ, GPTQ and compressed-tensors "
             "are supported: use one of these, or unquantized weights"
         )
+    if method in _INT4 and not int4_kernel_exists():
+        raise Unsupported(
+            f"the weights are quantized ({method}), and vLLM computes with int4 weights on CPUs with AVX512 only, "
+            "which this one lacks: use unquantized weights"
+        )
+
+
+def int4_kernel_exists() -> bool:
+    """False when vLLM would call an operator for int4 weights that its build for this CPU does not have."""
+    return not hasattr(ops, "cpu_gemm_wna16") or hasattr(torch.ops._C, "cpu_gemm_wna16")
 
 
 @contextmanager
