@@ -38,6 +38,22 @@ def test_a_packed_weight_multiplies_as_the_plain_one(linear: Any, torch: Any) ->
         assert error <= exact.abs().max() / 128  # bf16 has 8 bits of mantissa
 
 
+@pytest.mark.parametrize("rows", [1, 7, 8, 64])
+def test_a_product_in_float32_is_the_plain_one(
+    rows: int, linear: Any, torch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "FLOAT32_WEIGHTS", 20 * 256)  # 96 rows in five parts
+    torch.manual_seed(0)
+    weight, bias = (torch.randn(96, 256) / 16).to(torch.bfloat16), torch.randn(96).to(torch.bfloat16)
+    x = torch.randn(2, rows, 256).to(torch.bfloat16)[:1]
+    for b in (None, bias):
+        exact = x.double() @ weight.double().t() + (0 if b is None else b.double())
+        got = linear.float32_linear(x, weight, b)
+        assert (got.shape, got.dtype) == ((1, rows, 96), torch.bfloat16)
+        assert (got.double() - exact).abs().max() <= exact.abs().max() / 256  # rounded once
+    assert torch.equal(linear.float32_linear(x.float(), weight.float()), x.float() @ weight.float().t())
+
+
 def test_rows_read_out_of_a_packed_weight_are_the_same_bits(linear: Any, torch: Any) -> None:
     if not linear.packing_works():
         pytest.skip("no packed bf16 kernel in this vLLM on this CPU")

@@ -2,7 +2,8 @@
 
 Stock vLLM on CPU repacks each weight into private memory of oneDNN. Here a bf16 weight is repacked with vLLM's own
 kernel for small matrices, whose packed form is a tensor of the same size (faster than oneDNN's at decode where the CPU
-has AVX512-BF16); any other goes through `torch.nn.functional.linear`. See docs/adr/0002.
+has AVX512-BF16); any other goes through `torch.nn.functional.linear`, in float32 where the CPU has no AVX512 and there
+are several rows. See docs/adr/0002.
 
 Tried on vLLM 0.32.0, and on 0.26.0, whose `_C.weight_packed_linear` is another: there all goes through F.linear. vLLM
 calls `dispatch_cpu_unquantized_gemm` once per linear and vocabulary layer after loading. The operators
@@ -31,6 +32,11 @@ from vllm_engine.adapter.patch import Patch
 ROWS_PER_BLOCK = 32
 """Packed form of an (n, k) weight: (n / 32, k / 2, 32, 2), pairs along k innermost (csrc/cpu/sgl-kernels/gemm.cpp)."""
 
+FLOAT32_ROWS = 8
+"""From as many rows of input on, a bf16 product is faster in float32 on a CPU without AVX512 (2 cores of Zen 3)."""
+FLOAT32_WEIGHTS = 1 << 22
+"""Weights that are float32 at a time: 16 MiB beside the model, whatever its size."""
+
 log = logging.getLogger(__name__)
 
 
@@ -52,12 +58,26 @@ def load_with_ordinary_weights(
         if pack and remove_weight and _fits(layer.weight):
             _use_packed(layer, pack_weight(layer.weight))
         else:
-            layer.cpu_linear = F.linear
+            layer.cpu_linear = F.linear if torch.cpu._is_avx512_supported() else float32_linear
 
     with Patch(vllm_layers, "dispatch_cpu_unquantized_gemm", dispatch), quantized.in_parameters():
         load()
     if pack:
         _pack_vocabulary(model(), pack_weight)
+
+
+def float32_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`F.linear` for a CPU without AVX512, where torch multiplies bf16 matrices 8 times slower than float32 ones.
+
+    `x` is (…, k), `weight` (n, k), `bias` (n). Products of bf16 numbers are exact in float32 and are rounded once, as
+    in `F.linear`; the order of the sum may differ.
+    """
+    if weight.dtype is not torch.bfloat16 or x.numel() < FLOAT32_ROWS * x.shape[-1]:
+        return F.linear(x, weight, bias)
+    single = x.float()
+    parts = weight.split(max(1, FLOAT32_WEIGHTS // weight.shape[1]))
+    product = torch.cat([F.linear(single, part.float()) for part in parts], dim=-1)
+    return (product if bias is None else product + bias.float()).to(x.dtype)
 
 
 def _pack_vocabulary(model: torch.nn.Module, pack_weight: Callable[[torch.Tensor], torch.nn.Parameter]) -> None:
