@@ -85,7 +85,9 @@ class Residency:
             elif state in (State.SWAPPED, State.COLD, State.FAILED):
                 wishes.park = False
         if wishes.drop and replica.state is State.SWAPPED:  # 5
-            self._transitions.end_for_host_memory(replica, self._mirrors.beneficiary)
+            left = replica.departure  # for a replica that may have found other host memory since
+            sake = left.beneficiary if left.reason == "host_memory" else self._mirrors.beneficiary
+            self._transitions.end_for_host_memory(replica, sake)
         if wishes.purge and not wishes.park and not replica.stopping:  # 6
             self._purge(replica)
 

@@ -93,6 +93,18 @@ def test_a_model_that_somebody_came_to_want_is_not_dropped() -> None:
     assert machine.state("b") is State.COLD and machine.state("c") is State.RESIDENT
 
 
+def test_a_drained_model_ends_for_the_one_that_it_was_drained_for() -> None:
+    machine = host_machinery(100, a=40, b=40, c=40)
+    machine.load("a", "b")
+    machine.post(ev.ActivateRequested, "c")
+    machine.obey(machine.open[0])  # c asks for host memory: a is to drain
+    (drain,) = [action for action in machine.open if isinstance(action, act.Drain)]
+    machine.post(ev.HostMemoryMeasured, "b", 10)  # c may start now, before a has left
+    machine.settle()
+    (stop,) = [action for action in machine.done if isinstance(action, act.StopEngine)]
+    assert (drain.name, drain.beneficiary) == (stop.name, stop.beneficiary) == ("a", "c")
+
+
 def test_more_host_memory_than_there_is_is_refused_by_name() -> None:
     machine = host_machinery(100 << 20, a=101 << 20)
     machine.post(ev.ActivateRequested, "a")

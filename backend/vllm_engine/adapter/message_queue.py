@@ -60,12 +60,12 @@ class Pause:
             self._last_s = time.monotonic()
 
 
-def _ready_and_nameless(queue: shm_broadcast.MessageQueue) -> None:
+def _ready_and_nameless(self: shm_broadcast.MessageQueue) -> None:
     """Wait until every reader has attached, as vLLM does; from then on the memory needs no name."""
-    _READY.original(queue)
-    if queue._is_writer and queue.buffer is not None and queue.buffer.is_creator:
-        queue.buffer.shared_memory.unlink()
-        queue.buffer.is_creator = False
+    _READY.original(self)
+    if self._is_writer and self.buffer is not None and self.buffer.is_creator:
+        self.buffer.shared_memory.unlink()
+        self.buffer.is_creator = False
 
 
 _READY = Patch(shm_broadcast.MessageQueue, "wait_until_ready", _ready_and_nameless)
