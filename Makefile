@@ -18,6 +18,9 @@ READY := $(if $(wildcard .venv/.dev),.venv/.dev,$(STAMP))
 help: ## these lines
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
 
+# Only CPUs without AVX512 heed it (docs/adr/0002-packed-linear-weights.md); there prompts take an eighth of the time.
+demo bench: export TRITON_SWAP_FLOAT32_PROMPTS = 1
+
 demo: $(STAMP) ## real Triton, vLLM and swap agent on a simulated device: TTFT cold, swapped, warm (7 minutes)
 	@$(BIN)/python -m loadtest.demo
 

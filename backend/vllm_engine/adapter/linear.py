@@ -2,8 +2,8 @@
 
 Stock vLLM on CPU repacks each weight into private memory of oneDNN. Here a bf16 weight is repacked with vLLM's own
 kernel for small matrices, whose packed form is a tensor of the same size (faster than oneDNN's at decode where the CPU
-has AVX512-BF16); any other goes through `torch.nn.functional.linear`, in float32 where the CPU has no AVX512 and there
-are several rows. See docs/adr/0002.
+has AVX512-BF16); any other goes through `torch.nn.functional.linear`, where asked for in float32 on a CPU without
+AVX512. See docs/adr/0002.
 
 Tried on vLLM 0.32.0, and on 0.26.0, whose `_C.weight_packed_linear` is another: there all goes through F.linear. vLLM
 calls `dispatch_cpu_unquantized_gemm` once per linear and vocabulary layer after loading. The operators
@@ -13,6 +13,7 @@ calls `dispatch_cpu_unquantized_gemm` once per linear and vocabulary layer after
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,9 @@ from vllm_engine.adapter.patch import Patch
 ROWS_PER_BLOCK = 32
 """Packed form of an (n, k) weight: (n / 32, k / 2, 32, 2), pairs along k innermost (csrc/cpu/sgl-kernels/gemm.cpp)."""
 
+FLOAT32_PROMPTS = "TRITON_SWAP_FLOAT32_PROMPTS"
+"""Environment variable; `1`: a CPU without AVX512 computes prompts in float32. They take an eighth of the time; an
+answer may then depend, in the last bit of bf16, on the requests beside it."""
 FLOAT32_ROWS = 8
 """From as many rows of input on, a bf16 product is faster in float32 on a CPU without AVX512 (2 cores of Zen 3)."""
 FLOAT32_WEIGHTS = 1 << 22
@@ -49,6 +53,7 @@ def load_with_ordinary_weights(
     Raises Unsupported when the hook is gone.
     """
     pack = packing_works()
+    in_float32 = os.environ.get(FLOAT32_PROMPTS) == "1" and not torch.cpu._is_avx512_supported()
     pack_weight = _placeholder if placeholders else _pack
     if not pack:
         log.warning("no packed bf16 kernel in this vLLM on this CPU: F.linear, slower than stock vLLM at decode")
@@ -58,7 +63,7 @@ def load_with_ordinary_weights(
         if pack and remove_weight and _fits(layer.weight):
             _use_packed(layer, pack_weight(layer.weight))
         else:
-            layer.cpu_linear = F.linear if torch.cpu._is_avx512_supported() else float32_linear
+            layer.cpu_linear = float32_linear if in_float32 else F.linear
 
     with Patch(vllm_layers, "dispatch_cpu_unquantized_gemm", dispatch), quantized.in_parameters():
         load()
