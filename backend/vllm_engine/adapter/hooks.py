@@ -7,6 +7,7 @@ table.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import re
@@ -100,6 +101,7 @@ def _is_attribute(owner: Any, name: str) -> bool:
     )
 
 
+@functools.lru_cache(maxsize=4)  # rows of one class follow each other; the texts need not stay
 def _source(module: str) -> str:
     file = importlib.import_module(module).__file__
     return Path(file).read_text() if file else ""
